@@ -1,0 +1,205 @@
+"""The three verbs: `select`, `reconstruct`, `prune`. Each reads like the drawing in docs/theory.md."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from liar import slim
+from liar.calibration import Calibration
+from liar.capture import Point, preserved, run_model, watching
+from liar.criteria import CRITERIA, SCOPES, Units, allocate, scores
+from liar.errors import CalibrationError, ModelError, OptionError, choose
+from liar.families import base_and_prefix, discover
+from liar.mask import Mask
+from liar.rebuild import BIASES, TARGETS, Options, Rebuild
+from liar.report import Report
+from liar.sites import Layout, linear
+from liar.solve import SOLVERS
+from liar.statistics import ChannelMoments
+
+logger = logging.getLogger(__name__)
+
+
+def select(
+    model: nn.Module,
+    calib: Iterable[Any] | None = None,
+    *,
+    keep: float,
+    criterion: str = "fluctuation",
+    scope: str = "layer",
+    seed: int = 0,
+    progress: bool = True,
+) -> Mask:
+    """Decide which heads and neurons stay.
+
+    Args:
+        model: a Hugging Face model of a known family; it is not changed.
+        calib: calibration batches (see `Calibration.of`); may be left out for criteria that look at weights only.
+        keep: share of the parameters in the transformer blocks that stays, in (0, 1]; met within 1 % and never exceeded.
+        criterion: `"fluctuation"`, `"wanda"`, `"magnitude"` or `"random"`.
+        scope: `"layer"`: the same share of every site; `"global"`: all units compete.
+        seed: for `"random"`.
+        progress: show a bar.
+
+    Returns:
+        A `Mask`; `mask.asked` is `keep`.
+
+    Raises:
+        OptionError, BudgetError, CalibrationError, ModelError: with what was expected, what came, and what to do.
+
+    Example:
+        >>> mask = liar.select(model, calib, keep=0.5)
+        >>> mask.kept("heads.0")
+        2
+    """
+    choose("criterion", criterion, list(CRITERIA))
+    choose("scope", scope, list(SCOPES))
+    layout = _layout(model)
+    moments: Mapping[str, ChannelMoments | None] = {site.name: None for site in layout.sites}
+    if CRITERIA[criterion][1]:
+        if calib is None:
+            raise CalibrationError(f"criterion={criterion!r} looks at activations: pass calibration batches")
+        moments = _channel_moments(model, layout, Calibration.of(calib, model), progress)
+    mask = allocate(
+        {
+            site.name: scores(criterion, Units.of(model.get_submodule(site.block), site, moments[site.name], seed + i))
+            for i, site in enumerate(layout.sites)
+        },
+        layout,
+        keep,
+        scope,
+    )
+    got = mask.parameters(layout) / layout.parameters
+    level = logging.WARNING if got < keep - 0.01 else logging.INFO
+    logger.log(level, "asked to keep %.4f of the block parameters, got %.4f", keep, got)
+    return mask
+
+
+def reconstruct(
+    model: nn.Module,
+    mask: Mask | Mapping[str, Any],
+    calib: Iterable[Any],
+    *,
+    target: str = "dense_stream",
+    ridge: float | str = "auto",
+    solver: str = "auto",
+    bias: str = "keep",
+    progress: bool = True,
+) -> Report:
+    """Remove what the mask removes, repair the rest by least squares, and leave a smaller model in place.
+
+    Args:
+        model: a Hugging Face model of a known family; changed in place at the very end, or not at all on an error.
+        mask: a `Mask`, or one made elsewhere (see `Mask.of`).
+        calib: calibration batches (see `Calibration.of`).
+        target: what the kept channels are fitted to. `"same_input"`: the consumer's own output on the dense model's
+            activations (our reading of LIAR). `"dense_stream"`: what the dense model's residual stream is after the layer,
+            less what the pruned model's stream is before it, on the pruned model's activations.
+        ridge: pull toward the kept weights, relative to the mean diagonal of the Gram matrix; 0 is none. `"auto"` chooses
+            it per site on held-out sequences, and keeps the weights as they are where no update is better.
+        solver: `"auto"`, `"cholesky"`, `"eigh"` or `"lstsq"`.
+        bias: `"keep"`: a bias is refitted where the consumer has one. `"create"`: consumers without get one, as the
+            report says; the stock classes may then be unable to load the model.
+        progress: show a bar.
+
+    Returns:
+        A `Report`: what was kept, errors before and after, and a verdict for every site.
+
+    Raises:
+        OptionError, MaskError, CalibrationError, ModelError: with what was expected, what came, and what to do; the
+            model is then as it was.
+
+    Example:
+        >>> report = liar.reconstruct(model, mask, calib)
+        >>> report.sites[0].verdict.value
+        'ridged'
+    """
+    choose("target", target, TARGETS)
+    choose("solver", solver, SOLVERS)
+    choose("bias", bias, BIASES)
+    if ridge != "auto" and not (isinstance(ridge, (int, float)) and 0 <= ridge < float("inf")):
+        raise OptionError(
+            f'ridge={ridge!r}: expected "auto" or a number >= 0 (relative to the mean diagonal of the Gram)'
+        )
+    layout = _layout(model)
+    mask = Mask.of(mask, layout)
+    calibration = Calibration.of(calib, model)
+    options = Options(target, ridge, solver, bias)
+    before = sum(p.numel() for p in model.parameters())
+    with preserved(model), tqdm(total=len(layout.sites), desc="reconstruct", unit="site", disable=not progress) as bar:
+        job = Rebuild(model, layout, mask, calibration, options, bar.update)
+        students = job.run()
+    # Nothing above has touched the model; what follows cannot fail half-way.
+    for name, student in zip(layout.blocks, students, strict=True):
+        slim.adopt(model.get_submodule(name), student)
+    for key, value in (slim.uniform_sizes(model) or {}).items():
+        setattr(model.config, key, value)
+    return Report(
+        sites=tuple(job.reports),
+        asked=mask.asked,
+        got=mask.parameters(layout) / layout.parameters,
+        parameters=(before, sum(p.numel() for p in model.parameters())),
+        tokens=calibration.tokens,
+        sequences=calibration.sequences,
+        options=asdict(options),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        seconds=dict(job.clock),
+    )
+
+
+def prune(
+    model: nn.Module,
+    calib: Iterable[Any],
+    *,
+    keep: float,
+    criterion: str = "fluctuation",
+    scope: str = "layer",
+    target: str = "dense_stream",
+    ridge: float | str = "auto",
+    solver: str = "auto",
+    bias: str = "keep",
+    seed: int = 0,
+    progress: bool = True,
+) -> Report:
+    """`select` and `reconstruct` in one: the model comes out smaller, in place. Options are theirs.
+
+    Example:
+        >>> report = liar.prune(model, calib, keep=0.5)
+        >>> report.got <= 0.5
+        True
+    """
+    calib = calib if isinstance(calib, Sequence) else list(calib)
+    mask = select(model, calib, keep=keep, criterion=criterion, scope=scope, seed=seed, progress=progress)
+    return reconstruct(model, mask, calib, target=target, ridge=ridge, solver=solver, bias=bias, progress=progress)
+
+
+def _layout(model: nn.Module) -> Layout:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError(
+            "the model is on the meta device: its weights are not there; load it with real weights (without "
+            'device_map="auto" offloading, or with enough memory)'
+        )
+    return discover(model)
+
+
+def _channel_moments(
+    model: nn.Module, layout: Layout, calibration: Calibration, progress: bool
+) -> dict[str, ChannelMoments]:
+    moments = {site.name: ChannelMoments() for site in layout.sites}
+    points = {site.name: Point(linear(model.get_submodule(site.block), site.consumer), 0) for site in layout.sites}
+    base, _ = base_and_prefix(model)
+    bar = tqdm(total=calibration.tokens, desc="select", unit="tok", unit_scale=True, disable=not progress)
+    with preserved(model), bar:
+        for batch, keep in zip(calibration.batches, calibration.keep, strict=True):
+            with watching(points) as seen:
+                run_model(base, batch)
+            for name, value in seen.items():
+                moments[name].update(value[keep])
+            bar.update(int(keep.sum()))
+    return moments

@@ -1,0 +1,229 @@
+"""From what a user has (texts, a DataLoader, batches of tensors) to batches a model takes, and tokens to folds."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+
+from liar.errors import CalibrationError
+from liar.families import base_and_prefix
+
+logger = logging.getLogger(__name__)
+
+FOLDS = 4
+# Longer sequences are dealt to the folds in pieces of this many tokens, so that a few long ones still fill every fold.
+PIECE = 256
+
+Batch = Mapping[str, Tensor]
+
+
+def calibration(
+    texts: Iterable[str | tuple[str, str]],
+    tokenizer: Any,
+    *,
+    max_length: int = 256,
+    batch_size: int = 32,
+    tokens: int | None = None,
+    pack: bool = False,
+) -> list[dict[str, Tensor]]:
+    """Tokenise texts into padded batches, sorted by length so that little is padded.
+
+    Args:
+        texts: strings or pairs of strings: a list, a generator, or a column of a `datasets` dataset.
+        tokenizer: a Hugging Face tokenizer; it need not have a padding token.
+        max_length: longer texts are cut to so many tokens.
+        batch_size: sequences per batch.
+        tokens: stop after so many tokens (the last sequence is cut); all texts otherwise.
+        pack: join the texts and cut them into full sequences of `max_length`, as language models are trained.
+
+    Returns:
+        Batches with `input_ids`, `attention_mask` and, where the tokenizer makes them, `token_type_ids`, each
+        int64 [sequences, length], padded on the right.
+
+    Raises:
+        CalibrationError: no text, or something that is not a text.
+
+    Example:
+        >>> batches = calibration(["a text", "another one"], tokenizer, tokens=1000)  # doctest: +SKIP
+    """
+    rows = list(_cut(_encoded(texts, tokenizer, max_length, pack), tokens))
+    if not rows:
+        raise CalibrationError("no calibration text: expected at least one non-empty string, got none")
+    rows.sort(key=lambda row: len(row["input_ids"]))
+    padding = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0}
+    return [
+        {
+            name: pad_sequence([row[name] for row in chunk], batch_first=True, padding_value=padding.get(name, 0))
+            for name in chunk[0]
+        }
+        for chunk in (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
+    ]
+
+
+def _encoded(texts: Iterable[Any], tokenizer: Any, max_length: int, pack: bool) -> Iterator[dict[str, Tensor]]:
+    if isinstance(texts, (str, bytes)):
+        raise CalibrationError(f"expected many texts (a list of strings, a column), got one {type(texts).__name__}")
+    joined: list[int] = []
+    for number, text in enumerate(texts):
+        parts = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, (tuple, list)) else ()
+        if not 1 <= len(parts) <= 2 or not all(isinstance(part, str) for part in parts):
+            raise CalibrationError(f"text {number}: expected a string or a pair of strings, got {type(text).__name__}")
+        if not any(parts):
+            continue
+        encoded = tokenizer(*parts, truncation=not pack, max_length=None if pack else max_length)
+        if not pack:
+            yield {
+                name: torch.tensor(encoded[name])
+                for name in ("input_ids", "attention_mask", "token_type_ids")
+                if name in encoded
+            }
+            continue
+        joined += encoded["input_ids"]
+        while len(joined) >= max_length:
+            ids, joined = torch.tensor(joined[:max_length]), joined[max_length:]
+            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if joined:
+        ids = torch.tensor(joined)
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _cut(rows: Iterator[dict[str, Tensor]], tokens: int | None) -> Iterator[dict[str, Tensor]]:
+    left = tokens
+    with tqdm(desc="tokenise", unit="tok", unit_scale=True, leave=False, total=tokens) as bar:
+        for row in rows:
+            if left is not None:
+                row = {name: value[:left] for name, value in row.items()}
+                left -= len(row["input_ids"])
+            bar.update(len(row["input_ids"]))
+            yield row
+            if left is not None and left <= 0:
+                return
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches on the model's device, with what is known of their tokens.
+
+    Attributes:
+        batches: keyword arguments of the bare model's forward.
+        keep: per batch bool [sequences, length]: True for real tokens.
+        folds: per batch int64 [kept tokens]: the fold (0 to `FOLDS` - 1) of each kept token, by sequence.
+        tokens: kept tokens in all batches.
+        sequences: sequences in all batches.
+    """
+
+    batches: tuple[Batch, ...]
+    keep: tuple[Tensor, ...]
+    folds: tuple[Tensor, ...]
+    tokens: int
+    sequences: int
+
+    @classmethod
+    def of(cls, data: Iterable[Any], model: nn.Module) -> Calibration:
+        """Check what the user gave, before any forward pass, and bring it to the model's device.
+
+        Args:
+            data: a DataLoader, or any iterable of batches; a batch is a mapping with `input_ids` (or `inputs_embeds`) and
+                perhaps `attention_mask` and other arguments of the model, or a tensor of ids [sequences, length].
+            model: the model that will be run.
+
+        Raises:
+            CalibrationError: nothing in it, all padding, or a batch the model does not take.
+        """
+        base, _ = base_and_prefix(model)
+        device = next(model.parameters()).device
+        accepted = set(inspect.signature(base.forward).parameters)
+        batches = [_as_batch(batch, number, accepted, model, device) for number, batch in enumerate(_batches(data))]
+        if not batches:
+            raise CalibrationError(
+                "the calibration data is empty: expected at least one batch, got none (a used-up generator?)"
+            )
+        keep = [_kept(batch) for batch in batches]
+        tokens = sum(int(mask.sum()) for mask in keep)
+        if not tokens:
+            raise CalibrationError(
+                "no token of the calibration data is kept: attention_mask is 0 everywhere (1 marks real tokens)"
+            )
+        starts = itertools.accumulate((len(mask) for mask in keep), initial=0)
+        if "use_cache" in accepted:
+            batches = [{**batch, "use_cache": False} for batch in batches]
+        return cls(
+            batches=tuple(batches),
+            keep=tuple(keep),
+            folds=tuple(_folds(mask, start) for mask, start in zip(keep, starts, strict=False)),
+            tokens=tokens,
+            sequences=sum(len(mask) for mask in keep),
+        )
+
+
+def _batches(data: Iterable[Any]) -> Iterable[Any]:
+    if isinstance(data, (str, bytes)) or (isinstance(data, Sequence) and data and isinstance(data[0], str)):
+        raise CalibrationError("got strings: tokenise them first with liar.calibration(texts, tokenizer)")
+    if isinstance(data, (Mapping, Tensor)):
+        return [data]
+    if not isinstance(data, Iterable):
+        raise CalibrationError(f"expected a DataLoader or an iterable of batches, got a {type(data).__name__}")
+    return data
+
+
+def _as_batch(batch: Any, number: int, accepted: set[str], model: nn.Module, device: torch.device) -> Batch:
+    if isinstance(batch, Tensor):
+        batch = {"input_ids": batch}
+    if not isinstance(batch, Mapping):
+        raise CalibrationError(
+            f"calibration batch {number}: expected a mapping with input_ids or a tensor of ids, got a {type(batch).__name__}"
+        )
+    unused = sorted(set(batch) - accepted)
+    if unused and number == 0:
+        logger.info("not passed to the model: %s", ", ".join(unused))
+    batch = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+        if name in accepted
+    }
+    _check_batch(batch, number, model, unused)
+    return batch
+
+
+def _check_batch(batch: Batch, number: int, model: nn.Module, unused: list[str]) -> None:
+    where = f"calibration batch {number}"
+    ids, embeds, mask = (batch.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+    main = ids if ids is not None else embeds
+    if not isinstance(main, Tensor) or main.ndim != (2 if main is ids else 3):
+        came = list(main.shape) if isinstance(main, Tensor) else f"keys {sorted([*batch, *unused])}"
+        raise CalibrationError(f"{where}: expected input_ids, a tensor [sequences, length], got {came}")
+    if ids is not None:
+        size = getattr(model.config, "vocab_size", None)
+        if ids.is_floating_point() or (size and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size):
+            raise CalibrationError(
+                f"{where}: expected integer ids from 0 to {size} - 1, got {ids.dtype} from {ids.min()} to {ids.max()}; "
+                "was another tokenizer used?"
+            )
+    if mask is not None and mask.shape != main.shape[:2]:
+        raise CalibrationError(
+            f"{where}: expected attention_mask of shape {list(main.shape[:2])}, got {list(mask.shape)}"
+        )
+
+
+def _kept(batch: Batch) -> Tensor:
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        return mask.bool()
+    main = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
+    return torch.ones(main.shape[:2], dtype=torch.bool, device=main.device)
+
+
+def _folds(keep: Tensor, first_sequence: int) -> Tensor:
+    """The fold of each kept token: its sequence's number, moved on by one for every `PIECE` tokens."""
+    sequence = torch.arange(first_sequence, first_sequence + len(keep), device=keep.device)[:, None]
+    piece = (keep.cumsum(1) - 1) // PIECE
+    return ((sequence + piece) % FOLDS)[keep]

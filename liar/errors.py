@@ -1,0 +1,73 @@
+"""What can go wrong, said in one place: the kinds of error and the texts of every verdict."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class LiarError(ValueError):
+    """Base of every error this library raises on purpose; the user's model is then as it was before the call."""
+
+
+class ModelError(LiarError):
+    """The model cannot be worked on as it is: on the meta device, quantised, or of an unknown family."""
+
+
+class MaskError(LiarError):
+    """The mask does not fit the model's sites."""
+
+
+class CalibrationError(LiarError):
+    """The calibration data cannot be used: empty, all padding, not what the model takes, or not finite inside it."""
+
+
+class BudgetError(LiarError):
+    """The wanted budget cannot be met."""
+
+
+class OptionError(LiarError):
+    """An option has a value that is not among the possible ones."""
+
+
+class CheckpointError(LiarError):
+    """A folder cannot be read or must not be written."""
+
+
+class Verdict(str, Enum):
+    """How the solve of one site ended. The value is a short name, `text` says what it means.
+
+    Example:
+        >>> Verdict.RANK_DEFICIENT.text
+        'the kept channels are linearly dependent on this data: minimum-norm change of the kept weights'
+    """
+
+    OK = "ok"
+    RIDGED = "ridged"
+    RANK_DEFICIENT = "rank_deficient"
+    TOO_FEW_TOKENS = "too_few_tokens"
+    KEPT_BASELINE = "kept_baseline"
+    UNTOUCHED = "untouched"
+
+    @property
+    def text(self) -> str:
+        """One sentence for people."""
+        return _TEXTS[self]
+
+
+_TEXTS = {
+    Verdict.OK: "plain least squares",
+    Verdict.RIDGED: "least squares with a ridge toward the kept weights",
+    Verdict.RANK_DEFICIENT: (
+        "the kept channels are linearly dependent on this data: minimum-norm change of the kept weights"
+    ),
+    Verdict.TOO_FEW_TOKENS: "fewer calibration tokens than kept channels: the answer leans on the ridge; use more text",
+    Verdict.KEPT_BASELINE: "no update was better on held-out tokens: the kept weights stay, at most the bias moves",
+    Verdict.UNTOUCHED: "everything is kept and nothing before it changed: the layer stays as it is",
+}
+
+
+def choose(option: str, value: str, possible: tuple[str, ...] | list[str]) -> str:
+    """Return `value` if it is among `possible`, else raise an `OptionError` that lists them."""
+    if value not in possible:
+        raise OptionError(f"{option}={value!r} is not known; expected one of {', '.join(map(repr, possible))}")
+    return value

@@ -1,0 +1,27 @@
+"""BERT: post-norm encoder, biases everywhere; `attention.output` and `output` add the residual themselves."""
+
+from liar.families.table import Family, SitePattern
+
+BERT = Family(
+    model_type="bert",
+    blocks="encoder.layer",
+    patterns=(
+        SitePattern(
+            kind="heads",
+            producers=("attention.self.query", "attention.self.key", "attention.self.value"),
+            consumer="attention.output.dense",
+            residual=("attention.output", 1),
+            unit_width="attention.self.attention_head_size",
+            counts=("attention.self.num_attention_heads", "attention.self.all_head_size"),
+            sizes=("num_attention_heads",),
+        ),
+        SitePattern(
+            kind="neurons",
+            producers=("intermediate.dense",),
+            consumer="output.dense",
+            residual=("output", 1),
+            sizes=("intermediate_size",),
+        ),
+    ),
+    note="any head class; a unit of attention is a head",
+)

@@ -1,0 +1,136 @@
+"""What happened at every site: a frozen `Report`, as a table for people and JSON for programs."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from liar.errors import Verdict
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site.
+
+    Attributes:
+        site: name, such as `"neurons.3"`.
+        module: full name of the consumer.
+        kept: units left.
+        total: units before.
+        before: residual energy over the target's, on held-out tokens, with the kept weights as they were (NaN if nothing
+            could be held out).
+        after: the same after reconstruction (fitted without those tokens).
+        verdict: how the solve ended.
+        ridge: relative ridge; infinite where the kept weights stayed.
+        condition: of the system solved.
+        seconds: statistics and solve of this site.
+        bias_created: whether the layer got a bias it did not have.
+    """
+
+    site: str
+    module: str
+    kept: int
+    total: int
+    before: float
+    after: float
+    verdict: Verdict
+    ridge: float
+    condition: float
+    seconds: float
+    bias_created: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of one reconstruction.
+
+    Attributes:
+        sites: one entry per site, in the order of the data.
+        asked: share of the blocks' parameters that was asked for; None if the mask came from elsewhere.
+        got: share of the blocks' parameters that is left.
+        parameters: of the whole model, (before, after).
+        tokens: calibration tokens used.
+        sequences: calibration sequences used.
+        options: target, ridge, solver, bias.
+        dtype: of the weights.
+        seconds: wall time by stage.
+    """
+
+    sites: tuple[SiteReport, ...]
+    asked: float | None
+    got: float
+    parameters: tuple[int, int]
+    tokens: int
+    sequences: int
+    options: Mapping[str, Any]
+    dtype: str
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def verdicts(self) -> dict[str, Verdict]:
+        """Site name -> verdict."""
+        return {site.site: site.verdict for site in self.sites}
+
+    def to_json(self) -> str:
+        """JSON text; NaN and infinity become strings, since JSON has no such numbers."""
+        content = asdict(self)
+        content["sites"] = [
+            {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in site.items()}
+            for site in content["sites"]
+        ]
+        return json.dumps(content, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The inverse of `to_json`."""
+        content = json.loads(text)
+        sites = [
+            SiteReport(**{
+                **site,
+                **{name: float(site[name]) for name in ("before", "after", "ridge", "condition", "seconds")},
+                "verdict": Verdict(site["verdict"]),
+            })
+            for site in content.pop("sites")
+        ]  # fmt: skip
+        return cls(sites=tuple(sites), **{**content, "parameters": tuple(content["parameters"])})
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_json` to a file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read a file that `save` wrote."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def table(self) -> Table:
+        """A `rich` table; `print(report)` shows it."""
+        asked = "" if self.asked is None else f" (asked {self.asked:.1%})"
+        table = Table(
+            title=f"{self.got:.1%} of the block parameters kept{asked}; model {self.parameters[0]:,} to "
+            f"{self.parameters[1]:,} parameters; {self.tokens:,} calibration tokens; {sum(self.seconds.values()):.1f} s",
+            caption="error: held-out residual energy over the target's energy, before and after reconstruction",
+        )
+        for heading in ("site", "kept", "of", "error before", "after", "ridge", "condition", "seconds", "verdict"):
+            table.add_column(heading, justify="left" if heading in ("site", "verdict") else "right")
+        for site in self.sites:
+            name = site.verdict.value + (" +bias" if site.bias_created else "")
+            numbers = (f"{site.before:.4f}", f"{site.after:.4f}", f"{site.ridge:.0e}", f"{site.condition:.0e}")
+            table.add_row(site.site, str(site.kept), str(site.total), *numbers, f"{site.seconds:.2f}", name)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=120)
+        console.print(self.table())
+        for verdict in sorted({site.verdict for site in self.sites}):
+            console.print(f"{verdict.value}: {verdict.text}")
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()

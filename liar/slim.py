@@ -1,0 +1,89 @@
+"""Cutting layers for good: smaller parameters, right sizes on the modules, right sizes in the configuration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liar.families import discover, family_of
+from liar.sites import Axis, Site, linear
+
+
+def cut(layer: nn.Linear, axis: Axis, channels: Tensor) -> None:
+    """Keep only some output or input channels of a layer: `channels` int64 indices. Parameters are replaced, not changed."""
+    channels = channels.to(layer.weight.device)
+    kept = layer.weight.detach().index_select(0 if axis == "out" else 1, channels)
+    layer.weight = nn.Parameter(kept, layer.weight.requires_grad)
+    if axis == "in":
+        layer.in_features = len(channels)
+        return
+    layer.out_features = len(channels)
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias.detach().index_select(0, channels), layer.bias.requires_grad)
+
+
+def cut_site(block: nn.Module, site: Site, keep: Tensor) -> None:
+    """Cut the producers and the consumer of a site to the kept units, and correct the sizes its modules remember."""
+    for edge in (*site.producers, site.consumer):
+        cut(linear(block, edge), edge.axis, edge.channels(keep))
+    for path in site.counts:
+        owner, _, name = path.rpartition(".")
+        module = block.get_submodule(owner)
+        setattr(module, name, getattr(module, name) // site.units * int(keep.sum()))
+
+
+def student(block: nn.Module) -> nn.Module:
+    """A copy of a block with modules of its own but the same parameters and buffers: cutting it leaves the block alone."""
+    configs = [module.config for module in block.modules() if hasattr(module, "config")]
+    return copy.deepcopy(block, {id(shared): shared for shared in (*block.parameters(), *block.buffers(), *configs)})
+
+
+def adopt(block: nn.Module, other: nn.Module) -> None:
+    """Give the layers of a block the (new) parameters and sizes of its cut copy; modules and their hooks stay."""
+    for module, cut_module in zip(block.modules(), other.modules(), strict=True):
+        for name, parameter in cut_module.named_parameters(recurse=False):
+            setattr(module, name, parameter)
+        for name, value in vars(cut_module).items():
+            if type(value) is int and vars(module).get(name) != value:
+                setattr(module, name, value)
+
+
+def uniform_sizes(model: nn.Module) -> dict[str, int] | None:
+    """Entries of the configuration with which the stock class builds just a slim model's shapes; None if there are none.
+
+    There are some where every layer keeps equally many units of each kind and the class can express the number. Nothing is
+    assumed about the class: it is built on the meta device, and its shapes are compared with the model's.
+    """
+    stock = _on_meta(model, {})
+    if stock is None:
+        return None
+    sizes: dict[str, int] = {}
+    now, built = discover(model), discover(stock)
+    for pattern in family_of(model).patterns:
+        slim_units, stock_units = ({site.units for site in layout.of_kind(pattern.kind)} for layout in (now, built))
+        if len(slim_units) != 1 or len(stock_units) != 1:
+            return None
+        for key in pattern.sizes:
+            sizes[key] = getattr(model.config, key) * min(slim_units) // min(stock_units)
+    again = _on_meta(model, sizes)
+    return sizes if again is not None and shapes(again) == shapes(model) else None
+
+
+def shapes(model: nn.Module) -> Mapping[str, torch.Size]:
+    """Shape of every entry of the state dict."""
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
+def _on_meta(model: nn.Module, sizes: Mapping[str, int]) -> nn.Module | None:
+    config: Any = copy.deepcopy(model.config)
+    with torch.device("meta"):
+        try:
+            for key, value in sizes.items():
+                setattr(config, key, value)
+            return type(model)(config)
+        except Exception:  # noqa: BLE001 (every class refuses a configuration in its own way)
+            return None

@@ -1,0 +1,195 @@
+"""Least squares for one site: how the kept channels can stand in for what is missing. Tensors only, all in float64.
+
+The unknown is the change `D = V - W_0` of the kept weights (W_0: what stays in place if nothing is done):
+
+    minimise |t - z V - 1 b|^2 + ridge |V - W_0|^2        (our reading of LIAR with a ridge toward the kept weights)
+
+A ridge is relative: the number is multiplied by the mean diagonal of the Gram matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf, nan
+
+import torch
+from torch import Tensor
+
+from liar.errors import Verdict
+from liar.statistics import Normal
+
+SOLVERS = ("auto", "cholesky", "eigh", "lstsq")
+RIDGES = tuple(10.0**exponent for exponent in (-5, -4, -3, -2, -1, 0))
+# Directions whose share of the largest eigenvalue is below this are noise of a float64 Gram matrix.
+RANK_TOLERANCE = 1e-12
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The answer of one solver: change [*, channels, out], and what it saw of the Gram matrix."""
+
+    change: Tensor
+    rank: int
+    condition: float
+
+
+@dataclass(frozen=True)
+class Solution:
+    """New weights of the consumer's kept channels, with everything worth knowing about how they came about.
+
+    Attributes:
+        weight: [kept channels, out], float64.
+        bias: [out], float64.
+        ridge: relative ridge used; infinite if the kept weights stayed as they were.
+        verdict: how it ended.
+        rank: numerical rank of the kept channels.
+        condition: of the Gram matrix with its ridge; from `cholesky` a lower bound (squared ratio of the diagonal of L).
+        power: sum of squares of the (centred) target per token.
+        before: residual energy without any update, over `power`, on held-out tokens.
+        after: the same for a solution fitted without those tokens.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    ridge: float
+    verdict: Verdict
+    rank: int
+    condition: float
+    power: float
+    before: float
+    after: float
+
+
+def cholesky(normal: Normal, rest: Tensor, ridges: Tensor) -> Solved | None:
+    """Solve `(G + ridge) D = rest` for every absolute ridge [*]; None where a factorisation fails."""
+    damped = normal.gram + ridges[..., None, None] * torch.eye(len(normal.gram)).to(normal.gram)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    condition = (diagonal.amax(-1) / diagonal.amin(-1)).square().max()
+    if bool((info != 0).any()) or not condition < 1 / RANK_TOLERANCE:
+        return None
+    return Solved(torch.cholesky_solve(rest, factor), len(normal.gram), float(condition))
+
+
+def eigh(normal: Normal, rest: Tensor, ridges: Tensor) -> Solved:
+    """The same from one eigendecomposition, for every ridge; null directions get no change (the minimum norm)."""
+    values, vectors = torch.linalg.eigh(normal.gram)
+    largest = values[-1].clamp_min(torch.finfo(values.dtype).tiny)
+    live = values > RANK_TOLERANCE * largest
+    damped = torch.where(live, 1 / (values.clamp_min(0) + ridges[..., None]).where(live, torch.ones_like(values)), 0.0)
+    lowest = values[live].min() if bool(live.any()) else largest
+    condition = ((largest + ridges) / (lowest + ridges)).max()
+    change = vectors @ (damped[..., None] * (vectors.T @ rest))
+    return Solved(change, int(live.sum()), float(condition))
+
+
+def lstsq(normal: Normal, start: Tensor, ridges: Tensor) -> Solved:
+    """The same through `torch.linalg.lstsq` on the streamed R factor: rows [R; sqrt(ridge) 1], batched over ridges.
+
+    Runs on the CPU, where the driver (`gelsd`) gives the minimum norm for dependent columns.
+    """
+    assert normal.factor is not None
+    z, t = (part.cpu() for part in normal.factor)
+    ridges = ridges.cpu()
+    batch, channels = ridges.shape, z.shape[1]
+    damp = ridges.sqrt()[..., None, None] * torch.eye(channels).to(z)
+    left = torch.cat([z.expand(*batch, *z.shape), damp], -2)
+    right = (t - z @ start.cpu()).expand(*batch, -1, -1)
+    right = torch.cat([right, right.new_zeros(*batch, channels, right.shape[-1])], -2)
+    found = torch.linalg.lstsq(left, right, rcond=RANK_TOLERANCE**0.5, driver="gelsd").solution
+    singular = torch.linalg.svdvals(z)
+    largest = singular.max().clamp_min(torch.finfo(singular.dtype).tiny)
+    live = singular > RANK_TOLERANCE**0.5 * largest
+    lowest = singular[live].min() if bool(live.any()) else largest
+    condition = ((largest.square() + ridges) / (lowest.square() + ridges)).max()
+    return Solved(found.to(start.device), int(live.sum()), float(condition))
+
+
+def solve(normal: Normal, start: Tensor, ridges: Tensor, solver: str) -> Solved:
+    """The change of `start` [channels, out] for every absolute ridge [*], by the named solver.
+
+    `auto` and `cholesky` try a Cholesky factorisation and turn to `eigh` when the Gram matrix is numerically singular;
+    `Solved.rank` then tells. `lstsq` needs a `Normal` that was streamed as a `Factor`.
+    """
+    if solver == "lstsq":
+        return lstsq(normal, start, ridges)
+    rest = normal.cross - normal.gram @ start
+    found = None if solver == "eigh" else cholesky(normal, rest, ridges)
+    return found or eigh(normal, rest, ridges)
+
+
+def _held_out(
+    splits: Sequence[tuple[Normal, Normal]], start: Tensor, bias: Tensor, ridges: Sequence[float], solver: str
+) -> tuple[Tensor, float]:
+    """Sums of squares on the held-out parts: for every ridge and, last, for the bias alone; and without any update."""
+    errors, before = torch.zeros(len(ridges) + 1, dtype=torch.float64), 0.0
+    for fitted, held in splits:
+        absolute = fitted.scale * torch.tensor(ridges, dtype=torch.float64, device=start.device)
+        changed = start + solve(fitted, start, absolute, solver).change
+        weights = torch.cat([changed, start[None]])
+        biases = fitted.mean_t - fitted.mean_z @ weights if fitted.affine else bias.expand(len(weights), -1)
+        errors += held.error(weights, biases).cpu()
+        before += float(held.error(start, bias))
+    return errors, before
+
+
+def fit(
+    whole: Normal,
+    splits: Sequence[tuple[Normal, Normal]],
+    start: Tensor,
+    bias: Tensor,
+    *,
+    ridge: float | str = "auto",
+    solver: str = "auto",
+) -> Solution:
+    """Fit one site.
+
+    Args:
+        whole: normal equations of all calibration tokens.
+        splits: pairs (fitted on, held out) of disjoint parts of the calibration sequences; may be empty, then nothing
+            is validated and `ridge="auto"` takes the middle of `RIDGES`.
+        start: [kept channels, out], the consumer's kept weights (transposed).
+        bias: [out], the consumer's bias (zeros where it has none and none is created).
+        ridge: relative ridge, or "auto": the one with the least error on the held-out parts, infinity (the kept weights
+            stay, only the bias moves) and nothing at all among the candidates.
+        solver: one of `SOLVERS`.
+    """
+    start, bias = start.double(), bias.double()
+    fixed = None if ridge == "auto" else float(ridge)
+    candidates = list(RIDGES) if fixed is None else [fixed]
+    errors, before = _held_out(splits, start, bias, candidates, solver)
+    best = 0 if fixed is not None else int(errors.argmin()) if splits else len(candidates) // 2
+    chosen = [*candidates, inf][best]
+    held_power = sum(held.power for _, held in splits) if splits else nan
+    nothing_is_best = fixed is None and bool(splits) and before <= float(errors[best])
+    if chosen == inf or nothing_is_best:
+        solved = Solved(torch.zeros_like(start), len(start), nan)
+    else:
+        solved = solve(
+            whole, start, torch.tensor(chosen * whole.scale, dtype=torch.float64, device=start.device), solver
+        )
+    weight = start + solved.change
+    moved = whole.affine and not nothing_is_best
+    return Solution(
+        weight=weight,
+        bias=whole.mean_t - whole.mean_z @ weight if moved else bias,
+        ridge=inf if nothing_is_best else chosen,
+        verdict=_verdict(whole.count, solved, inf if nothing_is_best else chosen),
+        rank=solved.rank,
+        condition=solved.condition,
+        power=whole.power / whole.count,
+        before=before / held_power,
+        after=(before if nothing_is_best else float(errors[best])) / held_power,
+    )
+
+
+def _verdict(tokens: int, solved: Solved, ridge: float) -> Verdict:
+    channels = len(solved.change)
+    if ridge == inf:
+        return Verdict.KEPT_BASELINE
+    if tokens <= channels:
+        return Verdict.TOO_FEW_TOKENS
+    if ridge == 0 and solved.rank < channels:
+        return Verdict.RANK_DEFICIENT
+    return Verdict.RIDGED if ridge else Verdict.OK
