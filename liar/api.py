@@ -124,9 +124,7 @@ def reconstruct(
     choose("solver", solver, SOLVERS)
     choose("bias", bias, BIASES)
     if ridge != "auto" and not (isinstance(ridge, (int, float)) and 0 <= ridge < float("inf")):
-        raise OptionError(
-            f'ridge={ridge!r}: expected "auto" or a number >= 0 (relative to the mean diagonal of the Gram)'
-        )
+        raise OptionError(f'ridge={ridge!r}: expected "auto" or a number >= 0 (relative to the mean diagonal of the Gram)')
     layout = _layout(model)
     mask = Mask.of(mask, layout)
     calibration = Calibration.of(calib, model)
@@ -188,9 +186,7 @@ def _layout(model: nn.Module) -> Layout:
     return discover(model)
 
 
-def _channel_moments(
-    model: nn.Module, layout: Layout, calibration: Calibration, progress: bool
-) -> dict[str, ChannelMoments]:
+def _channel_moments(model: nn.Module, layout: Layout, calibration: Calibration, progress: bool) -> dict[str, ChannelMoments]:
     moments = {site.name: ChannelMoments() for site in layout.sites}
     points = {site.name: Point(linear(model.get_submodule(site.block), site.consumer), 0) for site in layout.sites}
     base, _ = base_and_prefix(model)

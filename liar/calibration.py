@@ -23,7 +23,7 @@ FOLDS = 4
 # Longer sequences are dealt to the folds in pieces of this many tokens, so that a few long ones still fill every fold.
 PIECE = 256
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 
 
 def calibration(
@@ -186,9 +186,7 @@ def _as_batch(batch: Any, number: int, accepted: set[str], model: nn.Module, dev
     if unused and number == 0:
         logger.info("not passed to the model: %s", ", ".join(unused))
     batch = {
-        name: value.to(device) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-        if name in accepted
+        name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items() if name in accepted
     }
     _check_batch(batch, number, model, unused)
     return batch
@@ -209,15 +207,13 @@ def _check_batch(batch: Batch, number: int, model: nn.Module, unused: list[str])
                 "was another tokenizer used?"
             )
     if mask is not None and mask.shape != main.shape[:2]:
-        raise CalibrationError(
-            f"{where}: expected attention_mask of shape {list(main.shape[:2])}, got {list(mask.shape)}"
-        )
+        raise CalibrationError(f"{where}: expected attention_mask of shape {list(main.shape[:2])}, got {list(mask.shape)}")
 
 
 def _kept(batch: Batch) -> Tensor:
     mask = batch.get("attention_mask")
     if mask is not None:
-        return mask.bool()
+        return torch.as_tensor(mask).bool()
     main = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
     return torch.ones(main.shape[:2], dtype=torch.bool, device=main.device)
 

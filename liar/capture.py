@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from liar.errors import CalibrationError, LiarError, ModelError
 
 
-class _Reached(Exception):  # noqa: N818 (a signal, not an error)
+class _Reached(Exception):
     """Everything that was wanted from a forward pass has been seen."""
 
 
@@ -88,7 +88,9 @@ def run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
         output = block(hidden, *call.args, **call.kwargs)
     except _Reached:
         return hidden
-    return output[0] if isinstance(output, tuple) else output
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, Tensor)
+    return hidden
 
 
 def run_model(base: nn.Module, batch: Mapping[str, Any], number: int = 0) -> None:
@@ -135,19 +137,17 @@ def block_calls(
     owned = [vars(block).get("forward") for block in blocks]
     try:
         for index, block in enumerate(blocks):
-            block.forward = recorder(index)  # type: ignore[method-assign]
+            block.forward = recorder(index)
         for number, batch in enumerate(batches):
             try:
                 run_model(base, batch, number)
             except _Reached:
                 continue
-            raise ModelError(
-                f"{type(base).__name__} did not call its last block; the family's table names the wrong blocks"
-            )
+            raise ModelError(f"{type(base).__name__} did not call its last block; the family's table names the wrong blocks")
     finally:
         for block, forward in zip(blocks, owned, strict=True):
             if forward is None:
                 del block.forward
             else:
-                block.forward = forward  # type: ignore[method-assign]
+                block.forward = forward
     return entering, calls

@@ -23,5 +23,5 @@ def fold(consumer: nn.Linear, solution: Solution, *, create_bias: bool = False) 
     """
     dtype, trained = consumer.weight.dtype, consumer.weight.requires_grad
     consumer.weight = nn.Parameter(solution.weight.T.to(dtype).contiguous(), requires_grad=trained)
-    if consumer.bias is not None or create_bias:
+    if create_bias or consumer.bias is not None:
         consumer.bias = nn.Parameter(torch.clone(solution.bias.to(dtype)), requires_grad=trained)

@@ -69,9 +69,7 @@ class Mask:
 
     def to_json(self) -> str:
         """JSON with the kept indices and the number of units per site."""
-        sites = {
-            name: {"units": len(keep), "kept": keep.nonzero().flatten().tolist()} for name, keep in self.keep.items()
-        }
+        sites = {name: {"units": len(keep), "kept": keep.nonzero().flatten().tolist()} for name, keep in self.keep.items()}
         return json.dumps({"mask": sites, "asked": self.asked})
 
     @classmethod
@@ -116,12 +114,10 @@ class Mask:
         keep = {site.name: torch.ones(site.units, dtype=torch.bool) for site in layout.sites}
         by_name = {name: site for site in layout.sites for name in (site.name, site.module)}
         for name, value in entries.items():
-            if name in ("heads", "neurons"):
+            if name == "heads" or name == "neurons":  # noqa: PLR1714 (mypy narrows only this)
                 sites = layout.of_kind(name)
                 if len(value) != len(sites):
-                    raise MaskError(
-                        f"mask[{name!r}]: expected one row for each of {len(sites)} layers, got {len(value)}"
-                    )
+                    raise MaskError(f"mask[{name!r}]: expected one row for each of {len(sites)} layers, got {len(value)}")
                 for site, row in zip(sites, value, strict=True):
                     keep[site.name] = _row(site, row)
             elif name in by_name:
@@ -140,9 +136,7 @@ def _row(site: Site, value: Any) -> Tensor:
         try:
             row = torch.as_tensor(value).detach().cpu()
         except (TypeError, ValueError, RuntimeError) as error:
-            raise MaskError(
-                f"{where}: expected a bool tensor or a list of kept indices, got {type(value).__name__}"
-            ) from error
+            raise MaskError(f"{where}: expected a bool tensor or a list of kept indices, got {type(value).__name__}") from error
         keep = _ungrouped(site, _as_bool(row, where), where)
     if not keep.any():
         raise MaskError(f"{where}: nothing is kept; keep at least one of {site.units} units")

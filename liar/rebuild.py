@@ -92,7 +92,7 @@ class Rebuild:
         sites = [site for site in pair.sites if not self.mask.whole(site.name)]
         folds = {site.name: self._folds() for site in sites}
         channels = {site.name: site.consumer.channels(self.mask[site.name]).to(dense[0].device) for site in sites}
-        points = {}
+        points: dict[str, Point] = {}
         for site in sites:
             consumer = linear(pair.block, site.consumer)
             points |= {f"{site.name} in": Point(consumer, 0), f"{site.name} out": Point(consumer, None)}
@@ -131,7 +131,7 @@ class Rebuild:
 
     def _dense_sums(self, pair: _Pair, dense: list[Tensor]) -> dict[str, list[Tensor]]:
         """What the residual stream should become after each site, per batch [kept tokens, out]; moves the dense stream on."""
-        points = {}
+        points: dict[str, Point] = {}
         for site in pair.sites:
             consumer = linear(pair.block, site.consumer)
             points |= {f"{site.name} out": Point(consumer, None), f"{site.name} residual": _residual(pair.block, site)}

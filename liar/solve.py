@@ -166,9 +166,7 @@ def fit(
     if chosen == inf or nothing_is_best:
         solved = Solved(torch.zeros_like(start), len(start), nan)
     else:
-        solved = solve(
-            whole, start, torch.tensor(chosen * whole.scale, dtype=torch.float64, device=start.device), solver
-        )
+        solved = solve(whole, start, torch.tensor(chosen * whole.scale, dtype=torch.float64, device=start.device), solver)
     weight = start + solved.change
     moved = whole.affine and not nothing_is_best
     return Solution(

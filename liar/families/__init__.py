@@ -74,9 +74,7 @@ def discover(model: nn.Module) -> Layout:
     base, prefix = base_and_prefix(model)
     try:
         blocks = [f"{prefix}{family.blocks}.{i}" for i in range(len(base.get_submodule(family.blocks)))]  # type: ignore[arg-type]
-        sites = tuple(
-            _site(model, block, layer, pattern) for layer, block in enumerate(blocks) for pattern in family.patterns
-        )
+        sites = tuple(_site(model, block, layer, pattern) for layer, block in enumerate(blocks) for pattern in family.patterns)
     except (AttributeError, TypeError) as error:
         raise ModelError(
             f"the table of family {family.model_type!r} does not fit this {type(model).__name__}: {error}"
@@ -105,8 +103,7 @@ def _site(model: nn.Module, block_name: str, layer: int, pattern: SitePattern) -
     )
     in_edge = Edge(pattern.consumer, "in", consumer.in_features // units)
     in_producers = (
-        edge.width * (layer.in_features + (layer.bias is not None))
-        for edge, layer in zip(out_edges, producers, strict=True)
+        edge.width * (layer.in_features + (layer.bias is not None)) for edge, layer in zip(out_edges, producers, strict=True)
     )
     return Site(
         name=f"{pattern.kind}.{layer}",

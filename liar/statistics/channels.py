@@ -1,0 +1,50 @@
+"""Statistics of single channels, for criteria."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from liar.errors import CalibrationError
+from liar.statistics.normal import NO_ROWS, check_finite
+
+
+class ChannelMoments:
+    """Mean, variance and norm of every channel, streamed: what criteria need, in O(channels) memory."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean = torch.zeros(())
+        self._m2 = torch.zeros(())
+
+    def update(self, x: Tensor) -> None:
+        """Add rows [tokens, channels] (Chan's parallel update, so batches of any size give one answer)."""
+        if not len(x):
+            return
+        # Variances of a chunk in the rows' own float type, sums of chunks in float64.
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = x.mean(0)
+        m2, mean = (x - mean).square().sum(0).double(), mean.double()
+        total, delta = self.count + len(x), mean - self._mean
+        self._m2 = self._m2 + m2 + delta.square() * self.count * len(x) / total
+        self._mean = self._mean + delta * len(x) / total
+        self.count = total
+
+    @property
+    def mean(self) -> Tensor:
+        """[channels] float64."""
+        if not self.count:
+            raise CalibrationError(NO_ROWS)
+        check_finite(self._mean)
+        return self._mean
+
+    @property
+    def variance(self) -> Tensor:
+        """[channels] float64, divided by the count."""
+        check_finite(self.mean, self._m2)
+        return self._m2 / self.count
+
+    @property
+    def mean_square(self) -> Tensor:
+        """[channels] float64."""
+        return self.variance + self.mean.square()

@@ -1,0 +1,76 @@
+"""The streamed R factor: the same normal equations without squaring the condition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from liar.errors import CalibrationError
+from liar.statistics.chunks import Chunks
+from liar.statistics.normal import NO_ROWS, Normal, check_finite
+
+
+class Factor:
+    """The triangular factor R of the rows [1, z, t], updated by QR in float64: half the condition of a Gram matrix.
+
+    Same use as `Moments`; slower (a QR per chunk), for badly conditioned sites and `solver="lstsq"`.
+    """
+
+    def __init__(self) -> None:
+        self._chunks = Chunks()
+        self._count = 0
+        self._channels = 0
+        self._r: Tensor | None = None
+
+    def update(self, z: Tensor, t: Tensor) -> None:
+        """Add rows: z [tokens, channels], t [tokens, out]."""
+        for chunk in self._chunks.add(z, t):
+            self._add(*chunk)
+
+    def _add(self, z: Tensor, t: Tensor) -> None:
+        self._stack(torch.cat([z.new_ones(len(z), 1), z, t], 1).double(), len(z), z.shape[1])
+
+    def _stack(self, rows: Tensor, count: int, channels: int) -> None:
+        check_finite(rows)
+        self._count += count
+        self._channels = channels
+        self._r = torch.linalg.qr(rows if self._r is None else torch.cat([self._r, rows]), mode="r").R
+
+    def _all(self) -> Tensor | None:
+        for chunk in self._chunks.rest():
+            self._add(*chunk)
+        return self._r
+
+    def merge(self, other: Factor) -> None:
+        """Add another's rows. `other` keeps its content."""
+        self._all()
+        theirs = other._all()
+        if theirs is not None:
+            self._stack(theirs, other._count, other._channels)
+
+    @property
+    def count(self) -> int:
+        """Rows so far."""
+        self._all()
+        return self._count
+
+    def normal(self, *, affine: bool) -> Normal:
+        """As `Moments.normal`, with `factor` set. The column of ones comes first, so what stands below it is centred."""
+        r = self._all()
+        if r is None:
+            raise CalibrationError(NO_ROWS)
+        r = torch.nn.functional.pad(r, (0, 0, 0, r.shape[1] - r.shape[0]))
+        skipped = 1 if affine else 0
+        z, t = r[skipped:, 1 : 1 + self._channels], r[skipped:, 1 + self._channels :]
+        mean = r[0] / r[0, 0] if affine else torch.zeros_like(r[0])
+        reached = self._channels + 1 - skipped  # z is zero in all rows below
+        return Normal(
+            count=self._count,
+            gram=z.T @ z,
+            cross=z.T @ t,
+            power=float(t.square().sum()),
+            mean_z=mean[1 : 1 + self._channels],
+            mean_t=mean[1 + self._channels :],
+            affine=affine,
+            factor=(z[:reached], t[:reached]),
+        )

@@ -1,0 +1,155 @@
+"""Streamed moments of `[tokens, channels]`, shifted by the first chunk's mean so that centring does not cancel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liar.errors import CalibrationError
+from liar.statistics.chunks import Chunks
+from liar.statistics.normal import NO_ROWS, Normal, check_finite
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over rows of (z - shift_z) and (t - shift_t), float64; `power` is per target channel."""
+
+    count: int
+    shift_z: Tensor
+    shift_t: Tensor
+    z: Tensor
+    t: Tensor
+    gram: Tensor
+    cross: Tensor
+    power: Tensor
+
+    @classmethod
+    def of(cls, z: Tensor, t: Tensor, shift_z: Tensor, shift_t: Tensor) -> Sums:
+        """Sums of one chunk."""
+        z, t = z - shift_z.to(z), t - shift_t.to(t)
+        return cls(
+            count=len(z),
+            shift_z=shift_z,
+            shift_t=shift_t,
+            z=z.sum(0).double(),
+            t=t.sum(0).double(),
+            gram=(z.T @ z).double(),
+            cross=(z.T @ t).double(),
+            power=t.square().sum(0).double(),
+        )
+
+    def __add__(self, other: Sums) -> Sums:
+        """Of one shift only; the big sums are added in place, self is used up."""
+        return replace(
+            self,
+            count=self.count + other.count,
+            z=self.z + other.z,
+            t=self.t + other.t,
+            gram=self.gram.add_(other.gram),
+            cross=self.cross.add_(other.cross),
+            power=self.power + other.power,
+        )
+
+    def at(self, shift_z: Tensor, shift_t: Tensor) -> Sums:
+        """The same rows seen from another shift (a new object; nothing is shared)."""
+        dz, dt, n = self.shift_z - shift_z, self.shift_t - shift_t, self.count
+        return Sums(
+            count=n,
+            shift_z=shift_z,
+            shift_t=shift_t,
+            z=self.z + n * dz,
+            t=self.t + n * dt,
+            gram=self.gram + torch.outer(self.z, dz) + torch.outer(dz, self.z + n * dz),
+            cross=self.cross + torch.outer(self.z, dt) + torch.outer(dz, self.t + n * dt),
+            power=self.power + 2 * self.t * dt + n * dt.square(),
+        )
+
+
+class Moments:
+    """Count, sums, Gram and cross moments of rows z beside rows t, shifted by the mean of the first chunk.
+
+    Memory: O(channels * (channels + out)), however many tokens.
+
+    Example:
+        >>> z = torch.randn(100, 3, dtype=torch.float64)
+        >>> moments = Moments()
+        >>> moments.update(z, z.sum(1, keepdim=True))
+        >>> moments.normal(affine=True).gram.shape
+        torch.Size([3, 3])
+    """
+
+    def __init__(self) -> None:
+        self._chunks = Chunks()
+        self._sums: Sums | None = None
+
+    def update(self, z: Tensor, t: Tensor) -> None:
+        """Add rows: z [tokens, channels], t [tokens, out]."""
+        for chunk in self._chunks.add(z, t):
+            self._add(*chunk)
+
+    def _add(self, z: Tensor, t: Tensor) -> None:
+        if self._sums is None:
+            self._sums = Sums.of(z, t, z.mean(0).double(), t.mean(0).double())
+        else:
+            self._sums += Sums.of(z, t, self._sums.shift_z, self._sums.shift_t)
+
+    def merge(self, other: Moments) -> None:
+        """Add another's rows. `other` keeps its content."""
+        mine, theirs = self._all(), other._all()
+        if theirs is not None:
+            self._sums = theirs.at(theirs.shift_z, theirs.shift_t) if mine is None else mine + theirs.at(
+                mine.shift_z, mine.shift_t
+            )  # fmt: skip
+
+    def _all(self) -> Sums | None:
+        for chunk in self._chunks.rest():
+            self._add(*chunk)
+        return self._sums
+
+    def normal(self, *, affine: bool) -> Normal:
+        """The normal equations of all rows so far, centred if `affine`.
+
+        Raises:
+            CalibrationError: no rows, or NaN or Inf among them.
+        """
+        sums = _checked(self._all())
+        n, zeros = sums.count, (torch.zeros_like(sums.z), torch.zeros_like(sums.t))
+        means = (sums.shift_z + sums.z / n, sums.shift_t + sums.t / n) if affine else zeros
+        sums = sums.at(*means)
+        return Normal(
+            count=n,
+            gram=sums.gram,
+            cross=sums.cross,
+            power=float(sums.power.sum()),
+            mean_z=means[0],
+            mean_t=means[1],
+            affine=affine,
+        )
+
+    @property
+    def count(self) -> int:
+        """Rows so far."""
+        sums = self._all()
+        return 0 if sums is None else sums.count
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on later: plain tensors and the count."""
+        sums = self._all()
+        return {} if sums is None else {field.name: getattr(sums, field.name) for field in fields(sums)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the content by what `state_dict` gave."""
+        self._chunks, self._sums = Chunks(), None
+        if state:
+            sums = Sums(**state)
+            self._sums = sums.at(sums.shift_z, sums.shift_t)
+
+
+def _checked(sums: Sums | None) -> Sums:
+    if sums is None:
+        raise CalibrationError(NO_ROWS)
+    check_finite(sums.gram, sums.cross, sums.power)
+    return sums

@@ -1,0 +1,55 @@
+"""The frozen answer of the statistics: normal equations of one least-squares problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from liar.errors import CalibrationError
+
+NO_ROWS = "no calibration token reached the layer"
+
+
+def check_finite(*values: Tensor) -> None:
+    """Raise a `CalibrationError` if any value is NaN or infinite."""
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise CalibrationError("NaN or Inf in the activations")
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Normal equations of `min |t - z V - 1 b|^2`, all float64; the frozen answer of `Moments` and `Factor`.
+
+    Attributes:
+        count: number of rows (tokens).
+        gram: [channels, channels], `z' z` (centred if `affine`).
+        cross: [channels, out], `z' t` (centred if `affine`).
+        power: sum of squares of t (centred if `affine`).
+        mean_z: [channels]; zero if not `affine`.
+        mean_t: [out]; zero if not `affine`.
+        affine: whether an intercept is part of the model.
+        factor: R of the QR decomposition of z and the rotated t, ([channels, channels], [channels, out]), where it was
+            streamed (`Factor`).
+    """
+
+    count: int
+    gram: Tensor
+    cross: Tensor
+    power: float
+    mean_z: Tensor
+    mean_t: Tensor
+    affine: bool
+    factor: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def scale(self) -> float:
+        """Mean diagonal of the Gram matrix: the unit of a relative ridge."""
+        return float(self.gram.diagonal().mean())
+
+    def error(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """Sum of squares of `t - z weight - bias` over these rows: weight [*, channels, out], bias [*, out] -> [*]."""
+        quadratic = (weight * (self.gram @ weight - 2 * self.cross)).sum((-2, -1))
+        offset = self.mean_t - self.mean_z @ weight - bias
+        return quadratic + self.power + self.count * offset.square().sum(-1)
