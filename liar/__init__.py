@@ -6,9 +6,11 @@ The three verbs are `select`, `reconstruct` and `prune`; `calibration` makes bat
 from liar import families
 from liar.api import prune, reconstruct, select
 from liar.calibration import calibration
+from liar.checkpoint import load, save
 from liar.errors import LiarError, Verdict
 from liar.families import Family, SitePattern, register
 from liar.mask import Mask
+from liar.plots import plot
 from liar.report import Report
 
 __all__ = [
@@ -20,8 +22,11 @@ __all__ = [
     "Verdict",
     "calibration",
     "families",
+    "load",
+    "plot",
     "prune",
     "reconstruct",
     "register",
+    "save",
     "select",
 ]

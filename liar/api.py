@@ -136,8 +136,7 @@ def reconstruct(
     # Nothing above has touched the model; what follows cannot fail half-way.
     for name, student in zip(layout.blocks, students, strict=True):
         slim.adopt(model.get_submodule(name), student)
-    for key, value in (slim.uniform_sizes(model) or {}).items():
-        setattr(model.config, key, value)
+    slim.note_sizes(model)
     return Report(
         sites=tuple(job.reports),
         asked=mask.asked,
@@ -192,10 +191,15 @@ def _channel_moments(model: nn.Module, layout: Layout, calibration: Calibration,
     base, _ = base_and_prefix(model)
     bar = tqdm(total=calibration.tokens, desc="select", unit="tok", unit_scale=True, disable=not progress)
     with preserved(model), bar:
-        for batch, keep in zip(calibration.batches, calibration.keep, strict=True):
+        for number, (batch, keep) in enumerate(zip(calibration.batches, calibration.keep, strict=True)):
             with watching(points) as seen:
-                run_model(base, batch)
+                run_model(base, batch, number)
             for name, value in seen.items():
                 moments[name].update(value[keep])
             bar.update(int(keep.sum()))
+    for site in layout.sites:
+        try:
+            _ = moments[site.name].variance
+        except CalibrationError as error:
+            raise CalibrationError(f"{site.name} ({site.module}): {error}") from error
     return moments

@@ -185,11 +185,11 @@ def _as_batch(batch: Any, number: int, accepted: set[str], model: nn.Module, dev
     unused = sorted(set(batch) - accepted)
     if unused and number == 0:
         logger.info("not passed to the model: %s", ", ".join(unused))
-    batch = {
+    taken = {
         name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items() if name in accepted
     }
-    _check_batch(batch, number, model, unused)
-    return batch
+    _check_batch(taken, number, model, unused)
+    return taken
 
 
 def _check_batch(batch: Batch, number: int, model: nn.Module, unused: list[str]) -> None:
@@ -206,8 +206,9 @@ def _check_batch(batch: Batch, number: int, model: nn.Module, unused: list[str])
                 f"{where}: expected integer ids from 0 to {size} - 1, got {ids.dtype} from {ids.min()} to {ids.max()}; "
                 "was another tokenizer used?"
             )
-    if mask is not None and mask.shape != main.shape[:2]:
-        raise CalibrationError(f"{where}: expected attention_mask of shape {list(main.shape[:2])}, got {list(mask.shape)}")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != main.shape[:2]):
+        came = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise CalibrationError(f"{where}: expected attention_mask, a tensor of shape {list(main.shape[:2])}, got {came}")
 
 
 def _kept(batch: Batch) -> Tensor:

@@ -85,7 +85,7 @@ class Mask:
             keep = {name: torch.zeros(site["units"], dtype=torch.bool) for name, site in sites.items()}
             for name, site in sites.items():
                 keep[name][torch.tensor(site["kept"], dtype=torch.int64)] = True
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise MaskError(f'expected a JSON with {{"mask": {{site: {{"units", "kept"}}}}}}: {error!r}') from error
         return cls(keep, content.get("asked"))
 
@@ -114,10 +114,12 @@ class Mask:
         keep = {site.name: torch.ones(site.units, dtype=torch.bool) for site in layout.sites}
         by_name = {name: site for site in layout.sites for name in (site.name, site.module)}
         for name, value in entries.items():
-            if name == "heads" or name == "neurons":  # noqa: PLR1714 (mypy narrows only this)
+            if name in ("heads", "neurons"):
                 sites = layout.of_kind(name)
-                if len(value) != len(sites):
-                    raise MaskError(f"mask[{name!r}]: expected one row for each of {len(sites)} layers, got {len(value)}")
+                sized = isinstance(value, Sequence) or getattr(value, "ndim", 0) > 0
+                rows = len(value) if sized else type(value).__name__
+                if rows != len(sites):
+                    raise MaskError(f"mask[{name!r}]: expected one row for each of {len(sites)} layers, got {rows}")
                 for site, row in zip(sites, value, strict=True):
                     keep[site.name] = _row(site, row)
             elif name in by_name:

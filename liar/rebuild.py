@@ -155,7 +155,7 @@ class Rebuild:
         if folds is not None:
             affine = creates or consumer.bias is not None
             try:
-                whole, splits = folds.whole(affine=affine), folds.splits(affine=affine)
+                whole, splits = folds.whole(affine=affine), folds.splits(affine=affine, channels=consumer.in_features)
             except CalibrationError as error:
                 raise CalibrationError(
                     f"{site.name} ({site.module}): {error}. Check the model on this data: a float16 model may overflow "

@@ -86,7 +86,7 @@ class Layout:
     def __getitem__(self, name: str) -> Site:
         return next(site for site in self.sites if site.name == name)
 
-    def of_kind(self, kind: Kind) -> tuple[Site, ...]:
+    def of_kind(self, kind: str) -> tuple[Site, ...]:
         """The sites of one kind, by layer."""
         return tuple(site for site in self.sites if site.kind == kind)
 

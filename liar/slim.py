@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from liar.families import discover, family_of
+from liar.mask import Mask
 from liar.sites import Axis, Site, linear
 
 
@@ -58,7 +59,7 @@ def uniform_sizes(model: nn.Module) -> dict[str, int] | None:
     There are some where every layer keeps equally many units of each kind and the class can express the number. Nothing is
     assumed about the class: it is built on the meta device, and its shapes are compared with the model's.
     """
-    stock = _on_meta(model, {})
+    stock = skeleton(model, {})
     if stock is None:
         return None
     sizes: dict[str, int] = {}
@@ -69,7 +70,7 @@ def uniform_sizes(model: nn.Module) -> dict[str, int] | None:
             return None
         for key in pattern.sizes:
             sizes[key] = getattr(model.config, key) * min(slim_units) // min(stock_units)
-    again = _on_meta(model, sizes)
+    again = skeleton(model, sizes)
     return sizes if again is not None and shapes(again) == shapes(model) else None
 
 
@@ -78,7 +79,8 @@ def shapes(model: nn.Module) -> Mapping[str, torch.Size]:
     return {name: value.shape for name, value in model.state_dict().items()}
 
 
-def _on_meta(model: nn.Module, sizes: Mapping[str, int]) -> nn.Module | None:
+def skeleton(model: nn.Module, sizes: Mapping[str, int]) -> nn.Module | None:
+    """A model of the same class as its configuration, with `sizes` changed, builds it, on the meta device; None if refused."""
     config: Any = copy.deepcopy(model.config)
     with torch.device("meta"):
         try:
@@ -87,3 +89,16 @@ def _on_meta(model: nn.Module, sizes: Mapping[str, int]) -> nn.Module | None:
             return type(model)(config)
         except Exception:  # noqa: BLE001 (every class refuses a configuration in its own way)
             return None
+
+
+def remove(model: nn.Module, mask: Mask) -> None:
+    """Cut every site of a model to the kept units and repair nothing: the baseline of every reconstruction."""
+    for site in discover(model).sites:
+        cut_site(model.get_submodule(site.block), site, mask[site.name])
+    note_sizes(model)
+
+
+def note_sizes(model: nn.Module) -> None:
+    """Correct the configuration where it can express the slim model's widths."""
+    for key, value in (uniform_sizes(model) or {}).items():
+        setattr(model.config, key, value)

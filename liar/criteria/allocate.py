@@ -9,7 +9,10 @@ from torch import Tensor
 
 from liar.errors import BudgetError, OptionError
 from liar.mask import Mask
-from liar.sites import Layout
+from liar.sites import Layout, Site
+
+# Share of the parameters that may stay unused; where it is more, a large unit is let in for small ones.
+TOLERANCE = 0.01
 
 
 def _ranks(scores: Tensor) -> Tensor:
@@ -53,9 +56,32 @@ def allocate(scores: Mapping[str, Tensor], layout: Layout, keep: float, scope: s
         )
     normal = torch.cat([SCOPES[scope](scores[site.name]) for site in sites])
     owner = [(site, unit) for site in sites for unit in range(site.units)]
-    for index in normal.argsort(descending=True, stable=True).tolist():
-        site, unit = owner[index]
+    ranked = [owner[index] for index in normal.argsort(descending=True, stable=True).tolist()]
+    for site, unit in ranked:
         if not chosen[site.name][unit] and spent + site.parameters <= budget:
             chosen[site.name][unit] = True
             spent += site.parameters
+    for site, unit in ranked:
+        if budget - spent <= TOLERANCE * layout.parameters:
+            break
+        if not chosen[site.name][unit]:
+            spent += _exchange(ranked, chosen, site, unit, spent + site.parameters - budget)
     return Mask(chosen, asked=keep)
+
+
+def _exchange(ranked: list[tuple[Site, int]], chosen: dict[str, Tensor], site: Site, unit: int, missing: int) -> int:
+    """Let in a large unit that just did not fit, for the worst small ones; the parameters gained (0 if there is no room)."""
+    left, out, freed = {name: int(keep.sum()) for name, keep in chosen.items()}, [], 0
+    for other, number in reversed(ranked):
+        if freed >= missing:
+            break
+        if chosen[other.name][number] and other.parameters < site.parameters and left[other.name] > 1:
+            out.append((other.name, number))
+            left[other.name] -= 1
+            freed += other.parameters
+    if not missing <= freed < site.parameters:
+        return 0
+    for name, number in out:
+        chosen[name][number] = False
+    chosen[site.name][unit] = True
+    return site.parameters - freed

@@ -75,7 +75,7 @@ def discover(model: nn.Module) -> Layout:
     try:
         blocks = [f"{prefix}{family.blocks}.{i}" for i in range(len(base.get_submodule(family.blocks)))]  # type: ignore[arg-type]
         sites = tuple(_site(model, block, layer, pattern) for layer, block in enumerate(blocks) for pattern in family.patterns)
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, TypeError, ZeroDivisionError) as error:
         raise ModelError(
             f"the table of family {family.model_type!r} does not fit this {type(model).__name__}: {error}"
         ) from error

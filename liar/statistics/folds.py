@@ -10,6 +10,9 @@ from liar.statistics.factor import Factor
 from liar.statistics.moments import Moments
 from liar.statistics.normal import Normal
 
+# Rows per channel from which one held-out fold is enough to choose a ridge.
+PLENTY = 10
+
 
 class Folds:
     """One accumulator per fold of the calibration data, so that what is fitted can be tested on what was left out.
@@ -35,14 +38,18 @@ class Folds:
         normal: Normal = self._joined(self._parts).normal(affine=affine)
         return normal
 
-    def splits(self, *, affine: bool) -> list[tuple[Normal, Normal]]:
-        """(all but one fold, that fold), for every fold that has rows; empty if only one has."""
+    def splits(self, *, affine: bool, channels: int) -> list[tuple[Normal, Normal]]:
+        """(all but one fold, that fold): for every fold that has rows, or for one where there are plenty of rows.
+
+        The fewer rows per channel, the more an answer depends on which rows were held out. Empty if one fold has all rows.
+        """
         parts = [part for part in self._parts if part.count]
         if len(parts) < 2:
             return []
+        plenty = sum(part.count for part in parts) >= PLENTY * channels
         return [
             (self._joined(parts[:i] + parts[i + 1 :]).normal(affine=affine), part.normal(affine=affine))
-            for i, part in enumerate(parts)
+            for i, part in enumerate(parts[:1] if plenty else parts)
         ]
 
     def _joined(self, parts: list[Any]) -> Any:

@@ -1,0 +1,169 @@
+"""What a reconstruction costs, as a ratio to one plain dense forward pass over the same calibration tokens.
+
+    python benchmarks/speed.py [--rounds 5] [--tokens 32768]
+
+Two models: a random LLaMA (4 layers, hidden 512, feed-forward 1376, 8 query and 4 key/value heads) on random tokens, and
+all-MiniLM-L6-v2 on the paragraphs of `pydoc_data.topics`; half of the block parameters kept. In every round the plain pass and
+each reconstruction take turns; ratios are taken within a round, and the median over the rounds counts. Peak memory is the
+growth of the resident set in a process of its own, beside the bound it should stay under.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from demo import paragraphs
+from results import kept
+from rich.console import Console
+from rich.table import Table
+from tasks import load_encoder
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel
+
+import liar
+from liar.families import discover
+
+RESULTS = Path(__file__).parent / "results"
+KEEP = 0.5
+
+
+def random_llama(tokens: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """The model of the plan, and random sequences of 256 tokens in batches of 8."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    model = LlamaModel(config).eval()
+    return model, [{"input_ids": torch.randint(0, 1000, (8, 256))} for _ in range(tokens // 2048)]
+
+
+def minilm(tokens: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """The real encoder on real text."""
+    model, tokenizer = load_encoder(None)
+    return model, liar.calibration([text for part in paragraphs() for text in part], tokenizer, tokens=tokens, max_length=128)
+
+
+MODELS: dict[str, Callable[[int], tuple[nn.Module, list[dict[str, Tensor]]]]] = {"llama": random_llama, "minilm": minilm}
+
+
+@torch.inference_mode()
+def plain(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> None:
+    """One dense forward pass over all batches."""
+    for batch in batches:
+        model(**batch)
+
+
+def measure(name: str, tokens: int, rounds: int) -> dict[str, Any]:
+    """Ratios and the breakdown of one model."""
+    model, batches = MODELS[name](tokens)
+    mask = liar.select(model, batches, keep=KEEP, progress=False)
+    plain(model, batches)
+    ratios: dict[str, list[float]] = {"same_input": [], "dense_stream": []}
+    stages: dict[str, list[dict[str, float]]] = {target: [] for target in ratios}
+    seconds = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        plain(model, batches)
+        seconds.append(time.perf_counter() - began)
+        for target, values in ratios.items():
+            changed = copy.deepcopy(model)
+            began = time.perf_counter()
+            report = liar.reconstruct(changed, mask, batches, target=target, progress=False)
+            values.append((time.perf_counter() - began) / seconds[-1])
+            stages[target].append({stage: value / seconds[-1] for stage, value in report.seconds.items()})
+    return {
+        "model": name,
+        "tokens": sum(int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel() for batch in batches),
+        "keep": KEEP,
+        "rounds": rounds,
+        "plain_seconds_median": median(seconds),
+        "ratio_median": {target: median(values) for target, values in ratios.items()},
+        "ratios": ratios,
+        "stages_median": {
+            target: {stage: median(each[stage] for each in parts) for stage in parts[0]} for target, parts in stages.items()
+        },
+        "memory": {target: memory(name, tokens, target) for target in ratios},
+    }  # fmt: skip
+
+
+def memory(name: str, tokens: int, target: str) -> dict[str, float]:
+    """Peak growth of the resident set, in MB, measured in a process of its own."""
+    command = [sys.executable, __file__, "--peak-of", name, "--target", target, "--tokens", str(tokens)]
+    content: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    return content
+
+
+def peak(name: str, tokens: int, target: str) -> dict[str, float]:
+    """Growth beyond the model and one forward pass, and what the streams, the statistics and the slim copy add up to."""
+    model, batches = MODELS[name](tokens)
+    mask = liar.select(model, batches, keep=KEEP, progress=False)
+    plain(model, batches)
+    before = max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, psutil.Process().memory_info().rss)
+    liar.reconstruct(model, mask, batches, target=target, progress=False)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    layout = discover(model)
+    hidden = model.config.hidden_size
+    padded = sum(batch["input_ids"].numel() for batch in batches)
+    widest = max(site.units * site.consumer.width for site in layout.sites)
+    parts = {
+        "streams": 4.0 * padded * hidden * (1 if target == "same_input" else 4),
+        "grams": 8.0 * widest * (widest + hidden) * (4 + 4),
+        "slim copy": 4.0 * layout.parameters,
+    }
+    return {"grown_mb": grown / 1e6, "bound_mb": sum(parts.values()) / 1e6} | {k + "_mb": v / 1e6 for k, v in parts.items()}
+
+
+def main() -> None:
+    """Measure what is missing and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--peak-of", choices=list(MODELS), help=argparse.SUPPRESS)
+    parser.add_argument("--target", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if arguments.peak_of:
+        print(json.dumps(peak(arguments.peak_of, arguments.tokens, arguments.target)))
+        return
+    table = Table(title="times one plain dense forward pass over the same tokens (median)")
+    for heading in ("model", "tokens", "target", "ratio", "where it goes", "peak memory (bound)"):
+        table.add_column(heading)
+    for name in MODELS:
+        result = kept(
+            RESULTS / f"speed-{name}-tokens{arguments.tokens}.json",
+            lambda name=name: measure(name, arguments.tokens, arguments.rounds),
+        )
+        for target, ratio in result["ratio_median"].items():
+            stages = ", ".join(f"{stage} {value:.2f}" for stage, value in result["stages_median"][target].items())
+            used = result["memory"][target]
+            table.add_row(
+                name,
+                str(result["tokens"]),
+                target,
+                f"{ratio:.2f}",
+                stages,
+                f"{used['grown_mb']:.0f} ({used['bound_mb']:.0f}) MB",
+            )
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    main()

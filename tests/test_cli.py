@@ -1,0 +1,336 @@
+"""The command line, on real tiny models: what it writes, what it refuses, and that a run.json replays to the same bits."""
+
+import gzip
+import inspect
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import liar
+from liar.cli import app
+from liar.run import Run
+
+WORDS = [f"w{number}" for number in range(96)]
+SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 64, "vocab_size": 100}
+WRITTEN = {"config.json", "model.safetensors", "tokenizer.json", "liar.json", "mask.json", "report.json", "run.json"}
+
+
+def call(*arguments, code=0):
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == code, done.output
+    return done
+
+
+def refused(*arguments):
+    """The message of a refusal: one paragraph on stderr, nothing on stdout, code 1."""
+    done = call(*arguments, code=1)
+    assert "Traceback" not in done.output
+    assert done.stdout == ""
+    message = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(message) == 1
+    return message[0]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with models `bert` and `llama` and texts."""
+    folder = tmp_path_factory.mktemp("home")
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[BOS]", "[EOS]", *WORDS])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+    torch.manual_seed(0)
+    models = {
+        "bert": BertForSequenceClassification(BertConfig(**SIZES, num_labels=3)),
+        "llama": LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    draw = torch.Generator().manual_seed(0)
+    lines = [" ".join(WORDS[i] for i in torch.randint(0, 96, (12,), generator=draw)) for _ in range(80)]
+    (folder / "texts.txt").write_text("\n".join(lines[:40]) + "\n\n\n" + "\n".join(lines[40:]) + "\n")
+    rows = "".join(json.dumps({"text": line, "body": line[::-1]}) + "\n" for line in lines)
+    (folder / "texts.jsonl").write_text(rows)
+    with gzip.open(folder / "texts.jsonl.gz", "wt") as file:
+        file.write(rows)
+    (folder / "data").mkdir()
+    (folder / "data" / "train.jsonl").write_text(rows)
+    return folder
+
+
+def tensors(folder):
+    return liar.load(folder).state_dict()
+
+
+def assert_same_result(one, other):
+    torch.testing.assert_close(tensors(one), tensors(other), rtol=0, atol=0)
+    assert liar.Mask.load(one / "mask.json") == liar.Mask.load(other / "mask.json")
+
+
+@pytest.mark.parametrize("model", ["bert", "llama"])
+def test_prune_writes_a_folder_that_works(home, tmp_path, model):
+    done = call("prune", home / model, tmp_path / "slim", "--keep", 0.5, "--calib", home / "texts.txt", "--scope", "global")
+    assert {path.name for path in (tmp_path / "slim").iterdir()} >= WRITTEN
+    assert "of the block parameters kept (asked 50.0%)" in done.stdout
+    assert f"written to {tmp_path / 'slim'}" in done.stdout.replace("\n", "")
+    slim, dense = liar.load(tmp_path / "slim"), liar.load(home / model)
+    assert type(slim) is type(dense)
+    assert slim.num_parameters() < dense.num_parameters()
+    report = liar.Report.load(tmp_path / "slim" / "report.json")
+    mask = liar.Mask.load(tmp_path / "slim" / "mask.json")
+    assert report.tokens == 80 * 12
+    assert {site.site: site.kept for site in report.sites} == {name: mask.kept(name) for name in mask.keep}
+    assert report.got <= 0.5
+    run = json.loads((tmp_path / "slim" / "run.json").read_text())
+    assert run["run"]["model"] == str(home / model)
+    assert run["versions"]["torch"] == torch.__version__
+
+
+def test_prune_does_what_the_library_does(home, tmp_path):
+    options = ["--criterion", "wanda", "--target", "same_input", "--ridge", "0.01", "--solver", "eigh", "--tokens", 600]
+    call(
+        "prune",
+        home / "llama",
+        tmp_path / "slim",
+        "--keep",
+        0.6,
+        "--calib",
+        home / "texts.txt",
+        *options,
+        "--pack",
+        "--max-length",
+        50,
+    )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(home / "llama")
+    texts = (home / "texts.txt").read_text().splitlines()
+    calib = liar.calibration(texts, tokenizer, tokens=600, pack=True, max_length=50)
+    model = liar.load(home / "llama")
+    liar.prune(model, calib, keep=0.6, criterion="wanda", target="same_input", ridge=0.01, solver="eigh", progress=False)
+    torch.testing.assert_close(tensors(tmp_path / "slim"), model.state_dict(), rtol=0, atol=0)
+
+
+def test_reconstruct_with_the_mask_of_a_run_gives_the_same(home, tmp_path):
+    call("prune", home / "bert", tmp_path / "one", "--keep", 0.5, "--calib", home / "texts.txt")
+    call(
+        "reconstruct", home / "bert", tmp_path / "two", "--mask", tmp_path / "one" / "mask.json", "--calib", home / "texts.txt"
+    )
+    assert_same_result(tmp_path / "one", tmp_path / "two")
+
+
+def test_reconstruct_with_lists_of_kept_indices(home, tmp_path):
+    (tmp_path / "mask.json").write_text(json.dumps({"heads": [[0, 2], [1], [0, 1, 2, 3]]}))
+    call(
+        "reconstruct", home / "bert", tmp_path / "slim", "--mask", tmp_path / "mask.json", "--calib", home / "texts.txt",
+        "--dtype", "bfloat16",
+    )  # fmt: skip
+    slim = liar.load(tmp_path / "slim")
+    assert slim.dtype == torch.bfloat16
+    assert [layer.attention.self.num_attention_heads for layer in slim.bert.encoder.layer] == [2, 1, 4]
+
+
+def test_replay_gives_the_same_bits(home, tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    call(
+        "prune", home / "llama", first, "--keep", 0.5, "--calib", home / "texts.jsonl.gz", "--criterion", "random", "--seed", 3
+    )
+    call("replay", first / "run.json", "--out", again)
+    assert_same_result(first, again)
+    moved = json.loads((again / "run.json").read_text())["run"]
+    assert moved == {**json.loads((first / "run.json").read_text())["run"], "out": str(again)}
+    assert "is there already" in refused("replay", first / "run.json")
+    call("replay", first / "run.json", "--force")
+    assert_same_result(first, again)
+
+
+def test_replay_needs_no_mask_file(home, tmp_path):
+    (tmp_path / "mask.json").write_text(json.dumps({"neurons": [list(range(20))] * 3}))
+    arguments = ["--mask", tmp_path / "mask.json", "--calib", home / "texts.txt"]
+    call("reconstruct", home / "bert", tmp_path / "first", *arguments)
+    (tmp_path / "mask.json").unlink()
+    call("replay", tmp_path / "first" / "run.json", "--out", tmp_path / "again")
+    assert_same_result(tmp_path / "first", tmp_path / "again")
+
+
+@pytest.mark.parametrize("texts", ["texts.jsonl", "texts.jsonl.gz", "data"])
+def test_all_kinds_of_texts_are_one(home, tmp_path, texts):
+    call("prune", home / "bert", tmp_path / "text", "--keep", 0.5, "--calib", home / "texts.txt")
+    call("prune", home / "bert", tmp_path / "other", "--keep", 0.5, "--calib", home / texts)
+    assert_same_result(tmp_path / "text", tmp_path / "other")
+
+
+def test_relative_paths_replay_from_anywhere(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(home)
+    call("prune", "bert", tmp_path / "one", "--keep", 0.5, "--calib", "texts.txt")
+    monkeypatch.chdir(tmp_path)
+    call("replay", "one/run.json", "--out", "two")
+    assert_same_result(tmp_path / "one", tmp_path / "two")
+
+
+def test_refuses_to_overwrite_before_anything_is_loaded(home, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "config.json").write_text("mine")
+    # Neither the model nor the texts are there: the refusal comes first.
+    arguments = ["prune", tmp_path / "no-model", tmp_path / "full", "--keep", 0.5, "--calib", tmp_path / "no-texts.txt"]
+    assert f"{tmp_path / 'full'} is there already and not empty" in refused(*arguments)
+    assert (tmp_path / "full" / "config.json").read_text() == "mine"
+    call("prune", home / "bert", tmp_path / "full", "--keep", 0.5, "--calib", home / "texts.txt", "--force")
+    assert liar.load(tmp_path / "full").num_parameters() > 0
+
+
+def test_force_does_not_reach_folders_that_are_no_models(home, tmp_path):
+    (tmp_path / "thesis.txt").write_text("three years")
+    arguments = ["prune", home / "bert", tmp_path, "--keep", 0.5, "--calib", home / "texts.txt", "--force"]
+    assert "expected a model folder" in refused(*arguments)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_out_must_not_be_the_model(home):
+    arguments = ["prune", home / "bert", home / "bert", "--keep", 0.5, "--calib", home / "texts.txt", "--force"]
+    assert "OUT is the folder of MODEL" in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "nowhere"}, r"nowhere: expected a model folder with a tokenizer"),
+        ({"--calib": "nowhere.txt"}, r"nowhere.txt'?: expected a file with texts, there is none; check the path"),
+        ({"--calib": "empty.txt"}, r"no calibration text: expected at least one non-empty string"),
+        ({"--calib": "broken.jsonl"}, r"datasets cannot read it"),
+        ({"--calib": "texts.jsonl", "--column": "title"}, r"expected a column 'title' with texts, got text, body"),
+        ({"--calib": "notes.md"}, r"expected a file that ends in .txt, .jsonl, .* rename or convert the file"),
+        ({"--device": "warp"}, r"device='warp': expected one torch can use here"),
+    ],
+)
+def test_unusable_input(home, tmp_path, change, message):
+    (home / "empty.txt").write_text("\n\n")
+    (home / "broken.jsonl").write_text('{"text": "a"\n{')
+    (home / "notes.md").write_text("# notes")
+    options = {"model": "bert", "--keep": 0.5, "--calib": "texts.txt", **change}
+    options |= {name: home / options[name] for name in ("model", "--calib")}
+    model = options.pop("model")
+    flat = [part for option in options.items() for part in option]
+    assert re.search(message, refused("prune", model, tmp_path / "slim", *flat))
+    assert not (tmp_path / "slim").exists()
+
+
+def test_unusable_masks(home, tmp_path):
+    file = tmp_path / "mask.json"
+    arguments = ["reconstruct", home / "bert", tmp_path / "slim", "--mask", file, "--calib", home / "texts.txt"]
+    for text, message in [
+        ("no json", "expected a JSON file with a mask"),
+        ("[1, 2]", "a JSON object, got a list"),
+        ('{"mask": {"heads.0": 3}}', 'expected a JSON with {"mask"'),
+        ('{"heads": [[0], [1]]}', "expected one row for each of 3 layers, got 2"),
+        ('{"heads.7": [0]}', "no such site in this model"),
+        ('{"heads.0": []}', "nothing is kept"),
+    ]:
+        file.write_text(text)
+        assert message in refused(*arguments)
+
+
+def test_unusable_run_json(tmp_path):
+    for text in ("no json", "{}", '{"run": {"command": "prune", "colour": 3}}'):
+        (tmp_path / "run.json").write_text(text)
+        assert "expected a run.json with" in refused("replay", tmp_path / "run.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keep": 0}, "keep=0: expected the share of parameters that stays, above 0 and at most 1"),
+        ({"keep": None}, "keep=None"),
+        ({"criterion": "luck"}, "criterion='luck' is not known; expected one of"),
+        ({"dtype": "int8"}, "dtype='int8' is not known; expected one of 'auto', 'float32'"),
+        ({"ridge": -1}, "ridge=-1: expected"),
+        ({"ridge": "much"}, "ridge='much': expected"),
+        ({"tokens": 0}, "tokens=0: expected at least 1"),
+        ({"command": "grow"}, "command='grow' is not known"),
+        ({"command": "reconstruct"}, "a JSON object, got a NoneType"),
+    ],
+)
+def test_a_run_json_is_checked_like_options(home, tmp_path, change, message):
+    run = {"command": "prune", "model": "nowhere", "out": str(tmp_path / "slim"), "calib": str(home / "texts.txt"), "keep": 0.5}
+    (tmp_path / "run.json").write_text(json.dumps({"run": {**run, **change}}))
+    assert message in refused("replay", tmp_path / "run.json")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--keep", "0"],
+        ["--keep", "1.5"],
+        ["--keep", "half"],
+        ["--keep", "0.5", "--criterion", "luck"],
+        ["--keep", "0.5", "--ridge", "-1"],
+        ["--keep", "0.5", "--ridge", "nan"],
+        ["--keep", "0.5", "--tokens", "0"],
+        ["--keep", "0.5", "--colour", "red"],
+        [],
+    ],
+)
+def test_wrong_usage_ends_with_2(home, tmp_path, wrong):
+    done = call("prune", home / "bert", tmp_path / "slim", "--calib", home / "texts.txt", *wrong, code=2)
+    assert "Usage" in done.stderr
+
+
+def test_report(home, tmp_path):
+    call("prune", home / "bert", tmp_path / "slim", "--keep", 0.5, "--calib", home / "texts.txt")
+    table = str(liar.Report.load(tmp_path / "slim" / "report.json"))
+    assert call("report", tmp_path / "slim").stdout.strip() == table.strip()
+    pytest.importorskip("matplotlib")
+    done = call("report", tmp_path / "slim" / "report.json", "--plot", tmp_path / "slim.png")
+    assert "neurons.2" in done.stdout
+    assert (tmp_path / "slim.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_of_something_else(home, tmp_path):
+    assert "expected a report.json that liar wrote, there is none; check the path" in refused("report", tmp_path)
+    (tmp_path / "report.json").write_text('{"sites": 3}')
+    assert "expected a report.json that liar wrote, got something else" in refused("report", tmp_path)
+
+
+def test_families():
+    lines = call("families").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [family.model_type for family in liar.families.registered()]
+
+
+def test_every_help_has_an_example():
+    for command in ("prune", "reconstruct", "report", "families", "replay"):
+        assert f"liar {command}" in call(command, "--help").stdout
+
+
+def test_defaults_are_those_of_the_library():
+    for verb in (liar.select, liar.reconstruct, liar.prune, liar.calibration):
+        for name, parameter in inspect.signature(verb).parameters.items():
+            if name in Run.__dataclass_fields__ and parameter.default not in (parameter.empty, None):
+                assert getattr(Run, name) == parameter.default, name
+
+
+def test_console_script(home, tmp_path):
+    """In a process of its own, as a user runs it."""
+    arguments = ["prune", home / "llama", tmp_path / "slim", "--keep", "0.5", "--calib", home / "texts.txt"]
+    done = subprocess.run([sys.executable, "-m", "liar.cli", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    call("prune", home / "llama", tmp_path / "here", "--keep", 0.5, "--calib", home / "texts.txt")
+    assert_same_result(tmp_path / "slim", tmp_path / "here")
+
+
+def test_version():
+    assert call("--version").stdout.startswith(f"liar {liar.checkpoint.versions()['liar']} torch {torch.__version__}")

@@ -1,0 +1,235 @@
+"""Every form a mask may come in, every message, and the way to JSON and back."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from liar import Mask
+from liar.errors import MaskError
+from liar.families import discover
+from liar.testing import tiny_model
+
+BERT = discover(tiny_model("bert"))
+HEADED = discover(tiny_model("bert", head="sequence-classification"))
+GROUPED = discover(tiny_model("llama", num_attention_heads=8, num_key_value_heads=2))
+
+ROWS = [[True, False, True, True], [False, True, False, False]]
+INDICES = [[0, 2, 3], [1]]
+
+
+def assert_rows(mask, rows=ROWS, kind="heads"):
+    for layer, row in enumerate(rows):
+        assert mask[f"{kind}.{layer}"].tolist() == row
+        assert mask[f"{kind}.{layer}"].dtype == torch.bool
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"heads": torch.tensor(ROWS)},
+        {"heads": torch.tensor(ROWS).float()},
+        {"heads": torch.tensor(ROWS).to(torch.int64)},
+        {"heads": torch.tensor(ROWS).to(torch.bfloat16)},
+        {"heads": np.array(ROWS)},
+        {"heads": np.array(ROWS, dtype=np.float32)},
+        {"heads": np.array(ROWS, dtype=np.uint8)},
+        {"heads": ROWS},
+        {"heads": tuple(tuple(row) for row in ROWS)},
+        {"heads": [list(np.array(row)) for row in ROWS]},
+        {"heads": INDICES},
+        {"heads": [[3, 0, 2], (1,)]},
+        {"heads": [[np.int64(0), np.int32(2), 3], [1]]},
+        {"heads": [torch.tensor(row) for row in ROWS]},
+        {"heads": [torch.tensor(ROWS[0]), INDICES[1]]},
+        {"heads.0": INDICES[0], "heads.1": torch.tensor(ROWS[1])},
+        {"encoder.layer.0.attention.output.dense": ROWS[0], "encoder.layer.1.attention.output.dense": INDICES[1]},
+        Mask({"heads.0": torch.tensor(ROWS[0]), "heads.1": torch.tensor(ROWS[1])}),
+    ],
+    ids=lambda form: type(form).__name__,
+)
+def test_forms(form):
+    mask = Mask.of(form, BERT)
+    assert_rows(mask)
+    # Sites that are not named stay whole.
+    assert all(mask.whole(f"neurons.{layer}") for layer in range(2))
+    assert list(mask.keep) == [site.name for site in BERT.sites]
+
+
+def test_names_of_a_model_with_a_head():
+    name = "bert.encoder.layer.0.attention.output.dense"
+    mask = Mask.of({name: ROWS[0]}, HEADED)
+    assert mask["heads.0"].tolist() == ROWS[0]
+    # The same site names fit both, so one mask serves a model with any head.
+    assert Mask.of(mask, BERT) == mask
+
+
+def test_kinds_may_be_mixed():
+    mask = Mask.of({"heads": ROWS, "neurons.1": [5]}, BERT)
+    assert_rows(mask)
+    assert (mask.kept("neurons.0"), mask.kept("neurons.1")) == (64, 1)
+
+
+def test_an_empty_mapping_keeps_everything():
+    mask = Mask.of({}, BERT)
+    assert all(mask.whole(site.name) for site in BERT.sites)
+    assert mask.parameters(BERT) == BERT.parameters
+
+
+def test_the_asked_share_is_carried():
+    mask = Mask({"heads.0": torch.tensor(ROWS[0])}, asked=0.5)
+    assert Mask.of(mask, BERT).asked == 0.5
+    assert Mask.of({"heads": ROWS}, BERT).asked is None
+
+
+# Grouped-query attention: 8 query heads share 2 key and value heads
+
+
+def test_key_value_heads_or_query_heads():
+    units = Mask.of({"heads": [[True, False], [True, True]]}, GROUPED)
+    queries = Mask.of({"heads": torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0], [1] * 8])}, GROUPED)
+    assert units == queries
+    assert units["heads.0"].tolist() == [True, False]
+
+
+def test_a_mixed_group_is_named():
+    with pytest.raises(MaskError, match=r"heads\.1 .*the 4 query heads of a group .* together; groups \[0\] are mixed"):
+        Mask.of({"heads": torch.tensor([[1] * 8, [1, 0, 1, 1, 0, 0, 0, 0]])}, GROUPED)
+
+
+def test_indices_are_units():
+    assert Mask.of({"heads.0": [1]}, GROUPED)["heads.0"].tolist() == [False, True]
+    with pytest.raises(MaskError, match="from 0 to 1, got 7"):
+        Mask.of({"heads.0": [7]}, GROUPED)
+
+
+def test_wrong_width_names_both_possibilities():
+    with pytest.raises(MaskError, match=r"expected shape \[2\] \(or 8 query heads\), got \[4\]"):
+        Mask.of({"heads.0": torch.ones(4)}, GROUPED)
+
+
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        (
+            {"heads": torch.ones(2, 3)},
+            r"heads\.0 \(encoder\.layer\.0\.attention\.output\.dense\): expected shape \[4\], got \[3\]",
+        ),
+        ({"heads": torch.ones(1, 4)}, r"mask\['heads'\]: expected one row for each of 2 layers, got 1"),
+        ({"heads": torch.ones(2, 4, 1)}, r"expected shape \[4\], got \[4, 1\]"),
+        ({"heads": torch.ones(2)}, r"expected shape \[4\], got \[\]"),
+        ({"heads": torch.tensor(1)}, "expected one row for each of 2 layers"),
+        ({"heads": np.array(1)}, "expected one row for each of 2 layers, got ndarray"),
+        ({"heads": None}, "expected one row for each of 2 layers, got NoneType"),
+        ({"heads": True}, "expected one row for each of 2 layers"),
+        ({"heads": {}}, "expected one row for each of 2 layers"),
+        ({"heads": [None, [0]]}, "expected a bool tensor or a list of kept indices, got NoneType"),
+        ({"heads": [object(), [0]]}, "expected a bool tensor or a list of kept indices, got object"),
+        (
+            {"heads": torch.full((2, 4), 0.5)},
+            r"heads\.0 .*exactly 0 or 1, got torch\.float32 with values 0\.5.*threshold your scores",
+        ),
+        ({"heads": torch.full((2, 4), float("nan"))}, "exactly 0 or 1"),
+        ({"heads": torch.full((2, 4), 2)}, "exactly 0 or 1, got torch.int64"),
+        ({"heads": torch.zeros(2, 4)}, r"heads\.0 .*nothing is kept; keep at least one of 4 units"),
+        ({"heads": [[0], []]}, r"heads\.1 .*nothing is kept"),
+        ({"heads": [[False] * 4, [0]]}, r"heads\.0 .*nothing is kept"),
+        ({"heads": [[0, 0], [1]]}, "each once and from 0 to 3, got 0, 0"),
+        ({"heads": [[1, 0, 1, 1], [1]]}, "read as kept indices.*for a 0/1 mask pass a tensor or an array"),
+        ({"heads": [[-1], [1]]}, "from 0 to 3, got -1"),
+        ({"heads": [[4], [1]]}, "from 0 to 3, got 4"),
+        ({"heads": [[0.5], [1]]}, r"a list must hold kept indices \(integers\) or bools, got 0\.5"),
+        ({"heads": [["0"], [1]]}, "a list must hold kept indices"),
+        ({"heads": ["0", "1"]}, "a list must hold kept indices"),
+        ({"heads.2": [0]}, r"mask\['heads\.2'\]: no such site in this model; expected .*Sites: heads\.0, "),
+        ({0: [0]}, r"mask\[0\]: no such site"),
+        ({"encoder.layer.0.output": [0]}, "no such site"),
+        (torch.ones(2, 4), "expected .*got a Tensor"),
+        ([[0], [1]], "expected .*got a list"),
+        (None, "got a NoneType"),
+        ("heads", "got a str"),
+        (Mask({"heads.9": torch.ones(4, dtype=torch.bool)}), r"mask\['heads\.9'\]: no such site"),
+        (Mask({"heads.0": torch.zeros(4, dtype=torch.bool)}), "nothing is kept"),
+        (Mask({"heads.0": torch.full((4,), 0.3)}), "exactly 0 or 1"),
+    ],
+)  # fmt: skip
+def test_messages(form, says):
+    with pytest.raises(MaskError, match=says):
+        Mask.of(form, BERT)
+
+
+def masks():
+    """Any mask of the tiny BERT that keeps something everywhere."""
+    row = {site.name: st.lists(st.booleans(), min_size=site.units, max_size=site.units).filter(any) for site in BERT.sites}
+    rows = st.fixed_dictionaries(row)
+    asked = st.none() | st.floats(0.01, 1)
+    return st.builds(lambda keep, asked: Mask({name: torch.tensor(r) for name, r in keep.items()}, asked), rows, asked)
+
+
+@given(mask=masks())
+def test_json_goes_round(mask):
+    again = Mask.from_json(mask.to_json())
+    assert again == mask
+    assert again.asked == mask.asked
+
+
+@given(mask=masks())
+def test_every_form_of_a_mask_is_that_mask(mask):
+    heads = torch.stack([mask[f"heads.{layer}"] for layer in range(2)])
+    neurons = torch.stack([mask[f"neurons.{layer}"] for layer in range(2)])
+    forms = [
+        mask,
+        mask.keep,
+        {"heads": heads, "neurons": neurons},
+        {"heads": heads.numpy(), "neurons": neurons.double()},
+        {kind: [row.nonzero().flatten().tolist() for row in rows] for kind, rows in (("heads", heads), ("neurons", neurons))},
+        {BERT[name].module: keep.tolist() for name, keep in mask.keep.items()},
+    ]
+    for form in forms:
+        assert Mask.of(form, BERT) == mask
+
+
+@given(mask=masks())
+def test_counts(mask):
+    removed = 0
+    for site in BERT.sites:
+        assert mask.kept(site.name) == sum(mask[site.name].tolist())
+        assert mask.whole(site.name) == (mask.kept(site.name) == site.units)
+        removed += site.parameters * (site.units - mask.kept(site.name))
+    assert mask.parameters(BERT) == BERT.parameters - removed
+
+
+def test_files(tmp_path):
+    mask = Mask.of({"heads": ROWS}, BERT)
+    mask.save(tmp_path / "mask.json")
+    assert Mask.load(tmp_path / "mask.json") == mask
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[1]", '{"mask": 3}', '{"mask": {"heads.0": {"units": 2}}}', '{"mask": {"heads.0": {"units": 2, "kept": [5]}}}',
+     '{"mask": {"heads.0": {"units": "x", "kept": [0]}}}'],
+)  # fmt: skip
+def test_broken_json(text):
+    with pytest.raises(MaskError, match=r'expected a JSON with \{"mask"'):
+        Mask.from_json(text)
+
+
+def test_a_mask_is_frozen_and_owns_its_tensors():
+    row = torch.tensor(ROWS[0])
+    mask = Mask({"heads.0": row})
+    row[:] = False
+    assert mask.kept("heads.0") == 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        mask.asked = 1.0
+
+
+def test_equality_sees_every_bit():
+    mask = Mask.of({"heads": ROWS}, BERT)
+    assert mask == Mask.of({"heads": INDICES}, BERT)
+    assert mask != Mask.of({"heads": [[0, 2], [1]]}, BERT)
+    assert mask != Mask({"heads.0": torch.tensor(ROWS[0])})
+    assert mask != "mask"

@@ -1,0 +1,304 @@
+"""Every solver against scipy.linalg.lstsq on the rows themselves, in float64."""
+
+from math import inf, isnan
+
+import numpy as np
+import pytest
+import torch
+from cases import CONDITIONS, SHAPES, SINGULARITIES, SOLVERS, problem
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import absolute, centred, least_squares, squares
+
+from liar.errors import Verdict
+from liar.solve import fit, solve
+from liar.statistics import Factor, Folds, Moments
+
+
+def tensor(values):
+    return torch.as_tensor(values, dtype=torch.float64)
+
+
+def normal_of(z, t, affine, kind=Factor):
+    """A `Factor` serves every solver: it carries the Gram matrix as well."""
+    made = kind()
+    made.update(tensor(z), tensor(t))
+    return made.normal(affine=affine)
+
+
+def kind_for(solver):
+    return Factor if solver == "lstsq" else Moments
+
+
+def folds_of(p, folds=4, kind=Moments):
+    made = Folds(folds, kind)
+    made.update(tensor(p.z), tensor(p.t), torch.arange(len(p.z)) % folds)
+    return made
+
+
+def fitted(p, solver, ridge, affine):
+    made = folds_of(p, kind=kind_for(solver))
+    return fit(
+        made.whole(affine=affine),
+        made.splits(affine=affine),
+        tensor(p.start),
+        tensor(p.bias),
+        ridge=ridge,
+        solver=solver,
+    )
+
+
+def assert_output_close(got, want, tolerance):
+    error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+    if not error < tolerance:
+        raise AssertionError(f"fitted output differs by {error:.3g}, allowed {tolerance:.3g}")
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fitted_output_equals_scipy(solver, affine, condition, shape):
+    # A mean that is not taken out would be a direction of its own, and the condition another.
+    p = problem(*SHAPES[shape], condition, mean=1.0 if affine else 0.0)
+    normal = normal_of(p.z, p.t, affine, kind_for(solver))
+    weight = (tensor(p.start) + solve(normal, tensor(p.start), tensor(0.0), solver).change).numpy()
+    bias = (normal.mean_t - normal.mean_z @ weight).numpy() if affine else np.zeros_like(p.bias)
+    want, want_bias = least_squares(p.z, p.t, p.start, np.zeros_like(p.bias), affine=affine)
+    assert_output_close(p.z @ weight + bias, p.z @ want + want_bias, 1e-6)
+
+
+def test_the_comparison_notices_the_start():
+    p = problem(200, 8, 3)
+    want, bias = least_squares(p.z, p.t, p.start, p.bias, affine=True)
+    with pytest.raises(AssertionError):
+        assert_output_close(p.z @ p.start + bias, p.z @ want + bias, 1e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("ridge", [1e-5, 1e-2, 1.0, 1e3])
+@pytest.mark.parametrize("singular", [None, *SINGULARITIES])
+def test_ridge_equals_scipy_on_augmented_rows(solver, affine, ridge, singular):
+    p = problem(200, 8, 3)
+    change, tokens = SINGULARITIES[singular] if singular else (lambda z: z, 200)
+    z, t = change(p.z.copy())[:tokens], p.t[:tokens]
+    normal = normal_of(z, t, affine, kind_for(solver))
+    strength = absolute(ridge, z, affine)
+    assert normal.scale * ridge == pytest.approx(strength, rel=1e-9, abs=1e-20)
+    found = solve(normal, tensor(p.start), tensor(strength), solver)
+    want, _ = least_squares(z, t, p.start, p.bias, affine=affine, ridge=strength)
+    torch.testing.assert_close(tensor(p.start) + found.change, tensor(want), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("singular", SINGULARITIES)
+@pytest.mark.parametrize("from_zero", [True, False])
+def test_dependent_channels_get_scipys_minimum_norm_change(solver, affine, singular, from_zero):
+    p = problem(200, 8, 3)
+    change, tokens = SINGULARITIES[singular]
+    z, t = change(p.z.copy())[:tokens], p.t[:tokens]
+    start = np.zeros_like(p.start) if from_zero else p.start
+    normal = normal_of(z, t, affine, kind_for(solver))
+    found = solve(normal, tensor(start), tensor(0.0), solver)
+    want, _ = least_squares(z, t, start, p.bias, affine=affine)
+    torch.testing.assert_close(found.change, tensor(want - start), rtol=1e-6, atol=1e-8)
+    z_centred, _ = centred(z, affine)
+    assert found.rank == np.linalg.matrix_rank(z_centred, tol=1e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("singular", SINGULARITIES)
+@pytest.mark.parametrize("ridge", [0, 0.01])
+def test_fit_ends_with_a_verdict_and_never_an_exception(solver, affine, singular, ridge):
+    p = problem(200, 8, 3)
+    change, tokens = SINGULARITIES[singular]
+    p = type(p)(change(p.z.copy())[:tokens], p.t[:tokens], p.start, p.bias)
+    found = fitted(p, solver, ridge, affine)
+    assert bool(torch.isfinite(found.weight).all() and torch.isfinite(found.bias).all())
+    rank = np.linalg.matrix_rank(centred(p.z, affine)[0], tol=1e-6)
+    if tokens <= 8:
+        expected = Verdict.TOO_FEW_TOKENS
+    elif ridge:
+        expected = Verdict.RIDGED
+    else:
+        expected = Verdict.RANK_DEFICIENT if rank < 8 else Verdict.OK
+    assert found.verdict is expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ridge", "singular", "verdict"),
+    [
+        (100, 0, None, Verdict.OK),
+        (100, 0.1, None, Verdict.RIDGED),
+        (100, 0, "duplicated_channel", Verdict.RANK_DEFICIENT),
+        (100, 0.1, "duplicated_channel", Verdict.RIDGED),
+        (8, 0.1, None, Verdict.TOO_FEW_TOKENS),
+        (9, 0.1, None, Verdict.RIDGED),
+        (8, 0, "duplicated_channel", Verdict.TOO_FEW_TOKENS),
+    ],
+)
+def test_verdicts(tokens, ridge, singular, verdict):
+    p = problem(200, 8, 3)
+    z = SINGULARITIES[singular][0](p.z.copy()) if singular else p.z
+    p = type(p)(z[:tokens], p.t[:tokens], p.start, p.bias)
+    assert fitted(p, "auto", ridge, True).verdict is verdict
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("singular", [None, "duplicated_channel", "fewer_tokens_than_channels"])
+def test_batched_ridges_equal_one_at_a_time(solver, singular):
+    p = problem(200, 8, 3)
+    change, tokens = SINGULARITIES[singular] if singular else (lambda z: z, 200)
+    normal = normal_of(change(p.z.copy())[:tokens], p.t[:tokens], True, kind_for(solver))
+    ridges = tensor([1e-3, 0.1, 5.0, 100.0]) * normal.scale
+    together = solve(normal, tensor(p.start), ridges, solver).change
+    assert together.shape == (4, 8, 3)
+    for one, ridge in zip(together, ridges, strict=True):
+        torch.testing.assert_close(one, solve(normal, tensor(p.start), ridge, solver).change, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@given(seed=st.integers(0, 1000), ridge=st.sampled_from([0.0, 1e-4, 1e-2, 1.0]), affine=st.booleans())
+def test_the_gradient_vanishes_at_the_solution(solver, seed, ridge, affine):
+    p = problem(60, 5, 3, condition=100, seed=seed)
+    normal = normal_of(p.z, p.t, affine, kind_for(solver))
+    strength = ridge * normal.scale
+    weight = p.start + solve(normal, tensor(p.start), tensor(strength), solver).change.numpy()
+    (z, _), (t, _) = centred(p.z, affine), centred(p.t, affine)
+    gradient = z.T @ (z @ weight - t) + strength * (weight - p.start)
+    at_start = z.T @ (z @ p.start - t)
+    assert np.abs(gradient).max() < 1e-8 * np.abs(at_start).max()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@given(seed=st.integers(0, 1000), ridge=st.sampled_from([0.0, 1e-3, 1.0]))
+def test_no_other_weights_are_better(solver, seed, ridge):
+    p = problem(60, 5, 3, seed=seed)
+    normal = normal_of(p.z, p.t, True, kind_for(solver))
+    strength = ridge * normal.scale
+    weight = p.start + solve(normal, tensor(p.start), tensor(strength), solver).change.numpy()
+    (z, _), (t, _) = centred(p.z, True), centred(p.t, True)
+
+    def objective(v):
+        return np.square(t - z @ v).sum() + strength * np.square(v - p.start).sum()
+
+    other = weight + 1e-2 * np.random.default_rng(seed).normal(size=weight.shape)
+    assert objective(weight) < objective(other)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    order=st.permutations(range(8)),
+    ridge=st.sampled_from([0.0]),
+    solver=st.sampled_from(SOLVERS),
+    singular=st.sampled_from([None, *SINGULARITIES]),
+)
+def test_removing_more_never_lowers_the_residual(seed, order, ridge, solver, singular):
+    p = problem(200, 8, 3, seed=seed)
+    change, tokens = SINGULARITIES[singular] if singular else (lambda z: z, 200)
+    z, t = change(p.z.copy())[:tokens], p.t[:tokens]
+    previous = 0.0
+    for kept in range(8, 0, -1):
+        part = z[:, list(order[:kept])]
+        normal = normal_of(part, t, True, kind_for(solver))
+        start = tensor(p.start[list(order[:kept])])
+        weight = start + solve(normal, start, tensor(ridge), solver).change
+        residual = float(normal.error(weight, normal.mean_t - normal.mean_z @ weight))
+        assert residual >= previous - 1e-8 * normal.power
+        previous = residual
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_an_enormous_ridge_keeps_the_weights(solver):
+    p = problem(200, 8, 3)
+    found = fitted(p, solver, 1e12, True)
+    torch.testing.assert_close(found.weight, tensor(p.start), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.bias, tensor(p.t.mean(0) - p.z.mean(0) @ p.start), rtol=1e-9, atol=1e-8)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("ridge", [0, 0.05])
+def test_fit_solves_and_validates(solver, affine, ridge):
+    """Weights and bias as scipy finds them; errors as a naive loop over the held-out parts finds them."""
+    p = problem(200, 8, 3, noise=1.0)
+    bias = p.bias if affine else np.zeros_like(p.bias)
+    p = type(p)(p.z, p.t, p.start, bias)
+    found = fitted(p, solver, ridge, affine)
+    want, want_bias = least_squares(p.z, p.t, p.start, bias, affine=affine, ridge=absolute(ridge, p.z, affine))
+    torch.testing.assert_close(found.weight, tensor(want), rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(found.bias, tensor(want_bias), rtol=1e-7, atol=1e-8)
+    before = after = power = 0.0
+    for number in range(4):
+        held = np.arange(200) % 4 == number
+        z, t = p.z[~held], p.t[~held]
+        weight, shift = least_squares(z, t, p.start, bias, affine=affine, ridge=absolute(ridge, z, affine))
+        before += squares(p.z[held], p.t[held], p.start, bias)
+        after += squares(p.z[held], p.t[held], weight, shift)
+        power += np.square(centred(p.t[held], affine)[0]).sum()
+    assert found.before == pytest.approx(before / power, rel=1e-7)
+    assert found.after == pytest.approx(after / power, rel=1e-7)
+    assert found.power == pytest.approx(np.square(centred(p.t, affine)[0]).sum() / 200)
+    assert found.ridge == ridge
+    assert found.rank == 8
+
+
+def test_without_splits_nothing_is_validated():
+    p = problem(200, 8, 3)
+    normal = normal_of(p.z, p.t, True, Moments)
+    found = fit(normal, [], tensor(p.start), tensor(p.bias), ridge=0.1)
+    assert isnan(found.before)
+    assert isnan(found.after)
+    want, _ = least_squares(p.z, p.t, p.start, p.bias, affine=True, ridge=absolute(0.1, p.z, True))
+    torch.testing.assert_close(found.weight, tensor(want), rtol=1e-7, atol=1e-8)
+    automatic = fit(normal, [], tensor(p.start), tensor(p.bias))
+    assert bool(torch.isfinite(automatic.weight).all())
+
+
+@pytest.mark.parametrize("solver", ["eigh", "lstsq"])
+@pytest.mark.parametrize("ridge", [0, 0.1])
+def test_condition_is_that_of_the_system(solver, ridge):
+    p = problem(200, 8, 3, condition=100)
+    z, _ = centred(p.z, True)
+    system = z.T @ z + absolute(ridge, p.z, True) * np.eye(8)
+    assert fitted(p, solver, ridge, True).condition == pytest.approx(np.linalg.cond(system), rel=1e-4)
+
+
+@pytest.mark.parametrize("ridge", [0, 0.1])
+def test_condition_from_cholesky_is_a_lower_bound(ridge):
+    p = problem(200, 8, 3, condition=100)
+    z, _ = centred(p.z, True)
+    condition = fitted(p, "cholesky", ridge, True).condition
+    assert 1 <= condition <= np.linalg.cond(z.T @ z + absolute(ridge, p.z, True) * np.eye(8)) * (1 + 1e-9)
+
+
+def test_auto_keeps_what_is_best_on_held_out_rows():
+    """Whatever is chosen, the choice is not worse than any fixed ridge that is among the possible ones, nor than nothing."""
+    p = problem(60, 20, 4, noise=5.0)
+    automatic = fitted(p, "auto", "auto", True)
+    assert automatic.after <= automatic.before
+    assert automatic.after <= min(fitted(p, "auto", ridge, True).after for ridge in (1e-2, 1.0)) * (1 + 1e-9)
+
+
+def test_auto_leaves_perfect_weights_alone():
+    """Targets that the start meets exactly: no update can be better."""
+    p = problem(200, 8, 3)
+    t = p.z @ p.start + p.bias
+    found = fitted(type(p)(p.z, t, p.start, p.bias), "auto", "auto", True)
+    torch.testing.assert_close(found.weight, tensor(p.start), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found.bias, tensor(p.bias), rtol=1e-6, atol=1e-6)
+
+
+def test_kept_baseline_where_the_data_says_nothing():
+    """Targets unrelated to the rows, weights at zero: any fit is noise, and held-out rows say so."""
+    generator = np.random.default_rng(0)
+    p = problem(40, 20, 3)
+    p = type(p)(p.z, generator.normal(size=(40, 3)), np.zeros((20, 3)), np.zeros(3))
+    found = fitted(p, "auto", "auto", False)
+    assert found.after <= found.before
+    if found.ridge == inf:
+        assert found.verdict is Verdict.KEPT_BASELINE
+        assert torch.equal(found.weight, tensor(p.start))
