@@ -13,6 +13,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -78,16 +79,14 @@ def main() -> None:
         return {task.metric: task.evaluate(changed, tokenizer, arguments.data_dir)}
 
     dense = kept(RESULTS / f"{task.name}-dense.json", lambda: score(model))
-    rows = {}
+    rows: dict[tuple[float, str], list[float]] = {}
     for keep in arguments.keep:
         for rule in RULES:
-            values = [
-                kept(
-                    RESULTS / f"{task.name}-{arguments.criterion}-keep{keep}-tokens{arguments.tokens}-{rule}-seed{seed}.json",
-                    lambda keep=keep, rule=rule, seed=seed: run(task, model, tokenizer, arguments, keep, rule, seed, score),
-                )[task.metric]
-                for seed in range(arguments.seeds)
-            ]
+            values = []
+            for seed in range(arguments.seeds):
+                name = f"{task.name}-{arguments.criterion}-keep{keep}-tokens{arguments.tokens}-{rule}-seed{seed}.json"
+                cell = partial(run, task, model, tokenizer, arguments, keep, rule, seed, score)
+                values.append(kept(RESULTS / name, cell)[task.metric])
             rows[keep, rule] = values
     show(task, dense[task.metric], rows)
 

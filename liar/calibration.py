@@ -53,7 +53,9 @@ def calibration(
         CalibrationError: no text, or something that is not a text.
 
     Example:
-        >>> batches = calibration(["a text", "another one"], tokenizer, tokens=1000)  # doctest: +SKIP
+        >>> batches = calibration(["a text", "another one"], tokenizer)
+        >>> batches[0]["input_ids"].shape
+        torch.Size([2, 4])
     """
     rows = list(_cut(_encoded(texts, tokenizer, max_length, pack), tokens))
     if not rows:

@@ -6,7 +6,15 @@ from enum import Enum
 
 
 class LiarError(ValueError):
-    """Base of every error this library raises on purpose; the user's model is then as it was before the call."""
+    """Base of every error this library raises on purpose; the user's model is then as it was before the call.
+
+    Example:
+        >>> try:
+        ...     liar.reconstruct(model, {"heads.0": []}, calib)
+        ... except liar.LiarError as error:
+        ...     print(type(error).__name__, str(error)[:24])
+        MaskError mask of heads.0 (encoder
+    """
 
 
 class ModelError(LiarError):

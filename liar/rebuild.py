@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from math import nan
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from liar import slim
@@ -121,7 +122,8 @@ class Rebuild:
                 with self._timed("pruned forward"), watching(points, stop_after=2) as seen:
                     run(pair.student, pruned[number], call)
                 with self._timed("statistics"):
-                    target = sums[site.name][number].float() - self._rows(seen["residual"], number).float()
+                    target = _wide(self._rows(sums[site.name][number], number))
+                    target = target - _wide(self._rows(seen["residual"], number))
                     folds.update(self._rows(seen["z"], number), target, self.calibration.folds[number])
             del sums[site.name]
             self._finish(pair, site, folds)
@@ -130,7 +132,10 @@ class Rebuild:
                 pruned[number] = run(pair.student, pruned[number], call) if self._changed else dense[number]
 
     def _dense_sums(self, pair: _Pair, dense: list[Tensor]) -> dict[str, list[Tensor]]:
-        """What the residual stream should become after each site, per batch [kept tokens, out]; moves the dense stream on."""
+        """What the residual stream should become after each site, [sequences, length, out] per batch; moves the stream on.
+
+        Where a block hands on its last sum as it is (pre-norm), that sum is the dense stream itself and takes no memory.
+        """
         points: dict[str, Point] = {}
         for site in pair.sites:
             consumer = linear(pair.block, site.consumer)
@@ -141,14 +146,15 @@ class Rebuild:
                 with watching(points) as seen:
                     dense[number] = run(pair.block, dense[number], call)
                 for name, batches in sums.items():
-                    batches.append(self._rows(seen[f"{name} residual"] + seen[f"{name} out"], number))
+                    total = seen[f"{name} residual"] + seen[f"{name} out"]
+                    batches.append(dense[number] if torch.equal(total, dense[number]) else total)
         return sums
 
     def _finish(self, pair: _Pair, site: Site, folds: Folds | None) -> None:
         """Solve a site and fold the answer into the slim copy; None if there is nothing to repair."""
         began = time.perf_counter()
         consumer = linear(pair.student, site.consumer)
-        creates = self.options.bias == "create" and consumer.bias is None and folds is not None
+        creates = folds is not None and self.options.bias == "create" and "bias" not in dict(consumer.named_parameters())
         found: dict[str, Any] = {
             "before": 0.0, "after": 0.0, "verdict": Verdict.UNTOUCHED, "ridge": nan, "condition": nan,
         }  # fmt: skip
@@ -193,6 +199,11 @@ class Rebuild:
             yield
         finally:
             self.clock[stage] += time.perf_counter() - began
+
+
+def _wide(value: Tensor) -> Tensor:
+    """Differences of streams are small: 16-bit streams are subtracted in float32."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _residual(block: nn.Module, site: Site) -> Point:

@@ -62,6 +62,13 @@ class Report:
         options: target, ridge, solver, bias.
         dtype: of the weights.
         seconds: wall time by stage.
+
+    Example:
+        >>> report = liar.prune(model, calib, keep=0.5)
+        >>> report.sites[1].kept < report.sites[1].total
+        True
+        >>> Report.from_json(report.to_json()).verdicts == report.verdicts
+        True
     """
 
     sites: tuple[SiteReport, ...]

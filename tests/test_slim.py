@@ -6,9 +6,8 @@ import pytest
 import reference
 import torch
 from cases import KEEPS, MODELS
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, pipeline
+from transformers import Trainer, TrainingArguments, pipeline
 
 import liar
 from liar import slim
@@ -210,14 +209,6 @@ def test_a_cut_in_only_one_layer_generates():
     assert torch.equal(small.generate(ids, **options), small.generate(ids, use_cache=False, **options))
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    words = ["[PAD]", "[UNK]", *[f"w{number}" for number in range(90)]]
-    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]")
-
-
 TEXTS = ["w3 w5 w7", "w8 w2"]
 
 
@@ -241,12 +232,13 @@ def test_pipeline_text_classification(tokenizer):
         assert got["score"] == pytest.approx(want["score"], abs=1e-4)
 
 
-def test_pipeline_text_generation(tokenizer):
+def test_pipeline_text_generation(plain_tokenizer):
     model = tiny_model("llama", head="causal-lm")
     small = repaired(model)
     options = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
     found, full = (
-        pipeline("text-generation", model=each, tokenizer=tokenizer)(TEXTS, **options) for each in (small, folded(model, small))
+        pipeline("text-generation", model=each, tokenizer=plain_tokenizer)(TEXTS, **options)
+        for each in (small, folded(model, small))
     )
     assert found == full
     assert found[0][0]["generated_text"]

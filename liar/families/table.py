@@ -22,6 +22,11 @@ class SitePattern:
             None where a unit is one channel.
         counts: attribute paths of integers in proportion to the number of units (wrong after slimming if not corrected).
         sizes: keys of the configuration in proportion to the number of units.
+
+    Example:
+        >>> neurons = SitePattern("neurons", ("intermediate.dense",), "output.dense", residual=("output", 1))
+        >>> neurons.unit_width is None
+        True
     """
 
     kind: Kind
@@ -42,6 +47,10 @@ class Family:
         blocks: the `nn.ModuleList` of transformer blocks, relative to the bare model (`model.base_model`).
         patterns: the sites of one block, in the order in which data passes them.
         note: one line for people, shown by `liar families`.
+
+    Example:
+        >>> [pattern.kind for pattern in liar.families.family_of(model).patterns]
+        ['heads', 'neurons']
     """
 
     model_type: str

@@ -1,0 +1,259 @@
+"""From texts to batches, from batches to kept tokens and folds."""
+
+import datasets
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+import liar
+from liar.calibration import FOLDS, PIECE, Calibration
+from liar.errors import CalibrationError
+from liar.testing import tiny_batches, tiny_model
+
+BERT, LLAMA = tiny_model("bert"), tiny_model("llama", head="causal-lm")
+TEXTS = ["w1", "w2 w3 w4", "w5 w6", "w7 w8 w9 w10 w11"]
+
+
+def real_ids(batches):
+    """Sequences without their padding."""
+    return [
+        ids[mask.bool()].tolist()
+        for batch in batches
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+
+
+def tokens(batches):
+    return sum(int(batch["attention_mask"].sum()) for batch in batches)
+
+
+def test_texts_are_padded_on_the_right_and_sorted(tokenizer):
+    batches = liar.calibration(TEXTS, tokenizer, batch_size=2)
+    assert [list(batch) for batch in batches] == [["input_ids", "attention_mask", "token_type_ids"]] * 2
+    assert sorted(real_ids(batches)) == sorted(tokenizer(text)["input_ids"] for text in TEXTS)
+    lengths = [len(ids) for ids in real_ids(batches)]
+    assert lengths == sorted(lengths)
+    for batch in batches:
+        mask = batch["attention_mask"]
+        assert torch.equal(mask, mask.sort(1, descending=True).values)
+        assert bool((batch["input_ids"][mask == 0] == tokenizer.pad_token_id).all())
+        assert {value.dtype for value in batch.values()} == {torch.int64}
+        assert mask.sum(1).max() == mask.shape[1]
+
+
+def test_padding_uses_the_tokenizers_own_token(tokenizer):
+    tokenizer.pad_token = "[UNK]"
+    try:
+        batch = liar.calibration(TEXTS, tokenizer)[0]
+    finally:
+        tokenizer.pad_token = "[PAD]"
+    assert batch["input_ids"][batch["attention_mask"] == 0].unique().tolist() == [1]
+
+
+def test_a_tokenizer_without_a_padding_token(plain_tokenizer):
+    assert plain_tokenizer.pad_token_id is None
+    batches = liar.calibration(TEXTS, plain_tokenizer)
+    assert list(batches[0]) == ["input_ids", "attention_mask"]
+    assert tokens(batches) == 1 + 3 + 2 + 5
+    report = liar.prune(tiny_model("llama"), batches, keep=0.5, progress=False)
+    assert report.tokens == 11
+
+
+def test_pairs(tokenizer):
+    batch = liar.calibration([("w1 w2", "w3"), ["w4", "w5"]], tokenizer)[0]
+    assert real_ids([batch])[1] == tokenizer("w1 w2", "w3")["input_ids"]
+    assert batch["token_type_ids"][1].tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_long_texts_are_cut(tokenizer):
+    batches = liar.calibration(["w1 " * 50, "w2"], tokenizer, max_length=10)
+    assert sorted(len(ids) for ids in real_ids(batches)) == [3, 10]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_batch_size(tokenizer, batch_size):
+    batches = liar.calibration(["w1"] * 7, tokenizer, batch_size=batch_size)
+    assert [len(batch["input_ids"]) for batch in batches] == [min(batch_size, 7 - start) for start in range(0, 7, batch_size)]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@given(budget=st.integers(1, 40))
+def test_the_token_budget_is_exact(tokenizer, pack, budget):
+    batches = liar.calibration(["w1 w2 w3"] * 20, tokenizer, tokens=budget, pack=pack, max_length=8)
+    assert tokens(batches) == budget
+
+
+def test_a_budget_larger_than_the_texts_takes_all(tokenizer):
+    assert tokens(liar.calibration(TEXTS, tokenizer, tokens=10_000)) == tokens(liar.calibration(TEXTS, tokenizer))
+
+
+def test_a_budget_reads_no_more_than_it_needs(plain_tokenizer):
+    def endless():
+        while True:
+            yield "w1 w2 w3 w4"
+
+    assert tokens(liar.calibration(endless(), plain_tokenizer, tokens=50)) == 50
+    assert tokens(liar.calibration(endless(), plain_tokenizer, tokens=50, pack=True, max_length=16)) == 50
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=10))
+def test_packing_joins_all_tokens_in_order(plain_tokenizer, lengths):
+    """Nothing is lost, nothing padded but the last."""
+    words = [f"w{number % 80}" for number in range(sum(lengths))]
+    texts, start = [], 0
+    for length in lengths:
+        texts.append(" ".join(words[start : start + length]))
+        start += length
+    batches = liar.calibration(texts, plain_tokenizer, pack=True, max_length=8, batch_size=4)
+    rows = real_ids(batches)
+    full = [row for row in rows if len(row) == 8]
+    rest = [row for row in rows if len(row) < 8]
+    assert len(rest) == (len(words) % 8 > 0)
+    wanted = plain_tokenizer(" ".join(words))["input_ids"]
+    assert [token for row in (*full, *rest) for token in row] == wanted
+
+
+def test_empty_texts_are_passed_over(tokenizer):
+    assert real_ids(liar.calibration(["", "w1", ""], tokenizer)) == [tokenizer("w1")["input_ids"]]
+
+
+@pytest.mark.parametrize(
+    "column", [lambda: datasets.Dataset.from_dict({"text": TEXTS})["text"], lambda: iter(TEXTS), lambda: tuple(TEXTS)]
+)
+def test_any_source_of_strings(tokenizer, column):
+    assert real_ids(liar.calibration(column(), tokenizer)) == real_ids(liar.calibration(TEXTS, tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        ([], "expected at least one non-empty string, got none"),
+        (iter([]), "got none"),
+        (["", ""], "got none"),
+        ("a text", "expected many texts .*got one str"),
+        (b"a text", "got one bytes"),
+        ([3], "text 0: expected a string or a pair of strings, got int"),
+        (["w1", None], "text 1: expected a string or a pair of strings, got NoneType"),
+        ([("a", "b", "c")], "text 0: expected a string or a pair"),
+        ([("a", 3)], "text 0: expected a string or a pair"),
+        ([{"text": "w1"}], "text 0: .*got dict"),
+    ],
+)
+@pytest.mark.parametrize("pack", [True, False])
+def test_what_is_no_text(tokenizer, texts, says, pack):
+    with pytest.raises(CalibrationError, match=says):
+        liar.calibration(texts, tokenizer, pack=pack)
+
+
+# Batches to kept tokens
+
+
+def test_forms_of_batches_are_the_same():
+    """A tensor, a mapping, a list of them, a generator, a DataLoader, Hugging Face's own mapping."""
+    batches = tiny_batches(BERT, padding=None)
+    ids = [batch["input_ids"] for batch in batches]
+    rows = [{"input_ids": row} for tensor in ids for row in tensor]
+    forms = [
+        batches,
+        ids,
+        iter(batches),
+        torch.utils.data.DataLoader(rows, batch_size=8),
+        DataLoader(
+            datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows]).with_format("torch"), 8
+        ),
+    ]
+    found = [Calibration.of(form, BERT) for form in forms]
+    for one in found:
+        assert (one.tokens, one.sequences) == (4 * 8 * 12, 32)
+        for batch, keep, fold, tensor in zip(one.batches, one.keep, one.folds, ids, strict=True):
+            assert torch.equal(batch["input_ids"], tensor)
+            assert bool(keep.all())
+            assert torch.equal(fold, found[0].folds[0])
+
+
+@pytest.mark.parametrize("form", [lambda b: b, lambda b: b["input_ids"]])
+def test_a_single_batch_need_not_be_in_a_list(form):
+    batch = tiny_batches(BERT, batches=1, padding=None)[0]
+    assert Calibration.of(form(batch), BERT).sequences == 8
+
+
+def test_labels_and_other_columns_are_dropped():
+    batch = {**tiny_batches(LLAMA)[0], "labels": torch.zeros(8, 12, dtype=torch.int64), "text": ["x"] * 8}
+    taken = Calibration.of([batch], LLAMA).batches[0]
+    assert set(taken) == {"input_ids", "attention_mask", "use_cache"}
+    assert taken["use_cache"] is False
+
+
+def test_the_users_batches_are_not_changed():
+    batch = tiny_batches(LLAMA)[0]
+    before = {name: value.clone() for name, value in batch.items()}
+    liar.prune(tiny_model("llama"), [batch], keep=0.5, progress=False)
+    assert batch.keys() == before.keys()
+    assert all(torch.equal(batch[name], value) for name, value in before.items())
+
+
+def test_embeddings_instead_of_ids():
+    embeds = torch.randn(4, 9, 32, generator=torch.Generator().manual_seed(0))
+    found = Calibration.of([{"inputs_embeds": embeds}], BERT)
+    assert (found.tokens, found.sequences) == (36, 4)
+    assert liar.prune(tiny_model("bert"), [{"inputs_embeds": embeds}], keep=0.5, progress=False).tokens == 36
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+def test_kept_tokens_are_those_of_the_mask(padding, dtype):
+    batches = [{**batch, "attention_mask": batch["attention_mask"].to(dtype)} for batch in tiny_batches(BERT, padding=padding)]
+    found = Calibration.of(batches, BERT)
+    assert found.tokens == sum(int(batch["attention_mask"].sum()) for batch in batches)
+    for batch, keep, folds in zip(batches, found.keep, found.folds, strict=True):
+        assert torch.equal(keep, batch["attention_mask"].bool())
+        assert len(folds) == int(keep.sum())
+
+
+# Folds
+
+
+def test_short_sequences_belong_to_one_fold_each():
+    batches = tiny_batches(BERT)
+    found = Calibration.of(batches, BERT)
+    number = 0
+    for keep, folds in zip(found.keep, found.folds, strict=True):
+        for row in keep:
+            one, folds = folds[: int(row.sum())], folds[int(row.sum()) :]
+            assert one.unique().tolist() == [number % FOLDS]
+            number += 1
+        assert not len(folds)
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_folds_do_not_depend_on_batching(sizes):
+    ids = torch.arange(sum(sizes) * 5).view(-1, 5) % 96
+    parts = torch.cat(Calibration.of(list(ids.split(sizes)), BERT).folds)
+    assert torch.equal(parts, Calibration.of([ids], BERT).folds[0])
+
+
+def test_a_long_sequence_is_dealt_out_in_pieces():
+    model = tiny_model("llama", max_position_embeddings=2048)
+    folds = Calibration.of([torch.ones(1, 4 * PIECE + 10, dtype=torch.int64)], model).folds[0]
+    pieces = [piece.unique().tolist() for piece in folds.split(PIECE)]
+    assert pieces == [[0], [1], [2], [3], [0]]
+
+
+def test_real_tokenizer_without_padding(stories_folder):
+    from transformers import AutoTokenizer  # noqa: PLC0415 (only used here)
+
+    tokenizer = AutoTokenizer.from_pretrained(stories_folder)
+    batches = liar.calibration(["Once upon a time", "The little dog ran home."], tokenizer)
+    assert batches[0]["input_ids"].shape[0] == 2
+    assert Calibration.of(batches, tiny_model("llama", vocab_size=512)).tokens == tokens(batches)
+
+
+def test_real_tokenizer_with_token_types(minilm_folder):
+    from transformers import AutoTokenizer  # noqa: PLC0415 (only used here)
+
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder)
+    batch = liar.calibration([("A dog.", "A cat sleeps."), ("One.", "Two.")], tokenizer, max_length=8)[0]
+    assert batch["input_ids"].shape[1] <= 8
+    assert batch["token_type_ids"].max() == 1
