@@ -21,7 +21,7 @@ from liar.errors import Verdict
 from liar.statistics import Normal
 
 SOLVERS = ("auto", "cholesky", "eigh", "lstsq")
-RIDGES = tuple(10.0**exponent for exponent in (-5, -4, -3, -2, -1, 0))
+RIDGES = tuple(10.0**exponent for exponent in range(-5, 2))
 # Outputs, or random combinations of them, on which ridges are compared.
 SKETCH = 64
 # Directions whose share of the largest eigenvalue is below this are noise of a float64 Gram matrix.

@@ -12,7 +12,7 @@ from reference import absolute, centred, least_squares, squares
 
 from liar.errors import Verdict
 from liar.solve import fit, solve
-from liar.statistics import Factor, Folds, Moments
+from liar.statistics import Factor, Moments
 
 
 def tensor(values):
@@ -30,17 +30,20 @@ def kind_for(solver):
     return Factor if solver == "lstsq" else Moments
 
 
-def folds_of(p, folds=4, kind=Moments):
-    made = Folds(folds, kind)
-    made.update(tensor(p.z), tensor(p.t), torch.arange(len(p.z)) % folds)
-    return made
+def splits_of(p, affine, kind, folds=4):
+    """(fitted on, held out) for every fold of the rows; none where only one fold has rows."""
+    number = np.arange(len(p.z)) % folds
+    held = [number == fold for fold in range(folds) if (number == fold).any()]
+    if len(held) == 1:
+        return []
+    return [tuple(normal_of(p.z[rows], p.t[rows], affine, kind) for rows in (~inside, inside)) for inside in held]
 
 
 def fitted(p, solver, ridge, affine):
-    made = folds_of(p, kind=kind_for(solver))
+    kind = kind_for(solver)
     return fit(
-        made.whole(affine=affine),
-        made.splits(affine=affine),
+        normal_of(p.z, p.t, affine, kind),
+        splits_of(p, affine, kind),
         tensor(p.start),
         tensor(p.bias),
         ridge=ridge,

@@ -262,7 +262,7 @@ def test_folds_split_every_row_once(kind):
     for part in torch.arange(900).split(110):
         folds.update(z[part], t[part], fold[part])
     assert_normal(folds.whole(affine=True), moments(z.numpy(), t.numpy(), True))
-    splits = folds.splits(affine=True)
+    splits = folds.splits(affine=True, channels=900)
     assert len(splits) == 4
     for number, (fitted, held) in enumerate(splits):
         inside = (fold == number).numpy()
@@ -270,11 +270,21 @@ def test_folds_split_every_row_once(kind):
         assert_normal(fitted, moments(z.numpy()[~inside], t.numpy()[~inside], True))
 
 
+def test_plenty_of_rows_are_split_once():
+    """With very many rows for every channel one held-out part says enough; it and the rest are all rows."""
+    z, t = pair(900)
+    folds = Folds(4)
+    folds.update(z, t, torch.arange(900) % 4)
+    ((fitted, held),) = folds.splits(affine=True, channels=1)
+    assert fitted.count + held.count == 900
+    assert_normal(held, moments(z.numpy()[::4], t.numpy()[::4], True))
+
+
 def test_one_fold_cannot_be_held_out():
     z, t = pair(50)
     folds = Folds(4)
     folds.update(z, t, torch.full((50,), 2))
-    assert folds.splits(affine=True) == []
+    assert folds.splits(affine=True, channels=6) == []
     assert folds.whole(affine=True).count == 50
 
 
