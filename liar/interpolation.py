@@ -1,0 +1,84 @@
+"""The matrices Q and P of our reading of LIAR, for whoever wants to look at which kept unit stands in for which removed one.
+
+`liar.reconstruct` solves for the new weights directly, which is the same and cheaper; nothing there needs this room.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from liar.errors import MaskError, Verdict
+from liar.solve import fit
+from liar.statistics import Moments, Normal
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    """Removed channels as an affine function of kept ones: `X_m ~ X_u Q + P` (docs/theory.md, "Our reading of LIAR").
+
+    Attributes:
+        Q: [kept, removed], interpolates the weights.
+        P: [removed], interpolates the bias.
+        kept: indices of the kept channels.
+        removed: indices of the removed channels.
+        verdict: how the solve ended.
+    """
+
+    Q: Tensor
+    P: Tensor
+    kept: Tensor
+    removed: Tensor
+    verdict: Verdict
+
+    def folded(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and bias of the kept channels: weight [channels, out], bias [out] -> `W_u + Q W_m`, `b + P W_m`."""
+        removed = weight[self.removed].double()
+        return weight[self.kept].double() + self.Q @ removed, bias.double() + self.P @ removed
+
+
+def interpolation(moments: Moments, keep: Tensor, *, ridge: float = 0.0, solver: str = "auto") -> Interpolation:
+    """Q and P of one site from the moments of its consumer's input (`liar.collect`), for any choice of kept units.
+
+    Args:
+        moments: of all channels of the consumer's input.
+        keep: bool [units], True stays; a unit is `channels / units` neighbouring channels.
+        ridge: pulls Q toward zero, relative to the mean diagonal of the Gram matrix.
+        solver: `"auto"`, `"cholesky"` or `"eigh"`.
+
+    Raises:
+        MaskError: `keep` does not divide the channels, or keeps nothing.
+        CalibrationError: the moments hold no rows, or NaN or Inf.
+
+    Example:
+        >>> x = torch.randn(50, 2, dtype=torch.float64)
+        >>> moments = Moments()
+        >>> moments.update(torch.cat([x, x[:, :1] * 2 + 1], 1), x[:, :0])
+        >>> found = interpolation(moments, torch.tensor([True, True, False]))
+        >>> found.Q.round(decimals=3).flatten().tolist(), found.P.round(decimals=3).tolist()
+        ([2.0, 0.0], [1.0])
+    """
+    whole = moments.normal(affine=True)
+    channels = len(whole.gram)
+    if keep.dtype != torch.bool or keep.ndim != 1 or not keep.any() or channels % len(keep):
+        raise MaskError(
+            f"expected bool [units] with at least one kept unit and units that divide {channels} channels, "
+            f"got {keep.dtype} {list(keep.shape)} with {int(keep.sum())} kept"
+        )
+    stays = keep.to(whole.gram.device).repeat_interleave(channels // len(keep))
+    kept, removed = stays.nonzero().squeeze(1), (~stays).nonzero().squeeze(1)
+    rows = whole.gram[kept]
+    normal = Normal(
+        count=whole.count,
+        gram=rows[:, kept],
+        cross=rows[:, removed],
+        power=float(whole.gram.diagonal()[removed].sum()),
+        mean_z=whole.mean_z[kept],
+        mean_t=whole.mean_z[removed],
+        affine=True,
+    )
+    zeros = torch.zeros_like(normal.cross)
+    solution = fit(normal, [], zeros, torch.zeros_like(normal.mean_t), ridge=ridge, solver=solver)
+    return Interpolation(Q=solution.weight, P=solution.bias, kept=kept, removed=removed, verdict=solution.verdict)
