@@ -14,13 +14,13 @@ from liar import slim
 from liar.calibration import Calibration
 from liar.capture import Point, preserved, run_model, watching
 from liar.criteria import CRITERIA, SCOPES, Units, allocate, scores
-from liar.errors import CalibrationError, MaskError, ModelError, OptionError, choose
+from liar.errors import CalibrationError, MaskError, ModelError, choose
 from liar.families import base_and_prefix, discover
 from liar.mask import Mask
 from liar.rebuild import BIASES, TARGETS, Options, Rebuild
 from liar.report import Report
 from liar.sites import Layout, linear
-from liar.solve import SOLVERS
+from liar.solve import SOLVERS, check_ridge
 from liar.statistics import ChannelMoments, Moments
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def select(
         calib: calibration batches (see `Calibration.of`); may be left out for criteria that look at weights only.
         keep: share of the parameters in the transformer blocks that stays, in (0, 1]; met within 1 % and never exceeded.
         criterion: `"fluctuation"`, `"wanda"`, `"magnitude"` or `"random"`.
-        scope: `"layer"`: the same share of every site; `"global"`: all units compete.
+        scope: `"layer"`: the same number in every layer, as stock classes want it; `"global"`: all units compete.
         seed: for `"random"`.
         progress: show a bar.
 
@@ -123,8 +123,8 @@ def reconstruct(
     choose("target", target, TARGETS)
     choose("solver", solver, SOLVERS)
     choose("bias", bias, BIASES)
-    if ridge != "auto" and not (isinstance(ridge, (int, float)) and 0 <= ridge < float("inf")):
-        raise OptionError(f'ridge={ridge!r}: expected "auto" or a number >= 0 (relative to the mean diagonal of the Gram)')
+    if ridge != "auto":
+        check_ridge(ridge)
     layout = _layout(model)
     mask = Mask.of(mask, layout)
     calibration = Calibration.of(calib, model)

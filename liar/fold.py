@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from liar.errors import ModelError
 from liar.solve import Solution
 
 
@@ -20,8 +21,14 @@ def fold(consumer: nn.Linear, solution: Solution, *, create_bias: bool = False) 
 
     The weights are replaced by new parameters (the old ones may be shared with another module). A layer without bias
     gets one only with `create_bias`.
+
+    Raises:
+        ModelError: the answer overflows the layer's dtype.
     """
     dtype, trained = consumer.weight.dtype, consumer.weight.requires_grad
-    consumer.weight = nn.Parameter(solution.weight.T.to(dtype).contiguous(), requires_grad=trained)
+    weight, bias = solution.weight.T.to(dtype).contiguous(), torch.clone(solution.bias.to(dtype))
+    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+        raise ModelError(f"the new weights do not fit into {dtype}: use bfloat16 or float32, or a larger ridge")
+    consumer.weight = nn.Parameter(weight, requires_grad=trained)
     if create_bias or consumer.bias is not None:
-        consumer.bias = nn.Parameter(torch.clone(solution.bias.to(dtype)), requires_grad=trained)
+        consumer.bias = nn.Parameter(bias, requires_grad=trained)

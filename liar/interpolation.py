@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from liar.errors import MaskError, Verdict
-from liar.solve import fit
+from liar.errors import MaskError, Verdict, choose
+from liar.solve import check_ridge, fit
 from liar.statistics import Moments, Normal
 
 
@@ -48,7 +48,11 @@ def interpolation(moments: Moments, keep: Tensor, *, ridge: float = 0.0, solver:
         ridge: pulls Q toward zero, relative to the mean diagonal of the Gram matrix.
         solver: `"auto"`, `"cholesky"` or `"eigh"`.
 
+    The fit has an intercept (P). Layers without a bias are reconstructed without one, so there `reconstruct` solves another
+    problem unless `bias="create"`.
+
     Raises:
+        OptionError: an unknown solver, or a ridge that is not a number >= 0.
         MaskError: `keep` does not divide the channels, or keeps nothing.
         CalibrationError: the moments hold no rows, or NaN or Inf.
 
@@ -60,6 +64,8 @@ def interpolation(moments: Moments, keep: Tensor, *, ridge: float = 0.0, solver:
         >>> found.Q.round(decimals=3).flatten().tolist(), found.P.round(decimals=3).tolist()
         ([2.0, 0.0], [1.0])
     """
+    choose("solver", solver, ("auto", "cholesky", "eigh"))
+    check_ridge(ridge)
     whole = moments.normal(affine=True)
     channels = len(whole.gram)
     if keep.dtype != torch.bool or keep.ndim != 1 or not keep.any() or channels % len(keep):
@@ -78,6 +84,7 @@ def interpolation(moments: Moments, keep: Tensor, *, ridge: float = 0.0, solver:
         mean_z=whole.mean_z[kept],
         mean_t=whole.mean_z[removed],
         affine=True,
+        noise=whole.noise,
     )
     zeros = torch.zeros_like(normal.cross)
     solution = fit(normal, [], zeros, torch.zeros_like(normal.mean_t), ridge=ridge, solver=solver)

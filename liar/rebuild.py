@@ -163,10 +163,7 @@ class Rebuild:
             try:
                 whole, splits = folds.whole(affine=affine), folds.splits(affine=affine, channels=consumer.in_features)
             except CalibrationError as error:
-                raise CalibrationError(
-                    f"{site.name} ({site.module}): {error}. Check the model on this data: a float16 model may overflow "
-                    "(use bfloat16 or float32), or its weights may be damaged"
-                ) from error
+                raise CalibrationError(f"{site.name} ({site.module}): {error}") from error
             solution = fit(whole, splits, *start(consumer), ridge=self.options.ridge, solver=self.options.solver)
             fold(consumer, solution, create_bias=creates)
             found = {name: getattr(solution, name) for name in found}

@@ -23,7 +23,7 @@ from liar.families import discover
 from liar.mask import Mask
 from liar.rebuild import BIASES, TARGETS
 from liar.report import Report
-from liar.solve import SOLVERS
+from liar.solve import SOLVERS, check_ridge
 from liar.texts import builder_of, texts
 
 logger = logging.getLogger(__name__)
@@ -98,8 +98,8 @@ class Run:
             raise OptionError(f"keep={self.keep!r}: expected the share of parameters that stays, above 0 and at most 1")
         if self.command == "reconstruct":
             self._checked_mask()
-        if self.ridge != "auto" and not (isinstance(self.ridge, (int, float)) and 0 <= self.ridge < float("inf")):
-            raise OptionError(f'ridge={self.ridge!r}: expected "auto" or a number >= 0')
+        if self.ridge != "auto":
+            check_ridge(self.ridge)
         for option in ("tokens", "max_length", "batch_size"):
             value = getattr(self, option)
             if value is not None and value < 1:

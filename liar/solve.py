@@ -17,15 +17,19 @@ from math import inf, nan
 import torch
 from torch import Tensor
 
-from liar.errors import Verdict
+from liar.errors import OptionError, Verdict
 from liar.statistics import Normal
 
 SOLVERS = ("auto", "cholesky", "eigh", "lstsq")
 RIDGES = tuple(10.0**exponent for exponent in range(-5, 2))
 # Outputs, or random combinations of them, on which ridges are compared.
 SKETCH = 64
-# Directions whose share of the largest eigenvalue is below this are noise of a float64 Gram matrix.
-RANK_TOLERANCE = 1e-13
+
+
+def check_ridge(ridge: float | str) -> None:
+    """Raise an `OptionError` unless the ridge is a finite number >= 0."""
+    if not isinstance(ridge, (int, float)) or not 0 <= ridge < inf:
+        raise OptionError(f'ridge={ridge!r}: expected "auto" or a number >= 0 (relative to the mean diagonal of the Gram)')
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def cholesky(normal: Normal, rest: Tensor, ridges: Tensor) -> Solved | None:
     factor, info = torch.linalg.cholesky_ex(damped)
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
     condition = (diagonal.amax(-1) / diagonal.amin(-1)).square().max()
-    if bool((info != 0).any()) or not condition < 1 / RANK_TOLERANCE:
+    if bool((info != 0).any()) or not condition < 1 / normal.noise:
         return None
     return Solved(torch.cholesky_solve(rest, factor), len(normal.gram), float(condition))
 
@@ -79,7 +83,7 @@ def eigh(normal: Normal, rest: Tensor, ridges: Tensor) -> Solved:
     """The same from one eigendecomposition, for every ridge; null directions get no change (the minimum norm)."""
     values, vectors = torch.linalg.eigh(normal.gram)
     largest = values[-1].clamp_min(torch.finfo(values.dtype).tiny)
-    live = values > RANK_TOLERANCE * largest
+    live = values > normal.noise * largest
     damped = torch.where(live, 1 / (values.clamp_min(0) + ridges[..., None]).where(live, torch.ones_like(values)), 0.0)
     lowest = values[live].min() if bool(live.any()) else largest
     condition = ((largest + ridges) / (lowest + ridges)).max()
@@ -100,10 +104,10 @@ def lstsq(normal: Normal, start: Tensor, ridges: Tensor) -> Solved:
     left = torch.cat([z.expand(*batch, *z.shape), damp], -2)
     right = (t - z @ start.cpu()).expand(*batch, -1, -1)
     right = torch.cat([right, right.new_zeros(*batch, channels, right.shape[-1])], -2)
-    found = torch.linalg.lstsq(left, right, rcond=RANK_TOLERANCE**0.5, driver="gelsd").solution
+    found = torch.linalg.lstsq(left, right, rcond=normal.noise**0.5, driver="gelsd").solution
     singular = torch.linalg.svdvals(z)
     largest = singular.max().clamp_min(torch.finfo(singular.dtype).tiny)
-    live = singular > RANK_TOLERANCE**0.5 * largest
+    live = singular > normal.noise**0.5 * largest
     lowest = singular[live].min() if bool(live.any()) else largest
     condition = ((largest.square() + ridges) / (lowest.square() + ridges)).max()
     return Solved(found.to(start.device), int(live.sum()), float(condition))

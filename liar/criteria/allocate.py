@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ def allocate(scores: Mapping[str, Tensor], layout: Layout, keep: float, scope: s
         scores: site name -> [units].
         layout: the model's sites.
         keep: share of the parameters in the model's blocks to keep, in (0, 1].
-        scope: `"layer"` (the same share of every site) or `"global"` (all units compete).
+        scope: `"layer"` (every layer keeps equally many, if that comes within 1 % of the budget) or `"global"` (all units
+            compete).
 
     Raises:
         OptionError: `keep` outside (0, 1].
@@ -54,34 +56,44 @@ def allocate(scores: Mapping[str, Tensor], layout: Layout, keep: float, scope: s
             f"keep={keep} cannot be met: with a single unit left in each of {len(sites)} sites "
             f"{spent / layout.parameters:.4f} of the parameters in the blocks stay; ask for at least that"
         )
-    normal = torch.cat([SCOPES[scope](scores[site.name]) for site in sites])
-    owner = [(site, unit) for site in sites for unit in range(site.units)]
-    ranked = [owner[index] for index in normal.argsort(descending=True, stable=True).tolist()]
-    for site, unit in ranked:
-        if not chosen[site.name][unit] and spent + site.parameters <= budget:
-            chosen[site.name][unit] = True
-            spent += site.parameters
-    for site, unit in ranked:
-        if budget - spent <= TOLERANCE * layout.parameters:
-            break
-        if not chosen[site.name][unit]:
-            spent += _exchange(ranked, chosen, site, unit, spent + site.parameters - budget)
+    fill = _Fill(layout, chosen, spent, budget)
+    normal = {name: SCOPES[scope](score) for name, score in scores.items()}
+    if scope == "layer":
+        fill.by_groups(normal)
+    if scope == "global" or fill.spent < budget - 0.01 * layout.parameters:
+        fill.one_by_one(normal)
     return Mask(chosen, asked=keep)
 
 
-def _exchange(ranked: list[tuple[Site, int]], chosen: dict[str, Tensor], site: Site, unit: int, missing: int) -> int:
-    """Let in a large unit that just did not fit, for the worst small ones; the parameters gained (0 if there is no room)."""
-    left, out, freed = {name: int(keep.sum()) for name, keep in chosen.items()}, [], 0
-    for other, number in reversed(ranked):
-        if freed >= missing:
-            break
-        if chosen[other.name][number] and other.parameters < site.parameters and left[other.name] > 1:
-            out.append((other.name, number))
-            left[other.name] -= 1
-            freed += other.parameters
-    if not missing <= freed < site.parameters:
-        return 0
-    for name, number in out:
-        chosen[name][number] = False
-    chosen[site.name][unit] = True
-    return site.parameters - freed
+@dataclass
+class _Fill:
+    """Units being added to `chosen` while the budget lasts."""
+
+    layout: Layout
+    chosen: dict[str, Tensor]
+    spent: int
+    budget: int
+
+    def by_groups(self, normal: Mapping[str, Tensor]) -> None:
+        """The units of one kind and one rank in all layers together, or none of them: layers stay equally wide."""
+        groups: dict[tuple[float, str], list[tuple[Site, int]]] = {}
+        for site in self.layout.sites:
+            for unit, score in enumerate(normal[site.name].tolist()):
+                groups.setdefault((-score, site.kind), []).append((site, unit))
+        for group in sorted(groups):
+            self._add(groups[group])
+
+    def one_by_one(self, normal: Mapping[str, Tensor]) -> None:
+        """The best unit first, wherever it is."""
+        units = [(site, unit) for site in self.layout.sites for unit in range(site.units)]
+        order = torch.cat([normal[site.name] for site in self.layout.sites]).argsort(descending=True, stable=True)
+        for index in order.tolist():
+            self._add([units[index]])
+
+    def _add(self, units: list[tuple[Site, int]]) -> None:
+        new = [(site, unit) for site, unit in units if not self.chosen[site.name][unit]]
+        cost = sum(site.parameters for site, _ in new)
+        if self.spent + cost <= self.budget:
+            self.spent += cost
+            for site, unit in new:
+                self.chosen[site.name][unit] = True

@@ -79,6 +79,8 @@ def discover(model: nn.Module) -> Layout:
         raise ModelError(
             f"the table of family {family.model_type!r} does not fit this {type(model).__name__}: {error}"
         ) from error
+    if len({id(model.get_submodule(block)) for block in blocks}) < len(blocks):
+        raise ModelError(f"{type(model).__name__} uses one block for several layers; shared blocks cannot be cut one by one")
     covered = {f"{site.block}.{edge.module}" for site in sites for edge in (*site.producers, site.consumer)}
     return Layout(
         sites=sites,

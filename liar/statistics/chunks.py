@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 CHUNK = 2048
+# Share of a Gram matrix's largest eigenvalue below which a direction is rounding, by the precision of the products.
+NOISE = {torch.float32: 1e-7, torch.float64: 1e-13}
 
 
 class Chunks:

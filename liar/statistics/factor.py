@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from liar.errors import CalibrationError
-from liar.statistics.chunks import Chunks
+from liar.statistics.chunks import NOISE, Chunks
 from liar.statistics.normal import NO_ROWS, Normal, check_finite
 
 
@@ -72,5 +72,6 @@ class Factor:
             mean_z=mean[1 : 1 + self._channels],
             mean_t=mean[1 + self._channels :],
             affine=affine,
+            noise=NOISE[torch.float64],
             factor=(z[:reached], t[:reached]),
         )

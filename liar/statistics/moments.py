@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from liar.errors import CalibrationError
-from liar.statistics.chunks import Chunks
+from liar.statistics.chunks import NOISE, Chunks
 from liar.statistics.normal import NO_ROWS, Normal, check_finite
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over rows of (z - shift_z) and (t - shift_t), float64; `power` is per target channel."""
+    """Sums over rows of (z - shift_z) and (t - shift_t), float64; `power` is per target channel, `noise` as in `Normal`."""
 
     count: int
     shift_z: Tensor
@@ -25,6 +25,7 @@ class Sums:
     gram: Tensor
     cross: Tensor
     power: Tensor
+    noise: float
 
     @classmethod
     def of(cls, z: Tensor, t: Tensor, shift_z: Tensor, shift_t: Tensor) -> Sums:
@@ -39,6 +40,7 @@ class Sums:
             gram=(z.T @ z).double(),
             cross=(z.T @ t).double(),
             power=t.square().sum(0).double(),
+            noise=NOISE[z.dtype],
         )
 
     def __add__(self, other: Sums) -> Sums:
@@ -51,6 +53,7 @@ class Sums:
             gram=self.gram.add_(other.gram),
             cross=self.cross.add_(other.cross),
             power=self.power + other.power,
+            noise=max(self.noise, other.noise),
         )
 
     def at(self, shift_z: Tensor, shift_t: Tensor) -> Sums:
@@ -62,9 +65,10 @@ class Sums:
             shift_t=shift_t,
             z=self.z + n * dz,
             t=self.t + n * dt,
-            gram=self.gram + torch.outer(self.z, dz) + torch.outer(dz, self.z + n * dz),
-            cross=self.cross + torch.outer(self.z, dt) + torch.outer(dz, self.t + n * dt),
+            gram=self.gram.clone().addr_(self.z, dz).addr_(dz, self.z + n * dz),
+            cross=self.cross.clone().addr_(self.z, dt).addr_(dz, self.t + n * dt),
             power=self.power + 2 * self.t * dt + n * dt.square(),
+            noise=self.noise,
         )
 
 
@@ -127,6 +131,7 @@ class Moments:
             mean_z=means[0],
             mean_t=means[1],
             affine=affine,
+            noise=sums.noise,
         )
 
     @property

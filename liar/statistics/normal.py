@@ -9,13 +9,17 @@ from torch import Tensor
 
 from liar.errors import CalibrationError
 
+_NOT_FINITE = (
+    "NaN or Inf in the activations. Check the model on this data: a float16 model may overflow (use bfloat16 or float32), or "
+    "its weights may be damaged"
+)
 NO_ROWS = "no calibration token reached the layer"
 
 
 def check_finite(*values: Tensor) -> None:
     """Raise a `CalibrationError` if any value is NaN or infinite."""
     if not all(bool(torch.isfinite(value).all()) for value in values):
-        raise CalibrationError("NaN or Inf in the activations")
+        raise CalibrationError(_NOT_FINITE)
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Normal:
         mean_z: [channels]; zero if not `affine`.
         mean_t: [out]; zero if not `affine`.
         affine: whether an intercept is part of the model.
+        noise: share of the largest eigenvalue of the Gram matrix below which a direction is rounding error.
         factor: R of the QR decomposition of z and the rotated t, ([channels, channels], [channels, out]), where it was
             streamed (`Factor`).
     """
@@ -41,6 +46,7 @@ class Normal:
     mean_z: Tensor
     mean_t: Tensor
     affine: bool
+    noise: float
     factor: tuple[Tensor, Tensor] | None = None
 
     @property
