@@ -1,4 +1,4 @@
-"""The three verbs: `select`, `reconstruct`, `prune`. Each reads like the drawing in docs/theory.md."""
+"""The verbs `select`, `reconstruct`, `prune`, and `collect` for a look inside; they read like the drawing in docs/theory.md."""
 
 from __future__ import annotations
 
@@ -176,15 +176,6 @@ def prune(
     return reconstruct(model, mask, calib, target=target, ridge=ridge, solver=solver, bias=bias, progress=progress)
 
 
-def _layout(model: nn.Module) -> Layout:
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ModelError(
-            "the model is on the meta device: its weights are not there; load it with real weights (without "
-            'device_map="auto" offloading, or with enough memory)'
-        )
-    return discover(model)
-
-
 def collect(
     model: nn.Module, calib: Iterable[Any], *, sites: Sequence[str] | None = None, progress: bool = True
 ) -> dict[str, Moments]:
@@ -215,6 +206,15 @@ def collect(
     takers = {name: lambda rows, part=part: part.update(rows, rows[:, :0]) for name, part in moments.items()}
     _read_consumer_inputs(model, layout, Calibration.of(calib, model), takers, "collect", progress)
     return moments
+
+
+def _layout(model: nn.Module) -> Layout:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError(
+            "the model is on the meta device: its weights are not there; load it with real weights (without "
+            'device_map="auto" offloading, or with enough memory)'
+        )
+    return discover(model)
 
 
 def _channel_moments(model: nn.Module, layout: Layout, calibration: Calibration, progress: bool) -> dict[str, ChannelMoments]:

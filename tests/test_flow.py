@@ -27,6 +27,7 @@ ORDER = (
     "capture",
     "criteria",
     "solve",
+    "interpolation",
     "fold",
     "slim",
     "report",
@@ -43,17 +44,27 @@ ORDER = (
     "cli",
 )
 # Tensors only: rooms of mathematics know neither models nor data, so nothing of what is listed here.
-PURE = {"statistics": {"errors"}, "solve": {"errors", "statistics"}, "fold": {"solve"}, "errors": set(), "sites": set()}
+PURE = {
+    "statistics": {"errors"},
+    "solve": {"errors", "statistics"},
+    "fold": {"solve"},
+    "interpolation": {"errors", "solve", "statistics"},
+    "errors": set(),
+    "sites": set(),
+}
 
 PUBLIC = (
     "Family",
+    "Interpolation",
     "LiarError",
     "Mask",
     "Report",
     "SitePattern",
     "Verdict",
     "calibration",
+    "collect",
     "families",
+    "interpolation",
     "load",
     "plot",
     "prune",

@@ -79,8 +79,7 @@ def assert_same_outputs(a, b, batches, atol=1e-5):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("padding", ["left", "right", None])
+@pytest.mark.parametrize(("attention", "padding"), [("sdpa", "left"), ("eager", "left"), ("eager", "right"), ("sdpa", None)])
 def test_slim_equals_masked_and_folded(name, attention, padding):
     model = tiny_model(**MODELS[name], attention=attention)
     small = repaired(model, "unequal", bias="create" if padding is None else "keep")
@@ -294,12 +293,12 @@ def test_compile_traces_a_whole_slim_model(model_type):
 
 
 def test_compile_with_the_real_back_end():
-    """It takes seconds for every kernel, so only one block is compiled."""
+    """It takes seconds for every kernel, so only one attention is compiled, the part whose shapes slimming changes most."""
     small = repaired(tiny_model("bert", num_hidden_layers=1))
     batch = tiny_batches(small)[0]
     want = everything(small, batch)[0]
     torch.compiler.reset()
-    small.encoder.layer[0].compile(backend="inductor")
+    small.encoder.layer[0].attention.compile(backend="inductor")
     try:
         got = everything(small, batch)[0]
     except torch._inductor.exc.InductorError as error:
