@@ -55,8 +55,8 @@ def select(
 
     Example:
         >>> mask = liar.select(model, calib, keep=0.5)
-        >>> mask.kept("heads.0")
-        2
+        >>> mask.kept("neurons.0"), mask.kept("neurons.1")
+        (46, 46)
     """
     choose("criterion", criterion, list(CRITERIA))
     choose("scope", scope, list(SCOPES))

@@ -47,7 +47,7 @@ ORDER = (
 PURE = {
     "statistics": {"errors"},
     "solve": {"errors", "statistics"},
-    "fold": {"solve"},
+    "fold": {"errors", "solve"},
     "interpolation": {"errors", "solve", "statistics"},
     "errors": set(),
     "sites": set(),

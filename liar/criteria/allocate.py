@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from liar.sites import Layout, Site
 
 # Share of the parameters that may stay unused; where it is more, a large unit is let in for small ones.
 TOLERANCE = 0.01
+
+Units = list[tuple[Site, int]]
 
 
 def _ranks(scores: Tensor) -> Tensor:
@@ -59,10 +61,26 @@ def allocate(scores: Mapping[str, Tensor], layout: Layout, keep: float, scope: s
     fill = _Fill(layout, chosen, spent, budget)
     normal = {name: SCOPES[scope](score) for name, score in scores.items()}
     if scope == "layer":
-        fill.by_groups(normal)
-    if scope == "global" or fill.spent < budget - 0.01 * layout.parameters:
-        fill.one_by_one(normal)
+        fill.take(_in_all_layers(normal, layout))
+    if scope == "global" or fill.unused:
+        fill.take(_one_by_one(normal, layout))
     return Mask(chosen, asked=keep)
+
+
+def _in_all_layers(normal: Mapping[str, Tensor], layout: Layout) -> list[Units]:
+    """The units of one kind and one rank in all layers together, best first: layers stay equally wide."""
+    groups: dict[tuple[float, str], Units] = {}
+    for site in layout.sites:
+        for unit, score in enumerate(normal[site.name].tolist()):
+            groups.setdefault((-score, site.kind), []).append((site, unit))
+    return [groups[key] for key in sorted(groups)]
+
+
+def _one_by_one(normal: Mapping[str, Tensor], layout: Layout) -> list[Units]:
+    """Every unit for itself, best first, wherever it is."""
+    units = [(site, unit) for site in layout.sites for unit in range(site.units)]
+    order = torch.cat([normal[site.name] for site in layout.sites]).argsort(descending=True, stable=True)
+    return [[units[index]] for index in order.tolist()]
 
 
 @dataclass
@@ -74,26 +92,43 @@ class _Fill:
     spent: int
     budget: int
 
-    def by_groups(self, normal: Mapping[str, Tensor]) -> None:
-        """The units of one kind and one rank in all layers together, or none of them: layers stay equally wide."""
-        groups: dict[tuple[float, str], list[tuple[Site, int]]] = {}
-        for site in self.layout.sites:
-            for unit, score in enumerate(normal[site.name].tolist()):
-                groups.setdefault((-score, site.kind), []).append((site, unit))
-        for group in sorted(groups):
-            self._add(groups[group])
+    @property
+    def unused(self) -> bool:
+        """Whether more of the budget is left than is tolerable."""
+        return self.budget - self.spent > TOLERANCE * self.layout.parameters
 
-    def one_by_one(self, normal: Mapping[str, Tensor]) -> None:
-        """The best unit first, wherever it is."""
-        units = [(site, unit) for site in self.layout.sites for unit in range(site.units)]
-        order = torch.cat([normal[site.name] for site in self.layout.sites]).argsort(descending=True, stable=True)
-        for index in order.tolist():
-            self._add([units[index]])
+    def take(self, groups: Sequence[Units]) -> None:
+        """Add whole groups, best first, while they fit; then large ones that just did not fit, in exchange for small ones."""
+        for group in groups:
+            if self.spent + self._cost(group) <= self.budget:
+                self._set(group, True)
+        for group in groups:
+            if not self.unused:
+                return
+            self._exchange(group, groups)
 
-    def _add(self, units: list[tuple[Site, int]]) -> None:
-        new = [(site, unit) for site, unit in units if not self.chosen[site.name][unit]]
-        cost = sum(site.parameters for site, _ in new)
-        if self.spent + cost <= self.budget:
-            self.spent += cost
-            for site, unit in new:
-                self.chosen[site.name][unit] = True
+    def _exchange(self, group: Units, groups: Sequence[Units]) -> None:
+        """Let a group in for the worst cheaper ones, if something is gained and every site keeps a unit."""
+        cost, freed, out = self._cost(group), 0, list[Units]()
+        left = {name: int(keep.sum()) for name, keep in self.chosen.items()}
+        for other in reversed(groups):
+            price = sum(site.parameters for site, _ in other)
+            if self.spent + cost - freed <= self.budget:
+                break
+            if price < cost and all(self.chosen[site.name][unit] and left[site.name] > 1 for site, unit in other):
+                out.append(other)
+                freed += price
+                for site, _ in other:
+                    left[site.name] -= 1
+        if freed < cost and self.spent + cost - freed <= self.budget:
+            for other in out:
+                self._set(other, False)
+            self._set(group, True)
+
+    def _cost(self, group: Units) -> int:
+        return sum(site.parameters for site, unit in group if not self.chosen[site.name][unit])
+
+    def _set(self, group: Units, keep: bool) -> None:
+        for site, unit in group:
+            self.spent += site.parameters * (keep - int(self.chosen[site.name][unit]))
+            self.chosen[site.name][unit] = keep
