@@ -5,9 +5,10 @@ models, `collect` and `interpolation` let you look inside.
 """
 
 from liar import families
-from liar.api import collect, prune, reconstruct, select
+from liar.api import prune, reconstruct, select
 from liar.calibration import calibration
 from liar.checkpoint import load, save
+from liar.collect import collect
 from liar.errors import LiarError, Verdict
 from liar.families import Family, SitePattern, register
 from liar.interpolation import Interpolation, interpolation

@@ -1,27 +1,27 @@
-"""The verbs `select`, `reconstruct`, `prune`, and `collect` for a look inside; they read like the drawing in docs/theory.md."""
+"""The three verbs: `select`, `reconstruct`, `prune`. They read like the drawing in docs/theory.md."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from liar import slim
 from liar.calibration import Calibration
-from liar.capture import Point, preserved, run_model, watching
+from liar.capture import preserved
+from liar.collect import channel_moments
 from liar.criteria import CRITERIA, SCOPES, Units, allocate, scores
-from liar.errors import CalibrationError, MaskError, ModelError, choose
-from liar.families import base_and_prefix, discover
+from liar.errors import CalibrationError, choose
+from liar.families import checked
 from liar.mask import Mask
 from liar.rebuild import BIASES, TARGETS, Options, Rebuild
 from liar.report import Report
-from liar.sites import Layout, linear
 from liar.solve import SOLVERS, check_ridge
-from liar.statistics import ChannelMoments, Moments
+from liar.statistics import ChannelMoments
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +60,12 @@ def select(
     """
     choose("criterion", criterion, list(CRITERIA))
     choose("scope", scope, list(SCOPES))
-    layout = _layout(model)
+    layout = checked(model)
     moments: Mapping[str, ChannelMoments | None] = {site.name: None for site in layout.sites}
     if CRITERIA[criterion][1]:
         if calib is None:
             raise CalibrationError(f"criterion={criterion!r} looks at activations: pass calibration batches")
-        moments = _channel_moments(model, layout, Calibration.of(calib, model), progress)
+        moments = channel_moments(model, layout, Calibration.of(calib, model), progress)
     mask = allocate(
         {
             site.name: scores(criterion, Units.of(model.get_submodule(site.block), site, moments[site.name], seed + i))
@@ -125,7 +125,7 @@ def reconstruct(
     choose("bias", bias, BIASES)
     if ridge != "auto":
         check_ridge(ridge)
-    layout = _layout(model)
+    layout = checked(model)
     mask = Mask.of(mask, layout)
     calibration = Calibration.of(calib, model)
     options = Options(target, ridge, solver, bias)
@@ -174,78 +174,3 @@ def prune(
     calib = calib if isinstance(calib, Sequence) else list(calib)
     mask = select(model, calib, keep=keep, criterion=criterion, scope=scope, seed=seed, progress=progress)
     return reconstruct(model, mask, calib, target=target, ridge=ridge, solver=solver, bias=bias, progress=progress)
-
-
-def collect(
-    model: nn.Module, calib: Iterable[Any], *, sites: Sequence[str] | None = None, progress: bool = True
-) -> dict[str, Moments]:
-    """Moments of what each site's consumer reads in the dense model: one pass, good for every mask.
-
-    Args:
-        model: a Hugging Face model of a known family; it is not changed.
-        calib: calibration batches (see `Calibration.of`).
-        sites: names of the sites wanted, all by default; memory is 8 bytes times the square of the channels for each.
-        progress: show a bar.
-
-    Returns:
-        Site name -> `Moments`; `liar.interpolation` turns one into Q and P.
-
-    Raises:
-        MaskError, CalibrationError, ModelError: with what was expected, what came, and what to do.
-
-    Example:
-        >>> moments = liar.collect(model, calib, sites=["neurons.0"])
-        >>> liar.interpolation(moments["neurons.0"], mask["neurons.0"]).Q.shape[0] == mask.kept("neurons.0")
-        True
-    """
-    layout = _layout(model)
-    known = [site.name for site in layout.sites]
-    if unknown := sorted(set(sites or ()) - set(known)):
-        raise MaskError(f"no such site: {', '.join(unknown)}; expected some of {', '.join(known)}")
-    moments = {name: Moments() for name in sites or known}
-    takers = {name: lambda rows, part=part: part.update(rows, rows[:, :0]) for name, part in moments.items()}
-    _read_consumer_inputs(model, layout, Calibration.of(calib, model), takers, "collect", progress)
-    return moments
-
-
-def _layout(model: nn.Module) -> Layout:
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ModelError(
-            "the model is on the meta device: its weights are not there; load it with real weights (without "
-            'device_map="auto" offloading, or with enough memory)'
-        )
-    return discover(model)
-
-
-def _channel_moments(model: nn.Module, layout: Layout, calibration: Calibration, progress: bool) -> dict[str, ChannelMoments]:
-    moments = {site.name: ChannelMoments() for site in layout.sites}
-    takers = {name: part.update for name, part in moments.items()}
-    _read_consumer_inputs(model, layout, calibration, takers, "select", progress)
-    for site in layout.sites:
-        try:
-            _ = moments[site.name].variance
-        except CalibrationError as error:
-            raise CalibrationError(f"{site.name} ({site.module}): {error}") from error
-    return moments
-
-
-def _read_consumer_inputs(
-    model: nn.Module,
-    layout: Layout,
-    calibration: Calibration,
-    takers: Mapping[str, Callable[[Tensor], None]],
-    title: str,
-    progress: bool,
-) -> None:
-    """One forward pass of the dense model; what a site's consumer reads, [tokens, channels] per batch, goes to its taker."""
-    consumers = {name: linear(model.get_submodule(layout[name].block), layout[name].consumer) for name in takers}
-    points = {name: Point(consumer, 0) for name, consumer in consumers.items()}
-    base, _ = base_and_prefix(model)
-    bar = tqdm(total=calibration.tokens, desc=title, unit="tok", unit_scale=True, disable=not progress)
-    with preserved(model), bar:
-        for number, (batch, keep) in enumerate(zip(calibration.batches, calibration.keep, strict=True)):
-            with watching(points) as seen:
-                run_model(base, batch, number)
-            for name, value in seen.items():
-                takers[name](value[keep])
-            bar.update(int(keep.sum()))

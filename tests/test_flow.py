@@ -25,6 +25,7 @@ ORDER = (
     "calibration",
     "statistics",
     "capture",
+    "collect",
     "criteria",
     "solve",
     "interpolation",

@@ -18,7 +18,7 @@ from liar.families.llama import LLAMA
 from liar.families.table import Family, SitePattern
 from liar.sites import Edge, Layout, Site
 
-__all__ = ["Family", "SitePattern", "base_and_prefix", "discover", "family_of", "register", "registered"]
+__all__ = ["Family", "SitePattern", "base_and_prefix", "checked", "discover", "family_of", "register", "registered"]
 
 _FAMILIES: dict[str, Family] = {family.model_type: family for family in (BERT, LLAMA)}
 
@@ -62,6 +62,20 @@ def base_and_prefix(model: nn.Module) -> tuple[nn.Module, str]:
     """The bare model inside a model with a task head, and the prefix of its modules' names ("" or "bert.")."""
     base = getattr(model, "base_model", model)
     return base, next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
+
+
+def checked(model: nn.Module) -> Layout:
+    """The sites of a model whose weights are there to be worked on.
+
+    Raises:
+        ModelError: as `discover`; or the model is on the meta device.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError(
+            "the model is on the meta device: its weights are not there; load it with real weights (without "
+            'device_map="auto" offloading, or with enough memory)'
+        )
+    return discover(model)
 
 
 def discover(model: nn.Module) -> Layout:
