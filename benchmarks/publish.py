@@ -18,6 +18,7 @@ from statistics import mean, stdev
 
 import pandas
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -110,6 +111,10 @@ def draw(file: Path) -> None:
         axes.axhline(dense, color="black", linestyle=":", label="dense")
         axes.set(title=title, xlabel="share of block parameters kept", ylabel=unit)
         axes.set_yscale("log" if task == "tinystories" else "linear")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.set_xticks(sorted(runs["keep"].unique()))
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.invert_xaxis()
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")

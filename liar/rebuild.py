@@ -76,7 +76,9 @@ class Rebuild:
         blocks = [self.model.get_submodule(name) for name in self.layout.blocks]
         with self._timed("enter"):
             dense, calls = block_calls(base, blocks, self.calibration.batches)
-        pruned, students = list(dense), []
+        # Without a pruned stream nothing may keep what entered the first block alive.
+        pruned: list[Tensor] = list(dense) if self.options.target == "dense_stream" else []
+        students: list[nn.Module] = []
         for number, (name, block) in enumerate(zip(self.layout.blocks, blocks, strict=True)):
             pair = _Pair(block, slim.student(block), self.layout.of_block(name), calls[number])
             for site in pair.sites:

@@ -5,10 +5,13 @@ command line in between. All of it in an empty folder and without a network.
 """
 
 import ast
+import importlib
 import inspect
 import re
 import shlex
 import socket
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -250,3 +253,20 @@ def test_what_is_wrong_on_a_page_is_seen(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError) as caught:
         execute("1 / 0\n", page, 4, {})
     assert caught.traceback[-1].lineno + 1 == 5
+
+
+def test_numbers_are_those_of_the_committed_results():
+    """Tables in README and docs are made from benchmarks/results; run `python benchmarks/publish.py` when this fails."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "publish.py"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_changed_number_is_seen(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    publish = importlib.import_module("publish")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    changed = text.replace(" ± 0.0", " ± 0.1", 1)
+    assert changed != text
+    assert publish.filled(changed) == text
