@@ -37,8 +37,9 @@ class Sums:
             shift_t=shift_t,
             z=z.sum(0).double(),
             t=t.sum(0).double(),
-            gram=(z.T @ z).double(),
-            cross=(z.T @ t).double(),
+            # Left in the precision of the product: adding it to float64 sums widens it on the way, without a copy.
+            gram=z.T @ z,
+            cross=z.T @ t,
             power=t.square().sum(0).double(),
             noise=NOISE[z.dtype],
         )
@@ -96,7 +97,8 @@ class Moments:
 
     def _add(self, z: Tensor, t: Tensor) -> None:
         if self._sums is None:
-            self._sums = Sums.of(z, t, z.mean(0).double(), t.mean(0).double())
+            first = Sums.of(z, t, z.mean(0).double(), t.mean(0).double())
+            self._sums = replace(first, gram=first.gram.double(), cross=first.cross.double())
         else:
             self._sums += Sums.of(z, t, self._sums.shift_z, self._sums.shift_t)
 
