@@ -57,9 +57,8 @@ class Normal:
     def error(self, weight: Tensor, bias: Tensor) -> Tensor:
         """Sum of squares of `t - z weight - bias` over these rows: weight [*, channels, out], bias [*, out] -> [*].
 
-        Without an intercept (`affine` False) no sums of rows were kept, and the bias must be zero.
+        Without an intercept (`affine` False) no sums of rows were kept: it is exact for a bias of zero only.
         """
-        assert self.affine or not bias.any(), "a bias needs affine normal equations"
         quadratic = (weight * (self.gram @ weight - 2 * self.cross)).sum((-2, -1))
         offset = self.mean_t - self.mean_z @ weight - bias
         return quadratic + self.power + self.count * offset.square().sum(-1)
