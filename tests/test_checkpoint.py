@@ -244,6 +244,7 @@ class Blocked:
             raise ImportError("liar is blocked")
 sys.meta_path.insert(0, Blocked())
 import torch, transformers
+torch.set_num_threads(1)  # as in this process: sums are split by threads, and these outputs must agree bit for bit
 for name in sys.argv[2:]:
     model = getattr(transformers, name).from_pretrained(f"{sys.argv[1]}/{name}")
     inputs, outputs = torch.load(f"{sys.argv[1]}/{name}.pt")
