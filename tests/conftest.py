@@ -1,6 +1,6 @@
 """Fixtures: real models where the machine has them (tests that need one say why they are skipped), and quiet threads."""
 
-from __future__ import annotations
+from __future__ import threading
 
 import importlib.util
 from pathlib import Path
@@ -13,9 +13,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
+from tqdm import tqdm
 
 # Two noisy cores: more threads make small matrices slower, and timing out is not a property of the code.
 torch.set_num_threads(1)
+# tqdm's own lock is shared with forked processes: one that a test kills while it holds the lock would stop this one for good.
+tqdm.set_lock(threading.RLock())
 settings.register_profile("liar", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("liar")
 transformers.logging.set_verbosity_error()
