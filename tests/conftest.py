@@ -1,8 +1,9 @@
 """Fixtures: real models where the machine has them (tests that need one say why they are skipped), and quiet threads."""
 
-from __future__ import threading
+from __future__ import annotations
 
 import importlib.util
+import threading
 from pathlib import Path
 
 import pytest
