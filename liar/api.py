@@ -18,7 +18,7 @@ from liar.criteria import CRITERIA, SCOPES, Units, allocate, scores
 from liar.errors import CalibrationError, choose
 from liar.families import checked
 from liar.mask import Mask
-from liar.rebuild import BIASES, TARGETS, Options, Rebuild
+from liar.rebuild import BIASES, TARGETS, Job, Options, rebuild
 from liar.report import Report
 from liar.solve import SOLVERS, check_ridge
 from liar.statistics import ChannelMoments
@@ -88,6 +88,7 @@ def reconstruct(
     *,
     target: str = "dense_stream",
     ridge: float | str = "auto",
+    refit: bool = True,
     solver: str = "auto",
     bias: str = "keep",
     progress: bool = True,
@@ -103,6 +104,8 @@ def reconstruct(
             less what the pruned model's stream is before it, on the pruned model's activations.
         ridge: pull toward the kept weights, relative to the mean diagonal of the Gram matrix; 0 is none. `"auto"` chooses
             it per site on held-out sequences, and keeps the weights as they are where no update is better.
+        refit: with `"dense_stream"`, first fit the layers that feed the kept units (query, key and value; the first
+            feed-forward projections) to what they give in the dense model, since their input has drifted.
         solver: `"auto"`, `"cholesky"`, `"eigh"` or `"lstsq"`.
         bias: `"keep"`: a bias is refitted where the consumer has one. `"create"`: consumers without get one, as the
             report says; the stock classes may then be unable to load the model.
@@ -128,11 +131,11 @@ def reconstruct(
     layout = checked(model)
     mask = Mask.of(mask, layout)
     calibration = Calibration.of(calib, model)
-    options = Options(target, ridge, solver, bias)
+    options = Options(target, ridge, refit, solver, bias)
     before = sum(p.numel() for p in model.parameters())
     with preserved(model), tqdm(total=len(layout.sites), desc="reconstruct", unit="site", disable=not progress) as bar:
-        job = Rebuild(model, layout, mask, calibration, options, bar.update)
-        students = job.run()
+        job = Job(mask, calibration, options, bar.update)
+        students = rebuild(job, model, layout)
     # Nothing above has touched the model; what follows cannot fail half-way.
     for name, student in zip(layout.blocks, students, strict=True):
         slim.adopt(model.get_submodule(name), student)
@@ -159,6 +162,7 @@ def prune(
     scope: str = "layer",
     target: str = "dense_stream",
     ridge: float | str = "auto",
+    refit: bool = True,
     solver: str = "auto",
     bias: str = "keep",
     seed: int = 0,
@@ -173,4 +177,4 @@ def prune(
     """
     calib = calib if isinstance(calib, Sequence) else list(calib)
     mask = select(model, calib, keep=keep, criterion=criterion, scope=scope, seed=seed, progress=progress)
-    return reconstruct(model, mask, calib, target=target, ridge=ridge, solver=solver, bias=bias, progress=progress)
+    return reconstruct(model, mask, calib, target=target, ridge=ridge, refit=refit, solver=solver, bias=bias, progress=progress)

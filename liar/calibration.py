@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 FOLDS = 4
 # Longer sequences are dealt to the folds in pieces of this many tokens, so that a few long ones still fill every fold.
 PIECE = 256
+# Of little data there are at least so many pieces.
+PIECES = 16
 
 Batch = Mapping[str, Any]
 
@@ -155,13 +157,14 @@ class Calibration:
             raise CalibrationError(
                 "no token of the calibration data is kept: attention_mask is 0 everywhere (1 marks real tokens)"
             )
+        piece = max(min(PIECE, tokens // PIECES), 1)
         starts = itertools.accumulate((len(mask) for mask in keep), initial=0)
         if "use_cache" in accepted:
             batches = [{**batch, "use_cache": False} for batch in batches]
         return cls(
             batches=tuple(batches),
             keep=tuple(keep),
-            folds=tuple(_folds(mask, start) for mask, start in zip(keep, starts, strict=False)),
+            folds=tuple(_folds(mask, start, piece) for mask, start in zip(keep, starts, strict=False)),
             tokens=tokens,
             sequences=sum(len(mask) for mask in keep),
         )
@@ -221,8 +224,8 @@ def _kept(batch: Batch) -> Tensor:
     return torch.ones(main.shape[:2], dtype=torch.bool, device=main.device)
 
 
-def _folds(keep: Tensor, first_sequence: int) -> Tensor:
-    """The fold of each kept token: its sequence's number, moved on by one for every `PIECE` tokens."""
+def _folds(keep: Tensor, first_sequence: int, length: int) -> Tensor:
+    """The fold of each kept token: its sequence's number, moved on by one for every `length` tokens."""
     sequence = torch.arange(first_sequence, first_sequence + len(keep), device=keep.device)[:, None]
-    piece = (keep.cumsum(1) - 1) // PIECE
+    piece = (keep.cumsum(1) - 1) // length
     return ((sequence + piece) % FOLDS)[keep]

@@ -6,18 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from liar.errors import ModelError
-from liar.solve import Solution
 
 
-def start(consumer: nn.Linear) -> tuple[Tensor, Tensor]:
-    """What the consumer computes if nothing is done: weight [in, out] and bias [out] (zeros if it has none), float64."""
-    weight = consumer.weight.detach().double().T
-    bias = weight.new_zeros(weight.shape[1]) if consumer.bias is None else consumer.bias.detach().double()
+def start(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """What a layer computes if nothing is done: weight [in, out] and bias [out] (zeros if it has none), float64."""
+    weight = layer.weight.detach().double().T
+    bias = weight.new_zeros(weight.shape[1]) if layer.bias is None else layer.bias.detach().double()
     return weight, bias
 
 
-def fold(consumer: nn.Linear, solution: Solution, *, create_bias: bool = False) -> None:
-    """Write a solution into a consumer that has already been cut to the kept channels.
+def fold(layer: nn.Linear, weight: Tensor, bias: Tensor, *, create_bias: bool = False) -> None:
+    """Write new weights [in, out] and bias [out] into a layer that has already been cut to the kept channels.
 
     The weights are replaced by new parameters (the old ones may be shared with another module). A layer without bias
     gets one only with `create_bias`.
@@ -25,10 +24,10 @@ def fold(consumer: nn.Linear, solution: Solution, *, create_bias: bool = False) 
     Raises:
         ModelError: the answer overflows the layer's dtype.
     """
-    dtype, trained = consumer.weight.dtype, consumer.weight.requires_grad
-    weight, bias = solution.weight.T.to(dtype).contiguous(), torch.clone(solution.bias.to(dtype))
+    dtype, trained = layer.weight.dtype, layer.weight.requires_grad
+    weight, bias = weight.T.to(dtype).contiguous(), bias.to(dtype).clone()
     if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
         raise ModelError(f"the new weights do not fit into {dtype}: use bfloat16 or float32, or a larger ridge")
-    consumer.weight = nn.Parameter(weight, requires_grad=trained)
-    if create_bias or consumer.bias is not None:
-        consumer.bias = nn.Parameter(bias, requires_grad=trained)
+    layer.weight = nn.Parameter(weight, requires_grad=trained)
+    if create_bias or layer.bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=trained)

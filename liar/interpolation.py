@@ -84,6 +84,7 @@ def interpolation(moments: Moments, keep: Tensor, *, ridge: float = 0.0, solver:
     rows = whole.gram[kept]
     normal = Normal(
         count=whole.count,
+        total=whole.total,
         gram=rows[:, kept],
         cross=rows[:, removed],
         power=float(whole.gram.diagonal()[removed].sum()),

@@ -59,7 +59,7 @@ class Report:
         parameters: of the whole model, (before, after).
         tokens: calibration tokens used.
         sequences: calibration sequences used.
-        options: target, ridge, solver, bias.
+        options: target, ridge, refit, solver, bias.
         dtype: of the weights.
         seconds: wall time by stage.
 

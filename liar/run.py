@@ -51,7 +51,7 @@ class Run:
         keep: share of the block parameters that stays (prune).
         criterion, scope, seed: see `liar.select` (prune).
         mask: content of a mask file, in any form `Mask.of` takes or as `Mask.save` writes it (reconstruct).
-        target, ridge, solver, bias: see `liar.reconstruct`.
+        target, ridge, refit, solver, bias: see `liar.reconstruct`.
         dtype: of the loaded weights; `"auto"` is the stored one.
         device: to run on.
     """
@@ -74,6 +74,7 @@ class Run:
     mask: Mapping[str, Any] | None = None
     target: str = "dense_stream"
     ridge: float | str = "auto"
+    refit: bool = True
     solver: str = "auto"
     bias: str = "keep"
     dtype: str = "auto"
@@ -130,7 +131,8 @@ class Run:
             mask = select(model, batches, keep=self.keep, seed=self.seed, progress=progress, **how)
         else:
             mask = Mask.of(self._checked_mask(), discover(model))
-        options: dict[str, Any] = {"target": self.target, "ridge": self.ridge, "solver": self.solver, "bias": self.bias}
+        names = ("target", "ridge", "refit", "solver", "bias")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
         report = reconstruct(model, mask, batches, progress=progress, **options)
         extra = {"mask.json": mask.to_json(), "run.json": self.to_json()}
         checkpoint.save(model, self.out, tokenizer=tokenizer, mask=mask, report=report, extra=extra, overwrite=force)

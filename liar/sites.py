@@ -43,6 +43,7 @@ class Site:
         block: full name of the transformer block that holds the site; all other names are relative to it.
         residual: module and the index of the positional argument of its forward that is the residual stream the
             consumer's output is added to.
+        mixer: module whose output may be replayed, if there is one (see `SitePattern`).
         counts: attribute paths of integers in proportion to the number of units, corrected when slimming.
         query_heads: query heads per unit (1 for neurons and for attention without groups).
         parameters: parameters that go away with one unit.
@@ -57,6 +58,7 @@ class Site:
     consumer: Edge
     block: str
     residual: tuple[str, int]
+    mixer: str | None
     counts: tuple[str, ...]
     query_heads: int
     parameters: int

@@ -18,8 +18,11 @@ def centred(rows: np.ndarray, affine: bool) -> tuple[np.ndarray, np.ndarray]:
     return rows - mean, mean
 
 
-def moments(z: np.ndarray, t: np.ndarray, affine: bool) -> dict[str, np.ndarray]:
-    (z, mean_z), (t, mean_t) = centred(z, affine), centred(t, affine)
+def moments(z: np.ndarray, t: np.ndarray, affine: bool, weight: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """With weights: a row counts as if it stood there so many times."""
+    weight = np.ones(len(z)) if weight is None else weight
+    mean_z, mean_t = (np.average(rows, 0, weight) if affine else np.zeros(rows.shape[1]) for rows in (z, t))
+    z, t = (np.sqrt(weight)[:, None] * (rows - mean) for rows, mean in ((z, mean_z), (t, mean_t)))
     return {"gram": z.T @ z, "cross": z.T @ t, "power": (t * t).sum(), "mean_z": mean_z, "mean_t": mean_t}
 
 
@@ -127,11 +130,62 @@ def masked(model: torch.nn.Module, keep: dict[str, list[list[bool]]]) -> torch.n
     return model
 
 
+PRODUCERS = {
+    "bert": {"heads": [f"attention.self.{name}" for name in ("query", "key", "value")], "neurons": ["intermediate.dense"]},
+    "llama": {"heads": [f"self_attn.{name}_proj" for name in "qkv"], "neurons": ["mlp.gate_proj", "mlp.up_proj"]},
+}
+
+
+def through(model: torch.nn.Module, batches: list[dict], layer: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """What one linear layer of the full model reads and writes at the real tokens, stacked."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    module = blocks(model)[layer].get_submodule(name)
+    handle = module.register_forward_hook(lambda _module, args, output: seen.append((args[0], output)))
+    with torch.no_grad():
+        for batch in batches:
+            model.base_model(**batch)
+    handle.remove()
+    real = [batch["attention_mask"].bool() for batch in batches]
+    return tuple(
+        np.concatenate([numpy(value[keep]) for value, keep in zip(values, real, strict=True)])
+        for values in zip(*seen, strict=True)
+    )
+
+
+def refit(pruned: torch.nn.Module, dense: torch.nn.Module, batches: list[dict], layer: int, name: str, keep: np.ndarray,
+          ridge: float) -> None:  # fmt: skip
+    """One producer: what it reads in the pruned model to what it writes in the dense one, for the kept output channels."""
+    module = blocks(pruned)[layer].get_submodule(name)
+    (z, _), (_, target) = through(pruned, batches, layer, name), through(dense, batches, layer, name)
+    kept, affine = np.repeat(keep, module.out_features // len(keep)), module.bias is not None
+    start, bias = numpy(module.weight).T[:, kept], numpy(module.bias)[kept] if affine else np.zeros(kept.sum())
+    weight, bias = least_squares(z, target[:, kept], start, bias, affine=affine, ridge=absolute(ridge, z, affine))
+    module.weight.data[torch.from_numpy(kept)] = torch.from_numpy(weight.T.copy())
+    if affine:
+        module.bias.data[torch.from_numpy(kept)] = torch.from_numpy(bias)
+
+
+def repeated(z: np.ndarray, t: np.ndarray, weight: np.ndarray, affine: bool) -> tuple:
+    """Weighted rows as plain rows: both sides centred by their weighted means and multiplied by the roots of the weights;
+    and the mean of z and t, joined."""
+    mean_z, mean_t = (np.average(rows, 0, weight) if affine else np.zeros(rows.shape[1]) for rows in (z, t))
+    root = np.sqrt(weight)[:, None]
+    return root * (z - mean_z), root * (t - mean_t), (mean_z, mean_t)
+
+
 def dense_stream(
-    model: torch.nn.Module, keep: dict[str, list[list[bool]]], batches: list[dict], ridge: float
+    model: torch.nn.Module,
+    keep: dict[str, list[list[bool]]],
+    batches: list[dict],
+    ridge: float,
+    *,
+    producers: bool = True,
+    weighted: bool = True,
 ) -> torch.nn.Module:
     """Site after site on full models in float64: the pruned model's consumer is refitted to
-    T = residual_dense + output_dense - residual_pruned on the pruned model's inputs. Removed weights stay zero."""
+    T = residual_dense + output_dense - residual_pruned on the pruned model's inputs, each producer before it to its dense
+    output; in LLaMA a token counts by 1 / mean square of its dense residual stream after the site. Removed weights stay
+    zero."""
     dense = copy.deepcopy(model).double().eval()
     pruned = masked(dense, keep)
     changed = False
@@ -140,14 +194,22 @@ def dense_stream(
             row = keep.get(kind, [[True] * units(model, kind)] * len(blocks(dense)))[layer]
             if all(row) and not changed:
                 continue
+            if changed and producers:
+                for name in PRODUCERS[model.config.model_type][kind]:
+                    refit(pruned, dense, batches, layer, name, np.asarray(row, dtype=bool), ridge)
             changed = True
             kept = kept_channels(model, layer, kind, row)
             want, have = look(dense, batches, layer, kind), look(pruned, batches, layer, kind)
-            target, z = want["r"] + want["y"] - have["r"], have["x"][:, kept]
+            total = want["r"] + want["y"]
+            target, z = total - have["r"], have["x"][:, kept]
             consumer = blocks(pruned)[layer].get_submodule(RESIDUALS[model.config.model_type][kind][0])
             start, affine = numpy(consumer.weight).T[kept], consumer.bias is not None
             bias = numpy(consumer.bias) if affine else np.zeros(consumer.out_features)
-            weight, bias = least_squares(z, target, start, bias, affine=affine, ridge=absolute(ridge, z, affine))
+            weigh = weighted and model.config.model_type == "llama"
+            counts = 1 / (np.square(total).mean(1) + 1e-6) if weigh else np.ones(len(z))
+            z, target, (mean_z, mean_t) = repeated(z, target, counts, affine)
+            weight, _ = least_squares(z, target, start, bias, affine=False, ridge=absolute(ridge, z, False))
+            bias = mean_t - mean_z @ weight
             consumer.weight.data[:, torch.from_numpy(kept)] = torch.from_numpy(weight.T.copy())
             if affine:
                 consumer.bias.data = torch.from_numpy(bias)

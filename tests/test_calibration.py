@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import liar
-from liar.calibration import FOLDS, PIECE, Calibration
+from liar.calibration import FOLDS, PIECE, PIECES, Calibration
 from liar.errors import CalibrationError
 from liar.testing import tiny_batches, tiny_model
 
@@ -235,10 +235,20 @@ def test_folds_do_not_depend_on_batching(sizes):
 
 
 def test_a_long_sequence_is_dealt_out_in_pieces():
-    model = tiny_model("llama", max_position_embeddings=2048)
-    folds = Calibration.of([torch.ones(1, 4 * PIECE + 10, dtype=torch.int64)], model).folds[0]
+    model = tiny_model("llama", max_position_embeddings=8192)
+    folds = Calibration.of([torch.ones(1, PIECES * PIECE + 10, dtype=torch.int64)], model).folds[0]
     pieces = [piece.unique().tolist() for piece in folds.split(PIECE)]
-    assert pieces == [[0], [1], [2], [3], [0]]
+    assert pieces == [[0], [1], [2], [3]] * 4 + [[0]]
+
+
+@pytest.mark.parametrize("length", [4, 16, 40, 300])
+def test_one_short_sequence_is_dealt_out_too(length):
+    """However little there is, something can be held out."""
+    model = tiny_model("llama", max_position_embeddings=2048)
+    folds = Calibration.of([torch.ones(1, length, dtype=torch.int64)], model).folds[0]
+    assert folds.unique().tolist() == [0, 1, 2, 3]
+    sizes = torch.bincount(folds)
+    assert sizes.max() - sizes.min() <= max(length // PIECES, 1)
 
 
 def test_real_tokenizer_without_padding(stories_folder):

@@ -17,10 +17,7 @@ from liar.testing import tiny_batches, tiny_model
 
 CONSUMERS = {"bert": ("attention.output.dense", "output.dense"), "llama": ("self_attn.o_proj", "mlp.down_proj")}
 KINDS = ("heads", "neurons")
-PRODUCERS = {
-    "bert": {"heads": [f"attention.self.{name}" for name in ("query", "key", "value")], "neurons": ["intermediate.dense"]},
-    "llama": {"heads": [f"self_attn.{name}_proj" for name in "qkv"], "neurons": ["mlp.gate_proj", "mlp.up_proj"]},
-}
+PRODUCERS = reference.PRODUCERS
 
 
 def keeps(model, pattern):
@@ -208,15 +205,20 @@ def test_one_kept_channel_is_a_scale():
 
 @pytest.mark.parametrize("name", ["bert", "bert-classifier", "llama", "llama-8q-2kv", "llama-biases", "llama-wide-heads"])
 @pytest.mark.parametrize("pattern", ["every_other", "unequal", "all_but_first", "one_layer_only"])
-def test_dense_stream_equals_full_models_with_hooks(name, pattern):
+@pytest.mark.parametrize("refit", [True, False])
+def test_dense_stream_equals_full_models_with_hooks(name, pattern, refit):
     model = tiny_model(**MODELS[name], dtype=torch.float64)
     batches = tiny_batches(model, batches=4, sequences=8, length=16)
     keep = keeps(model, pattern)
-    got, _ = run(model, keep, batches, target="dense_stream")
-    want = reference.dense_stream(model, keep, batches, ridge=0.01)
+    got, _ = run(model, keep, batches, target="dense_stream", refit=refit)
+    want = reference.dense_stream(model, keep, batches, ridge=0.01, producers=refit)
     for layer in range(2):
         for kind in KINDS:
             kept = torch.from_numpy(reference.kept_channels(model, layer, kind, keep[kind][layer]))
+            for producer in reference.PRODUCERS[model.config.model_type][kind]:
+                new, full = (reference.blocks(m)[layer].get_submodule(producer).weight.detach() for m in (got, want))
+                rows = torch.tensor(keep[kind][layer]).repeat_interleave(len(full) // len(keep[kind][layer]))
+                torch.testing.assert_close(new, full[rows], rtol=1e-4, atol=1e-5)
             new, full = consumer(got, layer, kind), consumer(want, layer, kind)
             torch.testing.assert_close(new.weight.detach(), full.weight.detach()[:, kept], rtol=1e-4, atol=1e-5)
             if full.bias is not None:
@@ -237,6 +239,17 @@ def test_float32_follows_the_float64_reference(name):
             kept = torch.from_numpy(reference.kept_channels(model, layer, kind, keep[kind][layer]))
             full = consumer(want, layer, kind).weight.detach()[:, kept]
             torch.testing.assert_close(consumer(got, layer, kind).weight.detach().double(), full, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("less", [{"producers": False}, {"weighted": False}])
+def test_every_part_of_the_reference_counts(name, less):
+    """Negative control: without the producers, or without the weights where the stream grows, it is another model."""
+    model = tiny_model(**MODELS[name], dtype=torch.float64)
+    batches = tiny_batches(model, batches=4, sequences=8, length=16)
+    a, b = (reference.dense_stream(model, keeps(model, "every_other"), batches, 0.01, **options) for options in ({}, less))
+    differs = not torch.allclose(outputs(a, batches), outputs(b, batches), rtol=1e-3, atol=1e-4)
+    assert differs is not (name == "bert" and "weighted" in less)
 
 
 def test_the_two_targets_differ(model, batches):
@@ -382,7 +395,12 @@ def test_a_bias_is_created_only_when_asked(target):
     kept_channels = reference.kept_channels(model, 0, "neurons", keep["neurons"][0])
     seen = reference.look(model, batches, 0, "neurons")
     start = reference.numpy(consumer(model, 0, "neurons").weight).T[kept_channels]
-    want, bias = reference.least_squares(seen["x"][:, kept_channels], seen["y"], start, np.zeros(32), affine=True)
+    z, t, (mean_z, mean_t) = seen["x"][:, kept_channels], seen["y"], (np.zeros_like(start[:, 0]), 0)
+    if target == "dense_stream":
+        counts = 1 / (np.square(seen["r"] + seen["y"]).mean(1) + 1e-6)
+        z, t, (mean_z, mean_t) = reference.repeated(z, t, counts, affine=True)
+    want, bias = reference.least_squares(z, t, start, np.zeros(32), affine=target == "same_input")
+    bias = bias + mean_t - mean_z @ want
     first = consumer(got, 0, "neurons")
     torch.testing.assert_close(reference.numpy(first.weight).T, want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(reference.numpy(first.bias), bias, rtol=1e-4, atol=1e-5)
@@ -434,10 +452,11 @@ def test_sites_before_the_first_cut_are_untouched(model, batches):
         assert torch.equal(old, new), name
 
 
-def test_layers_that_are_no_consumers_only_lose_channels(model, batches):
-    """Producers keep the rows of kept units bit for bit; norms, embeddings and heads are not touched."""
+@pytest.mark.parametrize("options", [{"refit": False}, {"target": "same_input"}])
+def test_layers_that_are_no_consumers_only_lose_channels(model, batches, options):
+    """Without refit, producers keep the rows of kept units bit for bit; norms, embeddings and heads are not touched."""
     keep = keeps(model, "every_other")
-    got, _ = run(model, keep, batches)
+    got, _ = run(model, keep, batches, **options)
     consumers = {id(consumer(got, layer, kind)) for layer in range(2) for kind in KINDS}
     for (name, old), new in zip(model.named_modules(), got.modules(), strict=True):
         if id(new) in consumers:
@@ -467,7 +486,13 @@ def test_report_fields(model):
     assert report.got == pytest.approx(liar.families.discover(got).parameters / layout.parameters)
     assert report.tokens == sum(int(batch["attention_mask"].sum()) for batch in batches)
     assert report.sequences == 96
-    assert {**report.options} == {"target": "dense_stream", "ridge": 0.01, "solver": "auto", "bias": "keep"}
+    assert {**report.options} == {
+        "target": "dense_stream",
+        "ridge": 0.01,
+        "refit": True,
+        "solver": "auto",
+        "bias": "keep",
+    }
     assert report.dtype == "float32"
     assert all(value >= 0 for value in report.seconds.values())
     for site, place in zip(report.sites, layout.sites, strict=True):
@@ -501,8 +526,8 @@ def test_reported_errors_are_held_out_ones():
     assert (site.before, site.after) == pytest.approx((before / power, after / power), rel=1e-5)
 
 
-def test_a_single_short_sequence_cannot_be_held_out(model):
-    batch = tiny_batches(model, batches=1, sequences=1)
+def test_a_single_token_cannot_be_held_out(model):
+    batch = [{name: value[:1, :1] for name, value in tiny_batches(model, batches=1, sequences=1)[0].items()}]
     got, report = run(model, {"neurons": [[unit % 2 == 0 for unit in range(64)]] * 2}, batch, target="same_input")
     site = report.sites[1]
     assert isnan(site.before)

@@ -5,14 +5,14 @@ from math import inf, isnan
 import numpy as np
 import pytest
 import torch
-from cases import CONDITIONS, SHAPES, SINGULARITIES, SOLVERS, problem
+from cases import CONDITIONS, SHAPES, SINGULARITIES, SOLVERS, problem, rows
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import absolute, centred, least_squares, squares
 
 from liar.errors import Verdict
-from liar.solve import fit, solve
-from liar.statistics import Factor, Moments
+from liar.solve import fit, fit_drift, solve
+from liar.statistics import Factor, Folds, Moments
 
 
 def tensor(values):
@@ -305,3 +305,54 @@ def test_kept_baseline_where_the_data_says_nothing():
     if found.ridge == inf:
         assert found.verdict is Verdict.KEPT_BASELINE
         assert torch.equal(found.weight, tensor(p.start))
+
+
+# Layers whose input has drifted
+
+
+def drifted(tokens=3000, channels=7, out=90, noise=0.05, seed=0):
+    """(new input, old input, weight [channels, out], bias [out], statistics in four folds)."""
+    generator = np.random.default_rng(seed)
+    old = rows(tokens, channels, seed=seed)
+    new = old @ (np.eye(channels) + 0.3 * generator.normal(size=(channels, channels))) + 1
+    new += noise * generator.normal(size=new.shape)
+    weight, bias = generator.normal(size=(channels, out)), generator.normal(size=out)
+    folds = Folds(4)
+    folds.update(torch.from_numpy(new), torch.from_numpy(old), [tokens // 4] * 4)
+    return new, old, weight, bias, folds
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("ridge", [0, 0.1])
+def test_drift_is_undone_as_by_least_squares_on_the_outputs(affine, ridge):
+    new, old, weight, bias, folds = drifted()
+    found, offset = drift_fitted(folds, weight, bias, affine, ridge)
+    damp = absolute(ridge, new, affine)
+    want, moved = least_squares(new, old @ weight + bias * affine, weight, bias, affine=affine, ridge=damp)
+    torch.testing.assert_close(found, torch.from_numpy(want), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(offset, torch.from_numpy(moved), rtol=1e-6, atol=1e-6)
+
+
+def test_the_ridge_of_a_drift_is_found():
+    new, old, weight, bias, folds = drifted()
+    found, offset = (part.numpy() for part in drift_fitted(folds, weight, bias, True, "auto"))
+    target = old @ weight + bias
+    best, moved = least_squares(new, target, weight, bias, affine=True)
+    assert squares(new, target, found, offset) < 1.05 * squares(new, target, best, moved)
+    assert squares(new, target, found, offset) < 0.2 * squares(new, target, weight, bias)
+
+
+def drift_fitted(folds, weight, bias, affine, ridge):
+    whole, splits = folds.whole(affine=affine), folds.splits(affine=affine, channels=len(weight))
+    return fit_drift(whole, splits, torch.from_numpy(weight), torch.from_numpy(bias), ridge=ridge)
+
+
+def test_an_input_that_did_not_drift_changes_nothing():
+    _, old, weight, bias, _ = drifted(tokens=40)
+    folds, same = Folds(4), torch.from_numpy(old)
+    folds.update(same, same, [10] * 4)
+    found, offset = fit_drift(
+        folds.whole(affine=True), folds.splits(affine=True, channels=7), torch.from_numpy(weight), torch.from_numpy(bias)
+    )
+    torch.testing.assert_close(found, torch.from_numpy(weight), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(offset, torch.from_numpy(bias), rtol=1e-9, atol=1e-9)

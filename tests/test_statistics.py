@@ -1,6 +1,7 @@
 """Streamed sums against the whole X: any split, order and grouping of the rows, any dtype, NaN, memory."""
 
 import pickle
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from reference import centred, moments
 
 from liar.errors import CalibrationError
-from liar.statistics import ChannelMoments, Factor, Folds, Moments
-from liar.statistics.chunks import CHUNK
+from liar.statistics import ChannelMoments, Factor, Folds, Moments, Rows
+from liar.statistics.chunks import CHUNK, gram
 
 KINDS = [Moments, Factor]
 TOKENS = 3 * CHUNK + 123
@@ -260,7 +261,8 @@ def test_folds_split_every_row_once(kind):
     fold = torch.arange(900) % 5 % 4  # fold 0 has more rows than the others
     folds = Folds(4, kind)
     for part in torch.arange(900).split(110):
-        folds.update(z[part], t[part], fold[part])
+        rows = Rows.of(torch.ones(1, len(part), dtype=torch.bool), fold[part], 4)
+        folds.update(rows(z[part][None]), rows(t[part][None]), rows.sizes)
     assert_normal(folds.whole(affine=True), moments(z.numpy(), t.numpy(), True))
     splits = folds.splits(affine=True, channels=900)
     assert len(splits) == 4
@@ -274,7 +276,8 @@ def test_plenty_of_rows_are_split_once():
     """With very many rows for every channel one held-out part says enough; it and the rest are all rows."""
     z, t = pair(900)
     folds = Folds(4)
-    folds.update(z, t, torch.arange(900) % 4)
+    order = (torch.arange(900) % 4).argsort(stable=True)
+    folds.update(z[order], t[order], [225] * 4)
     ((fitted, held),) = folds.splits(affine=True, channels=1)
     assert fitted.count + held.count == 900
     assert_normal(held, moments(z.numpy()[::4], t.numpy()[::4], True))
@@ -283,9 +286,55 @@ def test_plenty_of_rows_are_split_once():
 def test_one_fold_cannot_be_held_out():
     z, t = pair(50)
     folds = Folds(4)
-    folds.update(z, t, torch.full((50,), 2))
+    folds.update(z, t, [0, 0, 50, 0])
     assert folds.splits(affine=True, channels=6) == []
     assert folds.whole(affine=True).count == 50
+
+
+def test_rows_are_the_kept_tokens_sorted_by_fold():
+    value = torch.arange(12.0).reshape(2, 3, 2)
+    rows = Rows.of(torch.tensor([[True, False, True], [True, True, False]]), torch.tensor([1, 0, 1, 0]), 3)
+    assert rows.sizes == (2, 2, 0)
+    assert rows(value).tolist() == [[4, 5], [8, 9], [0, 1], [6, 7]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("affine", [True, False])
+def test_weighted_rows_count_as_often_as_their_weight_says(kind, affine):
+    z, t = pair(5000)
+    weight = torch.from_numpy(np.random.default_rng(3).uniform(0.01, 100, 5000))
+    made, halves = kind(), (kind(), kind())
+    for number, part in enumerate(torch.arange(5000).split(700)):
+        for taker in (made, halves[number % 2]):
+            taker.update(z[part], t[part], weight[part])
+    halves[0].merge(halves[1])
+    want = moments(z.numpy(), t.numpy(), affine, weight.numpy())
+    for normal in (made.normal(affine=affine), halves[0].normal(affine=affine)):
+        assert_normal(normal, want)
+        assert (normal.count, normal.total) == (5000, pytest.approx(float(weight.sum())))
+    whole = torch.randint(1, 4, (5000,), generator=torch.Generator().manual_seed(0))
+    counted, copied = kind(), kind()
+    counted.update(z, t, whole.double())
+    copied.update(z.repeat_interleave(whole, 0), t.repeat_interleave(whole, 0))
+    assert_normal(counted.normal(affine=affine), copied.normal(affine=affine))
+
+
+@pytest.mark.parametrize("channels", [1, 255, 256, 257, 700])
+def test_the_gram_of_half_the_products_is_the_gram(channels):
+    z = torch.from_numpy(rows(900, channels))
+    torch.testing.assert_close(gram(z), z.T @ z)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("affine", [True, False])
+def test_another_target_from_the_same_sums(kind, affine):
+    """`through` is what streaming the new target would have given, but for its power."""
+    z, t = pair(400)
+    weight, bias = torch.randn(3, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64) * affine
+    got = streamed(kind, z, t, 400).normal(affine=affine).through(weight, bias)
+    want = streamed(kind, z, t @ weight + bias, 400).normal(affine=affine)
+    assert got.power == 0
+    assert_normal(replace(got, power=want.power), want)
 
 
 @pytest.mark.parametrize("kind", KINDS)

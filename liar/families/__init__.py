@@ -130,6 +130,7 @@ def _site(model: nn.Module, block_name: str, layer: int, pattern: SitePattern) -
         consumer=in_edge,
         block=block_name,
         residual=pattern.residual,
+        mixer=pattern.mixer,
         counts=pattern.counts,
         query_heads=out_edges[0].width // out_edges[-1].width,
         parameters=sum(in_producers) + in_edge.width * consumer.out_features,

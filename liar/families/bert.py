@@ -11,6 +11,7 @@ BERT = Family(
             producers=("attention.self.query", "attention.self.key", "attention.self.value"),
             consumer="attention.output.dense",
             residual=("attention.output", 1),
+            mixer="attention.self",
             unit_width="attention.self.attention_head_size",
             counts=("attention.self.num_attention_heads", "attention.self.all_head_size"),
             sizes=("num_attention_heads",),

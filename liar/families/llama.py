@@ -15,6 +15,7 @@ LLAMA = Family(
             producers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             consumer="self_attn.o_proj",
             residual=("input_layernorm", 0),
+            mixer="self_attn",
             unit_width="self_attn.head_dim",
             sizes=("num_attention_heads", "num_key_value_heads"),
         ),

@@ -2,8 +2,8 @@
 
 from liar.statistics.channels import ChannelMoments
 from liar.statistics.factor import Factor
-from liar.statistics.folds import Folds
+from liar.statistics.folds import Folds, Rows
 from liar.statistics.moments import Moments
 from liar.statistics.normal import Normal
 
-__all__ = ["ChannelMoments", "Factor", "Folds", "Moments", "Normal"]
+__all__ = ["ChannelMoments", "Factor", "Folds", "Moments", "Normal", "Rows"]

@@ -19,20 +19,24 @@ class Factor:
     def __init__(self) -> None:
         self._chunks = Chunks()
         self._count = 0
+        self._total = 0.0
         self._channels = 0
         self._r: Tensor | None = None
 
-    def update(self, z: Tensor, t: Tensor) -> None:
-        """Add rows: z [tokens, channels], t [tokens, out]."""
-        for chunk in self._chunks.add(z, t):
+    def update(self, z: Tensor, t: Tensor, weight: Tensor | None = None) -> None:
+        """Add rows: z [tokens, channels], t [tokens, out], weight [tokens] (1 each if left out, then always)."""
+        for chunk in self._chunks.add(z, t) if weight is None else self._chunks.add(z, t, weight):
             self._add(*chunk)
 
-    def _add(self, z: Tensor, t: Tensor) -> None:
-        self._stack(torch.cat([z.new_ones(len(z), 1), z, t], 1).double(), len(z), z.shape[1])
+    def _add(self, z: Tensor, t: Tensor, weight: Tensor | None = None) -> None:
+        root = z.new_ones(len(z), 1) if weight is None else weight.sqrt()[:, None]
+        rows = torch.cat([root, z * root, t * root], 1).double()
+        self._stack(rows, len(z), float(root.double().square().sum()), z.shape[1])
 
-    def _stack(self, rows: Tensor, count: int, channels: int) -> None:
+    def _stack(self, rows: Tensor, count: int, total: float, channels: int) -> None:
         check_finite(rows)
         self._count += count
+        self._total += total
         self._channels = channels
         self._r = torch.linalg.qr(rows if self._r is None else torch.cat([self._r, rows]), mode="r").R
 
@@ -46,7 +50,7 @@ class Factor:
         self._all()
         theirs = other._all()
         if theirs is not None:
-            self._stack(theirs, other._count, other._channels)
+            self._stack(theirs, other._count, other._total, other._channels)
 
     @property
     def count(self) -> int:
@@ -66,6 +70,7 @@ class Factor:
         reached = self._channels + 1 - skipped  # z is zero in all rows below
         return Normal(
             count=self._count,
+            total=self._total,
             gram=z.T @ z,
             cross=z.T @ t,
             power=float(t.square().sum()),

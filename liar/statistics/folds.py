@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from liar.statistics.factor import Factor
@@ -12,6 +15,29 @@ from liar.statistics.normal import Normal
 
 # Rows per channel from which one held-out fold is enough to choose a ridge.
 PLENTY = 10
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which positions of a batch are rows of the statistics, sorted by fold.
+
+    Attributes:
+        order: int64 [tokens], positions in the flattened batch.
+        sizes: how many of them belong to each fold.
+    """
+
+    order: Tensor
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, keep: Tensor, fold: Tensor, folds: int) -> Rows:
+        """From `keep` bool [sequences, length] and the fold of each kept token, int64 [tokens]."""
+        order = keep.flatten().nonzero().squeeze(1)[fold.argsort(stable=True)]
+        return cls(order, tuple(torch.bincount(fold, minlength=folds).tolist()))
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """[sequences, length, channels] -> [tokens, channels]."""
+        return value.flatten(0, 1).index_select(0, self.order)
 
 
 class Folds:
@@ -26,12 +52,14 @@ class Folds:
         self._kind = kind
         self._parts: list[Any] = [kind() for _ in range(folds)]
 
-    def update(self, z: Tensor, t: Tensor, fold: Tensor) -> None:
-        """Add rows z [tokens, channels], t [tokens, out] of the folds given by `fold` int64 [tokens]."""
-        for number, part in enumerate(self._parts):
-            rows = (fold == number).nonzero().squeeze(1)
-            if len(rows):
-                part.update(z[rows], t[rows])
+    def update(self, z: Tensor, t: Tensor, sizes: Sequence[int], weight: Tensor | None = None) -> None:
+        """Add rows sorted by fold: z [tokens, channels], t [tokens, out], tokens in each fold, weight [tokens] or None."""
+        start = 0
+        for part, size in zip(self._parts, sizes, strict=True):
+            rows = slice(start, start + size)
+            start += size
+            if size:
+                part.update(z[rows], t[rows], None if weight is None else weight[rows])
 
     def whole(self, *, affine: bool) -> Normal:
         """The normal equations of all rows."""

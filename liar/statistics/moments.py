@@ -9,15 +9,19 @@ import torch
 from torch import Tensor
 
 from liar.errors import CalibrationError
-from liar.statistics.chunks import NOISE, Chunks
+from liar.statistics.chunks import NOISE, Chunks, gram
 from liar.statistics.normal import NO_ROWS, Normal, check_finite
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over rows of (z - shift_z) and (t - shift_t), float64; `power` is per target channel, `noise` as in `Normal`."""
+    """Weighted sums over rows of (z - shift_z) and (t - shift_t), float64.
+
+    `count` is the number of rows, `total` the sum of their weights, `power` per target channel, `noise` as in `Normal`.
+    """
 
     count: int
+    total: float
     shift_z: Tensor
     shift_t: Tensor
     z: Tensor
@@ -28,17 +32,23 @@ class Sums:
     noise: float
 
     @classmethod
-    def of(cls, z: Tensor, t: Tensor, shift_z: Tensor, shift_t: Tensor) -> Sums:
+    def of(cls, z: Tensor, t: Tensor, weight: Tensor | None, shift_z: Tensor, shift_t: Tensor) -> Sums:
         """Sums of one chunk."""
-        z, t = z - shift_z.to(z), t - shift_t.to(t)
+        z, t, total = z - shift_z.to(z), t - shift_t.to(t), float(len(z))
+        sums = z.sum(0), t.sum(0)
+        if weight is not None:
+            root, total = weight.sqrt()[:, None], float(weight.sum(dtype=torch.float64))
+            z, t = z * root, t * root
+            sums = (root * z).sum(0), (root * t).sum(0)
         return cls(
             count=len(z),
+            total=total,
             shift_z=shift_z,
             shift_t=shift_t,
-            z=z.sum(0).double(),
-            t=t.sum(0).double(),
+            z=sums[0].double(),
+            t=sums[1].double(),
             # Left in the precision of the product: adding it to float64 sums widens it on the way, without a copy.
-            gram=z.T @ z,
+            gram=gram(z),
             cross=z.T @ t,
             power=t.square().sum(0).double(),
             noise=NOISE[z.dtype],
@@ -49,6 +59,7 @@ class Sums:
         return replace(
             self,
             count=self.count + other.count,
+            total=self.total + other.total,
             z=self.z + other.z,
             t=self.t + other.t,
             gram=self.gram.add_(other.gram),
@@ -59,9 +70,10 @@ class Sums:
 
     def at(self, shift_z: Tensor, shift_t: Tensor) -> Sums:
         """The same rows seen from another shift (a new object; nothing is shared)."""
-        dz, dt, n = self.shift_z - shift_z, self.shift_t - shift_t, self.count
+        dz, dt, n = self.shift_z - shift_z, self.shift_t - shift_t, self.total
         return Sums(
-            count=n,
+            count=self.count,
+            total=n,
             shift_z=shift_z,
             shift_t=shift_t,
             z=self.z + n * dz,
@@ -90,17 +102,17 @@ class Moments:
         self._chunks = Chunks()
         self._sums: Sums | None = None
 
-    def update(self, z: Tensor, t: Tensor) -> None:
-        """Add rows: z [tokens, channels], t [tokens, out]."""
-        for chunk in self._chunks.add(z, t):
+    def update(self, z: Tensor, t: Tensor, weight: Tensor | None = None) -> None:
+        """Add rows: z [tokens, channels], t [tokens, out], weight [tokens] (1 each if left out, then always)."""
+        for chunk in self._chunks.add(z, t) if weight is None else self._chunks.add(z, t, weight):
             self._add(*chunk)
 
-    def _add(self, z: Tensor, t: Tensor) -> None:
+    def _add(self, z: Tensor, t: Tensor, weight: Tensor | None = None) -> None:
         if self._sums is None:
-            first = Sums.of(z, t, z.mean(0).double(), t.mean(0).double())
+            first = Sums.of(z, t, weight, z.mean(0).double(), t.mean(0).double())
             self._sums = replace(first, gram=first.gram.double(), cross=first.cross.double())
         else:
-            self._sums += Sums.of(z, t, self._sums.shift_z, self._sums.shift_t)
+            self._sums += Sums.of(z, t, weight, self._sums.shift_z, self._sums.shift_t)
 
     def merge(self, other: Moments) -> None:
         """Add another's rows. `other` keeps its content."""
@@ -122,11 +134,12 @@ class Moments:
             CalibrationError: no rows, or NaN or Inf among them.
         """
         sums = _checked(self._all())
-        n, zeros = sums.count, (torch.zeros_like(sums.z), torch.zeros_like(sums.t))
+        n, zeros = sums.total, (torch.zeros_like(sums.z), torch.zeros_like(sums.t))
         means = (sums.shift_z + sums.z / n, sums.shift_t + sums.t / n) if affine else zeros
         sums = sums.at(*means)
         return Normal(
-            count=n,
+            count=sums.count,
+            total=n,
             gram=sums.gram,
             cross=sums.cross,
             power=float(sums.power.sum()),

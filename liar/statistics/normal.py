@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class Normal:
 
     Attributes:
         count: number of rows (tokens).
+        total: sum of the rows' weights (their number where they have none); all sums below are weighted.
         gram: [channels, channels], `z' z` (centred if `affine`).
         cross: [channels, out], `z' t` (centred if `affine`).
         power: sum of squares of t (centred if `affine`).
@@ -40,6 +41,7 @@ class Normal:
     """
 
     count: int
+    total: float
     gram: Tensor
     cross: Tensor
     power: float
@@ -54,6 +56,19 @@ class Normal:
         """Mean diagonal of the Gram matrix: the unit of a relative ridge."""
         return float(self.gram.diagonal().mean())
 
+    def through(self, weight: Tensor, bias: Tensor) -> Normal:
+        """The same rows with the target `t weight + bias` instead of t: weight [out, new out], bias [new out].
+
+        The power of the new target is not known from these sums and left out (0): errors are then all smaller by it.
+        """
+        return replace(
+            self,
+            cross=self.cross @ weight,
+            mean_t=self.mean_t @ weight + bias if self.affine else self.mean_t @ weight,
+            power=0.0,
+            factor=self.factor and (self.factor[0], self.factor[1] @ weight),
+        )
+
     def error(self, weight: Tensor, bias: Tensor) -> Tensor:
         """Sum of squares of `t - z weight - bias` over these rows: weight [*, channels, out], bias [*, out] -> [*].
 
@@ -61,4 +76,4 @@ class Normal:
         """
         quadratic = (weight * (self.gram @ weight - 2 * self.cross)).sum((-2, -1))
         offset = self.mean_t - self.mean_z @ weight - bias
-        return quadratic + self.power + self.count * offset.square().sum(-1)
+        return quadratic + self.power + self.total * offset.square().sum(-1)

@@ -1,26 +1,19 @@
-"""Least squares for one site: how the kept channels can stand in for what is missing. Tensors only, all in float64.
-
-The unknown is the change `D = V - W_0` of the kept weights (W_0: what stays in place if nothing is done):
-
-    minimise |t - z V - 1 b|^2 + ridge |V - W_0|^2        (our reading of LIAR with a ridge toward the kept weights)
-
-A ridge is relative: the number is multiplied by the mean diagonal of the Gram matrix.
-"""
+"""The fit of one site: which ridge, whether to change anything at all, and the answer with all that is worth knowing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from math import inf, nan
+from math import inf, nan, sqrt
 
 import torch
 from torch import Tensor
 
 from liar.errors import OptionError, Verdict
+from liar.solve.solvers import Solved, solve
 from liar.statistics import Normal
 
-SOLVERS = ("auto", "cholesky", "eigh", "lstsq")
 RIDGES = tuple(10.0**exponent for exponent in range(-5, 2))
 # Outputs, or random combinations of them, on which ridges are compared.
 SKETCH = 64
@@ -30,15 +23,6 @@ def check_ridge(ridge: float | str) -> None:
     """Raise an `OptionError` unless the ridge is a finite number >= 0."""
     if not isinstance(ridge, (int, float)) or not 0 <= ridge < inf:
         raise OptionError(f'ridge={ridge!r}: expected "auto" or a number >= 0 (relative to the mean diagonal of the Gram)')
-
-
-@dataclass(frozen=True)
-class Solved:
-    """The answer of one solver: change [*, channels, out], and what it saw of the Gram matrix."""
-
-    change: Tensor
-    rank: int
-    condition: float
 
 
 @dataclass(frozen=True)
@@ -68,64 +52,6 @@ class Solution:
     after: float
 
 
-def cholesky(normal: Normal, rest: Tensor, ridges: Tensor) -> Solved | None:
-    """Solve `(G + ridge) D = rest` for every absolute ridge [*]; None where a factorisation fails."""
-    damped = normal.gram + ridges[..., None, None] * torch.eye(len(normal.gram)).to(normal.gram)
-    factor, info = torch.linalg.cholesky_ex(damped)
-    diagonal = factor.diagonal(dim1=-2, dim2=-1)
-    condition = (diagonal.amax(-1) / diagonal.amin(-1)).square().max()
-    if bool((info != 0).any()) or not condition < 1 / normal.noise:
-        return None
-    return Solved(torch.cholesky_solve(rest, factor), len(normal.gram), float(condition))
-
-
-def eigh(normal: Normal, rest: Tensor, ridges: Tensor) -> Solved:
-    """The same from one eigendecomposition, for every ridge; null directions get no change (the minimum norm)."""
-    values, vectors = torch.linalg.eigh(normal.gram)
-    largest = values[-1].clamp_min(torch.finfo(values.dtype).tiny)
-    live = values > normal.noise * largest
-    damped = torch.where(live, 1 / (values.clamp_min(0) + ridges[..., None]).where(live, torch.ones_like(values)), 0.0)
-    lowest = values[live].min() if bool(live.any()) else largest
-    condition = ((largest + ridges) / (lowest + ridges)).max()
-    change = vectors @ (damped[..., None] * (vectors.T @ rest))
-    return Solved(change, int(live.sum()), float(condition))
-
-
-def lstsq(normal: Normal, start: Tensor, ridges: Tensor) -> Solved:
-    """The same through `torch.linalg.lstsq` on the streamed R factor: rows [R; sqrt(ridge) 1], batched over ridges.
-
-    Runs on the CPU, where the driver (`gelsd`) gives the minimum norm for dependent columns.
-    """
-    assert normal.factor is not None
-    z, t = (part.cpu() for part in normal.factor)
-    ridges = ridges.cpu()
-    batch, channels = ridges.shape, z.shape[1]
-    damp = ridges.sqrt()[..., None, None] * torch.eye(channels).to(z)
-    left = torch.cat([z.expand(*batch, *z.shape), damp], -2)
-    right = (t - z @ start.cpu()).expand(*batch, -1, -1)
-    right = torch.cat([right, right.new_zeros(*batch, channels, right.shape[-1])], -2)
-    found = torch.linalg.lstsq(left, right, rcond=normal.noise**0.5, driver="gelsd").solution
-    singular = torch.linalg.svdvals(z)
-    largest = singular.max().clamp_min(torch.finfo(singular.dtype).tiny)
-    live = singular > normal.noise**0.5 * largest
-    lowest = singular[live].min() if bool(live.any()) else largest
-    condition = ((largest.square() + ridges) / (lowest.square() + ridges)).max()
-    return Solved(found.to(start.device), int(live.sum()), float(condition))
-
-
-def solve(normal: Normal, start: Tensor, ridges: Tensor, solver: str) -> Solved:
-    """The change of `start` [channels, out] for every absolute ridge [*], by the named solver.
-
-    `auto` and `cholesky` try a Cholesky factorisation and turn to `eigh` when the Gram matrix is numerically singular;
-    `Solved.rank` then tells. `lstsq` needs a `Normal` that was streamed as a `Factor`.
-    """
-    if solver == "lstsq":
-        return lstsq(normal, start, ridges)
-    rest = normal.cross - normal.gram @ start
-    found = None if solver == "eigh" else cholesky(normal, rest, ridges)
-    return found or eigh(normal, rest, ridges)
-
-
 def _held_out(
     splits: Sequence[tuple[Normal, Normal]], start: Tensor, bias: Tensor, ridge: float, solver: str
 ) -> tuple[float, float, float]:
@@ -148,11 +74,9 @@ def _best_ridge(splits: Sequence[tuple[Normal, Normal]], start: Tensor, bias: Te
     Ridges are compared on a few random combinations of the outputs: errors add up over outputs, and all outputs share the
     same Gram matrix, so a sketch ranks the ridges as the whole does at a fraction of the cost.
     """
-    sketch = torch.eye(start.shape[1]).to(start)
-    if start.shape[1] > SKETCH:
-        generator = torch.Generator().manual_seed(0)
-        sketch = torch.randn(start.shape[1], SKETCH, generator=generator, dtype=torch.float64).to(start) / SKETCH**0.5
-    narrow = [(_sketched(fitted, sketch), _sketched(held, sketch)) for fitted, held in splits]
+    sketch = _sketch(start)
+    nothing = torch.zeros(sketch.shape[1]).to(start)
+    narrow = [(fitted.through(sketch, nothing), held.through(sketch, nothing)) for fitted, held in splits]
 
     @cache
     def error(index: int) -> float:
@@ -166,10 +90,13 @@ def _best_ridge(splits: Sequence[tuple[Normal, Normal]], start: Tensor, bias: Te
     return RIDGES[index]
 
 
-def _sketched(normal: Normal, sketch: Tensor) -> Normal:
-    """The normal equations for combinations of the outputs; their power is left out, it is the same for every weight."""
-    factor = normal.factor and (normal.factor[0], normal.factor[1] @ sketch)
-    return replace(normal, cross=normal.cross @ sketch, mean_t=normal.mean_t @ sketch, power=0.0, factor=factor)
+def _sketch(start: Tensor) -> Tensor:
+    """Random combinations of the outputs of `start` [channels, out], of mean square 1: [out, at most `SKETCH`]."""
+    out = start.shape[1]
+    if out <= SKETCH:
+        return torch.eye(out, dtype=start.dtype, device=start.device)
+    made = torch.randn(out, SKETCH, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(start)
+    return made.div_(sqrt(SKETCH))
 
 
 def _absolute(ridge: float, normal: Normal) -> Tensor:
@@ -217,10 +144,46 @@ def fit(
         verdict=_verdict(whole.count, solved, chosen),
         rank=solved.rank,
         condition=solved.condition,
-        power=whole.power / whole.count,
+        power=whole.power / whole.total,
         before=nothing / held_power,
         after=updated / held_power,
     )
+
+
+def fit_drift(
+    whole: Normal,
+    splits: Sequence[tuple[Normal, Normal]],
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    ridge: float | str = "auto",
+    solver: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Fit linear layers whose input has drifted to what they gave on the old input.
+
+    One regression of the old input on the new one serves all outputs, so whether and how strongly to change is decided on a
+    sketch of them; they stay as they were where no update is better on the held-out parts.
+
+    Args:
+        whole: normal equations of (new input, old input), all calibration tokens.
+        splits: pairs (fitted on, held out), as in `fit`.
+        weight: [in, out], of all layers side by side.
+        bias: [out]; what is there stays there if the statistics are not affine.
+        ridge: as in `fit`.
+        solver: as in `fit`.
+
+    Returns:
+        The new weight and bias.
+    """
+    sketch = _sketch(weight)
+    narrow, offset = weight @ sketch, bias @ sketch
+    parts = [(fitted.through(narrow, offset), held.through(narrow, offset)) for fitted, held in splits]
+    chosen = fit(whole.through(narrow, offset), parts, narrow, offset, ridge=ridge, solver=solver).ridge
+    if chosen == inf:
+        return weight, bias
+    target = whole.through(weight, bias)
+    changed = weight + solve(target, weight, _absolute(chosen, target), solver).change
+    return changed, target.mean_t - target.mean_z @ changed if whole.affine else bias
 
 
 def _verdict(tokens: int, solved: Solved, ridge: float) -> Verdict:

@@ -1,0 +1,81 @@
+"""One run of the ladder: a dense model and what it predicts, the mask and tokens a setting's rules share, a rule applied."""
+
+from __future__ import annotations
+
+import copy
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cells import Cell, Setting
+from rivals import RULES
+from tasks import Predictions, Task
+from torch import Tensor, nn
+
+import liar
+from liar.families import discover
+
+
+class Bench:
+    """A task's dense model, loaded at most once, with what it predicts."""
+
+    def __init__(self, task: Task, folder: str | None, data_dir: Path) -> None:
+        self.task, self.folder, self.data_dir = task, folder, data_dir
+
+    @cached_property
+    def loaded(self) -> tuple[Any, Any]:
+        """(dense model in evaluation mode, tokenizer)."""
+        model, tokenizer = self.task.load(self.folder)
+        model.train(False)
+        return model, tokenizer
+
+    @cached_property
+    def dense(self) -> Predictions:
+        """What the dense model says."""
+        return self.task.predict(*self.loaded, self.data_dir)
+
+    def score(self, model: nn.Module) -> dict[str, float]:
+        """The numbers of a model."""
+        return self.task.score(self.task.predict(model, self.loaded[1], self.data_dir), self.dense, self.data_dir)
+
+
+class Shared:
+    """What all rules of a setting share; made when the first of them runs."""
+
+    def __init__(self, bench: Bench, setting: Setting) -> None:
+        self.bench, self.setting = bench, setting
+
+    @cached_property
+    def calibration(self) -> list[dict[str, Tensor]]:
+        """Batches of the setting's tokens."""
+        texts = self.bench.task.texts(self.bench.data_dir, self.setting.source, self.setting.seed)
+        tokenizer = self.bench.loaded[1]
+        return liar.calibration(texts, tokenizer, tokens=self.setting.tokens, max_length=self.bench.task.max_length)
+
+    @cached_property
+    def mask(self) -> liar.Mask:
+        """The mask of the setting."""
+        model, _ = self.bench.loaded
+        setting = self.setting
+        return liar.select(
+            model, self.calibration, keep=setting.keep, criterion=setting.criterion, seed=setting.seed, progress=False
+        )
+
+
+def run(cell: Cell, shared: Shared) -> dict[str, Any]:
+    """One cell: the numbers, the coordinates, and how long the rule took (selection and evaluation not counted)."""
+    dense, _ = shared.bench.loaded
+    mask, calibration = shared.mask, shared.calibration
+    model = copy.deepcopy(dense)
+    began = time.perf_counter()
+    RULES[cell.rule](model, mask, calibration)
+    seconds = time.perf_counter() - began
+    layout = discover(dense)
+    return {
+        **shared.bench.score(model),
+        **cell.coordinates(),
+        "got": mask.parameters(layout) / layout.parameters,
+        "got_tokens": sum(int(batch["attention_mask"].sum()) for batch in calibration),
+        "seconds": seconds,
+    }

@@ -1,0 +1,12 @@
+"""Tasks: a model, texts to calibrate on, and numbers that say how good a model is. `table.py` says what a task has."""
+
+from __future__ import annotations
+
+from tasks.causal import TINYSTORIES, load_causal
+from tasks.encoder import STSB, embed, load_encoder
+from tasks.glue import GLUE_TASKS
+from tasks.table import SOURCES, Predictions, Task, read
+
+TASKS = {task.name: task for task in (STSB, *GLUE_TASKS, TINYSTORIES)}
+
+__all__ = ["SOURCES", "TASKS", "Predictions", "Task", "embed", "load_causal", "load_encoder", "read"]

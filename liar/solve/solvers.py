@@ -1,0 +1,79 @@
+"""Solvers for one set of normal equations, batched over ridges: `(G + ridge) D = rest`. Tensors only, all in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from liar.statistics import Normal
+
+SOLVERS = ("auto", "cholesky", "eigh", "lstsq")
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The answer of one solver: change [*, channels, out], and what it saw of the Gram matrix."""
+
+    change: Tensor
+    rank: int
+    condition: float
+
+
+def cholesky(normal: Normal, rest: Tensor, ridges: Tensor) -> Solved | None:
+    """Solve `(G + ridge) D = rest` for every absolute ridge [*]; None where a factorisation fails."""
+    damped = normal.gram + ridges[..., None, None] * torch.eye(len(normal.gram)).to(normal.gram)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    condition = (diagonal.amax(-1) / diagonal.amin(-1)).square().max()
+    if bool((info != 0).any()) or not condition < 1 / normal.noise:
+        return None
+    return Solved(torch.cholesky_solve(rest, factor), len(normal.gram), float(condition))
+
+
+def eigh(normal: Normal, rest: Tensor, ridges: Tensor) -> Solved:
+    """The same from one eigendecomposition, for every ridge; null directions get no change (the minimum norm)."""
+    values, vectors = torch.linalg.eigh(normal.gram)
+    largest = values[-1].clamp_min(torch.finfo(values.dtype).tiny)
+    live = values > normal.noise * largest
+    damped = torch.where(live, 1 / (values.clamp_min(0) + ridges[..., None]).where(live, torch.ones_like(values)), 0.0)
+    lowest = values[live].min() if bool(live.any()) else largest
+    condition = ((largest + ridges) / (lowest + ridges)).max()
+    change = vectors @ (damped[..., None] * (vectors.T @ rest))
+    return Solved(change, int(live.sum()), float(condition))
+
+
+def lstsq(normal: Normal, start: Tensor, ridges: Tensor) -> Solved:
+    """The same through `torch.linalg.lstsq` on the streamed R factor: rows [R; sqrt(ridge) 1], batched over ridges.
+
+    Runs on the CPU, where the driver (`gelsd`) gives the minimum norm for dependent columns.
+    """
+    assert normal.factor is not None
+    z, t = (part.cpu() for part in normal.factor)
+    ridges = ridges.cpu()
+    batch, channels = ridges.shape, z.shape[1]
+    damp = ridges.sqrt()[..., None, None] * torch.eye(channels).to(z)
+    left = torch.cat([z.expand(*batch, *z.shape), damp], -2)
+    right = (t - z @ start.cpu()).expand(*batch, -1, -1)
+    right = torch.cat([right, right.new_zeros(*batch, channels, right.shape[-1])], -2)
+    found = torch.linalg.lstsq(left, right, rcond=normal.noise**0.5, driver="gelsd").solution
+    singular = torch.linalg.svdvals(z)
+    largest = singular.max().clamp_min(torch.finfo(singular.dtype).tiny)
+    live = singular > normal.noise**0.5 * largest
+    lowest = singular[live].min() if bool(live.any()) else largest
+    condition = ((largest.square() + ridges) / (lowest.square() + ridges)).max()
+    return Solved(found.to(start.device), int(live.sum()), float(condition))
+
+
+def solve(normal: Normal, start: Tensor, ridges: Tensor, solver: str) -> Solved:
+    """The change of `start` [channels, out] for every absolute ridge [*], by the named solver.
+
+    `auto` and `cholesky` try a Cholesky factorisation and turn to `eigh` when the Gram matrix is numerically singular;
+    `Solved.rank` then tells. `lstsq` needs a `Normal` that was streamed as a `Factor`.
+    """
+    if solver == "lstsq":
+        return lstsq(normal, start, ridges)
+    rest = normal.cross - normal.gram @ start
+    found = None if solver == "eigh" else cholesky(normal, rest, ridges)
+    return found or eigh(normal, rest, ridges)

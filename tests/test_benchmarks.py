@@ -1,0 +1,268 @@
+"""The core of the benchmarks: metrics, tasks on tiny models, cells, the ladder's shared masks and its going on after a kill."""
+
+import gzip
+import importlib
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+import torch
+
+from liar.testing import tiny_model
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """Imports a script or package of the benchmarks by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, rows):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(path, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        return tmp_path / "data"
+
+    return write
+
+
+def words(generator, low, high):
+    return " ".join(f"w{number}" for number in generator.integers(0, 80, generator.integers(low, high)))
+
+
+def pairs(count, seed):
+    generator = np.random.default_rng(seed)
+    return [
+        {"sentence1": words(generator, 2, 20), "sentence2": words(generator, 2, 20), "label": int(generator.integers(0, 2))}
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture
+def mrpc(write):
+    write("c4/sample.jsonl.gz", [{"text": words(np.random.default_rng(7), 5, 30)} for _ in range(9)])
+    write("mrpc/train.jsonl.gz", pairs(90, 0))
+    return write("mrpc/dev.jsonl.gz", pairs(70, 1))
+
+
+@pytest.fixture
+def classifier(tmp_path, tokenizer):
+    """Folder of a tiny classifier."""
+    model = tiny_model("bert", head="sequence-classification", num_labels=2, seed=3)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_metrics_against_scipy(benchmark):
+    metric = benchmark("metrics").metric
+    generator = np.random.default_rng(0)
+    said, labels = generator.normal(size=20), generator.normal(size=20)
+    spearman = metric("spearman").compute(predictions=list(said), references=list(labels))["spearman"]
+    assert spearman == pytest.approx(np.corrcoef(scipy.stats.rankdata(said), scipy.stats.rankdata(labels))[0, 1])
+    assert metric("accuracy").compute(predictions=[0, 1, 1, 2], references=[0, 1, 0, 1])["accuracy"] == 0.5
+    perplexity = metric("perplexity").compute(predictions=[3 * math.log(2), math.log(32)], references=[3, 1])["perplexity"]
+    assert perplexity == pytest.approx(4)
+
+
+def test_divergence_from_the_dense_predictions(benchmark):
+    metric = benchmark("metrics").metric("agreement_kl")
+    logits = np.random.default_rng(1).normal(size=(2, 50, 4)).astype("float32")
+    found = metric.compute(predictions=logits[0], references=logits[1])
+    model, dense = (scipy.special.softmax(each.astype("float64"), axis=1) for each in logits)
+    assert found["kl"] == pytest.approx(
+        np.mean([scipy.stats.entropy(d, m) for d, m in zip(dense, model, strict=True)]), rel=1e-5
+    )
+    assert found["agreement"] == pytest.approx(np.mean(dense.argmax(1) == model.argmax(1)))
+    assert 0 < found["agreement"] < 1
+    assert metric.compute(predictions=logits[0] + 5, references=logits[0]) == {"kl": pytest.approx(0, abs=1e-6), "agreement": 1}
+
+
+def test_classifiers_are_asked_example_by_example(benchmark, mrpc, classifier):
+    """Batches are sorted and padded; answers come in the order of the file, pairs as pairs."""
+    task = benchmark("tasks").TASKS["glue-mrpc"]
+    model, tokenizer = task.load(classifier)
+    logits = task.predict(model, tokenizer, mrpc)["logits"]
+    dev = pairs(70, 1)
+    with torch.no_grad():
+        alone = [model(**tokenizer(row["sentence1"], row["sentence2"], return_tensors="pt")).logits[0] for row in dev]
+    torch.testing.assert_close(logits, torch.stack(alone), rtol=1e-4, atol=1e-5)
+    right = np.mean([int(one.argmax()) == row["label"] for one, row in zip(alone, dev, strict=True)])
+    scored = task.score({"logits": logits}, {"logits": logits.flip(1)}, mrpc)
+    assert scored["accuracy"] == pytest.approx(right)
+    assert (scored["agreement"], scored["examples"]) == (0, 70)
+    assert scored["kl"] > 0
+
+
+def test_regression_is_compared_by_squares(benchmark, write):
+    data = write("stsb/dev.jsonl.gz", [{**row, "label": number / 10} for number, row in enumerate(pairs(30, 2))])
+    task = benchmark("tasks").TASKS["glue-stsb"]
+    logits = torch.arange(30.0)[:, None]
+    assert task.score({"logits": logits}, {"logits": logits + 2}, data) == {
+        "spearman": pytest.approx(1),
+        "squared_difference": pytest.approx(4),
+        "examples": 30,
+    }
+
+
+def test_embeddings_of_different_sentences_only(benchmark, write):
+    rows = [
+        {"sentence1": "a text", "sentence2": "another one", "label": 1.0},
+        {"sentence1": "another one", "sentence2": "a text", "label": 1.0},
+        {"sentence1": "a text", "sentence2": "a text", "label": 5.0},
+    ]
+    data = write("stsb/dev.jsonl.gz", rows)
+    task = benchmark("tasks").TASKS["stsb"]
+    texts, numbers = benchmark("tasks.encoder").sentences(data)
+    assert texts == ["a text", "another one"]
+    assert numbers.tolist() == [[0, 1], [1, 0], [0, 0]]
+    dense, turned = torch.eye(2), torch.tensor([[0.6, 0.8], [0.0, 1.0]])
+    found = task.score({"embeddings": turned}, {"embeddings": dense}, data)
+    assert found == {"spearman": pytest.approx(1), "cosine": pytest.approx(0.8)}
+
+
+def test_perplexity_of_stories(benchmark, write, plain_tokenizer):
+    generator = np.random.default_rng(5)
+    stories = [words(generator, 5, 40) for _ in range(6)]
+    data = write("tinystories/holdout_part.jsonl.gz", [{"text": story} for story in stories])
+    task, model = benchmark("tasks").TASKS["tinystories"], tiny_model("llama", head="causal-lm")
+    said = task.predict(model, plain_tokenizer, data)
+    scored = task.score(said, said, data)
+    losses, count = 0.0, 0
+    with torch.no_grad():
+        for story in stories:
+            ids = plain_tokenizer(story, return_tensors="pt")["input_ids"]
+            losses += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+    assert scored["perplexity"] == pytest.approx(math.exp(losses / count), rel=1e-5)
+    assert scored["compared_tokens"] == count
+    assert (scored["kl"], scored["agreement"]) == (pytest.approx(0, abs=1e-6), 1)
+
+
+def test_calibration_texts_follow_source_and_seed(benchmark, mrpc):
+    task = benchmark("tasks").TASKS["glue-mrpc"]
+    own = task.texts(mrpc, "own", 0)
+    assert own == task.texts(mrpc, "own", 0) != task.texts(mrpc, "own", 1)
+    assert sorted(own) == sorted((row["sentence1"], row["sentence2"]) for row in pairs(90, 0))
+    assert len(task.texts(mrpc, "c4", 0)) == 9
+
+
+def test_files_carry_all_coordinates_and_seeds_come_last(benchmark):
+    cells = benchmark("cells")
+    settings = list(
+        cells.settings("stsb", "default", "wanda", seeds=2, sources=["own", "c4"], keeps=[0.5, 0.7], tokens=[10, 20])
+    )
+    names = [cells.Cell(setting, rule).path(Path()).name for setting in settings for rule in ("bias", "liar")]
+    assert len(set(names)) == len(names) == 32
+    assert names[0] == "stsb-default-wanda-keep0.5-tokens10-own-bias-seed0.json"
+    assert [setting.seed for setting in settings] == [0] * 8 + [1] * 8
+    assert cells.Cell(settings[0], "bias").coordinates()["rule"] == "bias"
+
+
+def test_results_are_written_whole_or_not_at_all(benchmark, tmp_path):
+    kept = benchmark("results").kept
+    path = tmp_path / "deep" / "run.json"
+    with pytest.raises(KeyboardInterrupt):
+        kept(path, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert not path.exists()
+    assert kept(path, lambda: {"value": 1})["value"] == 1
+    assert kept(path, lambda: {"value": 2})["value"] == 1
+    assert {"environment", "value"} == set(json.loads(path.read_text()))
+    assert [file.name for file in path.parent.iterdir()] == ["run.json"]
+
+
+@pytest.fixture
+def climb(benchmark, mrpc, classifier, tmp_path, monkeypatch):
+    """Runs a small ladder; returns its runs and, per rule that ran, the mask and the batches it was given."""
+    ladder, bench_module = benchmark("ladder"), benchmark("bench")
+    given = []
+
+    def spy(name, rule):
+        def apply(model, mask, calib):
+            given.append((name, mask, calib))
+            rule(model, mask, calib)
+
+        return apply
+
+    monkeypatch.setattr(bench_module, "RULES", {name: spy(name, rule) for name, rule in bench_module.RULES.items()})
+
+    def climb(rules, seeds=2):
+        given.clear()
+        bench = ladder.Bench(ladder.TASKS["glue-mrpc"], classifier, mrpc)
+        settings = list(
+            ladder.settings("glue-mrpc", "model", "fluctuation", seeds=seeds, sources=["own"], keeps=[0.6], tokens=[300, 600])
+        )
+        return ladder.climb(bench, settings, rules, tmp_path / "results"), given
+
+    return climb
+
+
+def test_rules_share_mask_and_tokens(climb):
+    runs, given = climb(["mask_only", "liar", "ours"])
+    assert len(runs) == len(given) == 12
+    for first in range(0, 12, 3):
+        group = given[first : first + 3]
+        assert [name for name, _, _ in group] == ["mask_only", "liar", "ours"]
+        assert all(mask is group[0][1] and calib is group[0][2] for _, mask, calib in group)
+    assert [run["seed"] for run in runs] == [0] * 6 + [1] * 6
+    for run in runs:
+        assert run["got_tokens"] == run["tokens"]
+        assert 0.5 < run["got"] <= 0.6
+        assert run["seconds"] > 0
+        assert {"accuracy", "kl", "agreement", "environment", "source", "rule", "criterion"} <= set(run)
+    assert runs[0]["kl"] > 0
+
+
+def test_a_killed_ladder_goes_on(climb, tmp_path):
+    before, _ = climb(["mask_only", "liar"])
+    lost = sorted((tmp_path / "results").iterdir())[2]
+    wanted = json.loads(lost.read_text())
+    lost.unlink()
+    after, given = climb(["mask_only", "liar"])
+    assert [name for name, _, _ in given] == [wanted["rule"]]
+    timeless = lambda runs: [{key: value for key, value in run.items() if key != "seconds"} for run in runs]  # noqa: E731
+    assert timeless(after) == timeless(before)
+    assert climb(["mask_only", "liar"])[1] == []
+
+
+def runs_of(values):
+    """{(rule, keep): accuracies by seed} as contents of result files."""
+    shared = {"task": "t", "source": "own", "tokens": 100}
+    return [
+        {**shared, "rule": rule, "keep": keep, "seed": seed, "accuracy": value}
+        for (rule, keep), found in values.items()
+        for seed, value in enumerate(found)
+    ]
+
+
+def test_tables_show_mean_and_standard_error(benchmark):
+    summary = benchmark("summary")
+    runs = runs_of({("bias", 0.5): [0.1, 0.2, 0.6], ("liar", 0.5): [0.4, 0.4, 0.4], ("bias", 0.7): [0.9]})
+    (more,) = summary.tables(runs, {"accuracy": 0.95}, {"accuracy": True})
+    (less,) = summary.tables(runs, {}, {"accuracy": False})
+    cells = lambda table: [list(column.cells) for column in table.columns]  # noqa: E731
+    error = np.std([0.1, 0.2, 0.6], ddof=1) / 3**0.5
+    bias, liar = [f"0.3000 ± {error:.4f}", "[bold]0.9000[/bold]"], ["[bold]0.4000 ± 0.0000[/bold]", ""]
+    assert cells(more)[3:] == [["3", "1"], bias, liar]
+    assert cells(less)[4][0] == f"[bold]0.3000 ± {error:.4f}[/bold]"
+    assert "dense 0.9500" in more.title
+    assert "dense" not in less.title
+
+
+def test_the_figure_shows_every_rule(benchmark, tmp_path):
+    runs = runs_of({("bias", 0.5): [0.1, 0.2], ("liar", 0.5): [0.4, 0.4], ("bias", 0.7): [0.9], ("liar", 0.7): [0.8]})
+    benchmark("summary").draw(runs, {"accuracy": 0.95}, "accuracy", tmp_path / "deep" / "figure.svg")
+    drawn = (tmp_path / "deep" / "figure.svg").read_text()
+    assert {"bias", "liar", "dense", "accuracy"} <= set(re.findall(r"<!-- (\w+) -->", drawn))
