@@ -21,10 +21,11 @@ from typing import Any
 
 from bench import Bench, Shared, run
 from cells import Cell, Setting, settings
+from figures import draw
 from results import kept
 from rich.console import Console
 from rivals import RULES
-from summary import draw, tables
+from summary import tables
 from tasks import SOURCES, TASKS
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm

@@ -1,4 +1,4 @@
-"""Put the committed results into README and docs: tables between markers, and the figure.
+"""Put the committed results into README and docs: tables between markers, and the figures.
 
     python benchmarks/publish.py            # write
     python benchmarks/publish.py --check    # fail if a table is not what the results say
@@ -14,66 +14,85 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
 
 import pandas
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from figures import published
+from rivals import RULES
+from summary import SETTING, also, lined, markdown, runs
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-RULES = {
-    "mask_only": "nothing repaired",
-    "bias": "bias only (FLAP)",
-    "same_input": "`same_input` (LIAR)",
-    "dense_stream": "`dense_stream` (default)",
-}
+CRITERION = "fluctuation"
+TOKENS, FEW = 16_000, 4_000
+CLOSED_FORM = [rule for rule in RULES if rule != "polish"]
 
 
-def quality(task: str) -> tuple[float, pandas.DataFrame]:
-    """(dense, one row per run) of a task."""
-    runs = [json.loads(path.read_text()) for path in sorted((RESULTS / "quality").glob(f"{task}-*-seed*.json"))]
-    dense = json.loads((RESULTS / "quality" / f"{task}-dense.json").read_text())
-    metric = {"stsb": "spearman", "tinystories": "perplexity"}[task]
-    return dense[metric], pandas.DataFrame(runs).rename(columns={metric: "value"})
+def part(criterion: str = CRITERION, **wanted: str | int | float) -> pandas.DataFrame:
+    """The runs with one criterion (masks) and these coordinates."""
+    frame = runs()
+    for name, value in {"criterion": criterion, **wanted}.items():
+        frame = frame[frame[name] == value]
+    return frame
 
 
-def quality_table(task: str, digits: int) -> str:
-    """Keep ratio against rule: mean and standard deviation over samples of the calibration texts."""
-    dense, runs = quality(task)
-    rows = []
-    for keep, group in sorted(runs.groupby("keep"), reverse=True):
-        cells = [list(group[group["rule"] == rule]["value"]) for rule in RULES]
-        texts = [f"{mean(cell):.{digits}f} ± {stdev(cell):.{digits}f}" for cell in cells]
-        best = (max if task == "stsb" else min)(range(len(cells)), key=lambda i: mean(cells[i]))
-        texts[best] = f"**{texts[best]}**"
-        rows.append([f"{keep:.0%}", f"{dense:.{digits}f}", *texts])
-    return table(["kept", "dense", *RULES.values()], rows)
+def ladder(task: str, number: str, criterion: str = CRITERION) -> str:
+    """One number of a task against the kept share."""
+    frame = part(criterion, task=task, number=number, source="own", tokens=TOKENS)
+    return markdown(frame, ["keep"], CLOSED_FORM)
 
 
-def speed_table() -> str:
+def glue(criterion: str = CRITERION) -> str:
+    """All numbers of the fine-tuned models."""
+    frame = part(criterion, source="own", tokens=TOKENS)
+    frame = frame[frame["task"].str.startswith("glue-") & (frame["number"] != "seconds")]
+    return markdown(frame, ["task", "keep", "number"], CLOSED_FORM)
+
+
+def few_tokens(criterion: str = CRITERION) -> str:
+    """What each task is about, with little calibration data."""
+    frame = part(criterion, source="own", place=0)
+    return markdown(frame[frame["tokens"] <= FEW], ["task", "number", "keep", "tokens"], CLOSED_FORM)
+
+
+def other_texts(criterion: str = CRITERION) -> str:
+    """What each task is about, calibrated on C4 and on its own texts."""
+    frame = part(criterion, place=0)
+    frame = also(frame, frame["source"] == "c4", ["task", "model", "keep", "tokens"])
+    return markdown(frame, ["task", "number", "keep", "tokens", "source"], CLOSED_FORM)
+
+
+def polish(criterion: str = CRITERION) -> str:
+    """Ours against training, where both were run: two numbers of every task, and the time."""
+    frame = part(criterion, source="own")
+    frame = frame[(frame["place"] < 2) | (frame["number"] == "seconds")]
+    for rule in ("ours", "polish"):
+        frame = also(frame, frame["rule"] == rule, SETTING)
+    return markdown(frame, ["task", "keep", "tokens", "number"], ["ours", "polish"])
+
+
+def speed() -> str:
     """Ratios to one plain dense forward pass."""
     rows = []
     for path in sorted(RESULTS.glob("speed-*.json")):
-        run = json.loads(path.read_text())
+        run = json.loads(path.read_text(encoding="utf-8"))
         for target, ratio in run["ratio_median"].items():
             stages = ", ".join(f"{stage} {value:.2f}" for stage, value in run["stages_median"][target].items())
             memory = run["memory"][target]
             peak = f"{memory['grown_mb']:.0f} MB of {memory['bound_mb']:.0f} MB"
             rows.append([run["model"], f"{run['tokens']:,}", f"`{target}`", f"{ratio:.2f}x", stages, peak])
-    return table(["model", "tokens", "target", "time", "where it goes", "peak memory of bound"], rows)
-
-
-def table(headings: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return lined(["model", "tokens", "target", "time", "where it goes", "peak memory of bound"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "quality stsb": lambda: quality_table("stsb", 3),
-    "quality tinystories": lambda: quality_table("tinystories", 2),
-    "speed": speed_table,
+    "ladder stsb": lambda: ladder("stsb", "spearman"),
+    "ladder stsb cosine": lambda: ladder("stsb", "cosine"),
+    "ladder tinystories": lambda: ladder("tinystories", "perplexity"),
+    "ladder tinystories kl": lambda: ladder("tinystories", "kl"),
+    "ladder glue": glue,
+    "few tokens": few_tokens,
+    "other texts": other_texts,
+    "polish": polish,
+    "speed": speed,
 }
 BLOCK = re.compile(r"(<!-- results: (?P<name>[\w ]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
@@ -93,33 +112,12 @@ def stale() -> list[Path]:
     return [page for page in pages() if filled(page.read_text(encoding="utf-8")) != page.read_text(encoding="utf-8")]
 
 
-def draw(file: Path) -> None:
-    """Quality against the kept share, for every rule."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    for axes, (task, title, unit) in zip(
-        figure.subplots(1, 2),
-        (
-            ("stsb", "BERT encoder: all-MiniLM-L6-v2 on STS-B", "Spearman correlation (more is better)"),
-            ("tinystories", "LLaMA: stories260K on TinyStories", "perplexity (less is better)"),
-        ),
-        strict=True,
-    ):
-        dense, runs = quality(task)
-        for rule, label in RULES.items():
-            lines = runs[runs["rule"] == rule].groupby("keep")["value"].agg(["mean", "std"])
-            axes.errorbar(lines.index, lines["mean"], lines["std"], marker="o", capsize=3, label=label.replace("`", ""))
-        axes.axhline(dense, color="black", linestyle=":", label="dense")
-        axes.set(title=title, xlabel="share of block parameters kept", ylabel=unit)
-        axes.set_yscale("log" if task == "tinystories" else "linear")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.set_xticks(sorted(runs["keep"].unique()))
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.invert_xaxis()
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize="small")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+def draw(images: Path) -> None:
+    """Quality against the kept share, and against the calibration tokens."""
+    kept = {task: part(task=task, source="own", tokens=TOKENS, place=0) for task in ("stsb", "tinystories")}
+    published(kept, "keep", CLOSED_FORM, images / "quality.png")
+    tokens = {task: part(task=task, source="own", keep=keep, place=0) for task, keep in (("stsb", 0.5), ("tinystories", 0.8))}
+    published(tokens, "tokens", CLOSED_FORM, images / "tokens.png")
 
 
 def main() -> None:
@@ -130,7 +128,7 @@ def main() -> None:
         sys.exit(f"not what the results say: {', '.join(map(str, stale()))}" if stale() else 0)
     for page in pages():
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
-    draw(ROOT / "docs" / "images" / "quality.png")
+    draw(ROOT / "docs" / "images")
 
 
 if __name__ == "__main__":

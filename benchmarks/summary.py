@@ -1,17 +1,35 @@
-"""What the ladder found: tables of mean ± standard error, and figures."""
+"""What the ladder found, as tables of mean ± standard error: of one ladder for the terminal, of all runs for the pages."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.table import Table
+from tasks import TASKS
 
+RESULTS = Path(__file__).parent / "results" / "ladder"
 CELL = ["source", "keep", "tokens"]
+SETTING = ["task", "model", "criterion", "seed", *CELL]
+LABELS = {
+    "mask_only": "mask only",
+    "bias": "bias (FLAP)",
+    "mask_tuning": "mask tuning",
+    "liar": "LIAR",
+    "grail": "GRAIL",
+    "kprune": "K-prune",
+    "osscar_update": "OSSCAR",
+    "ours": "ours",
+    "polish": "polish",
+}
+HEADINGS = {"keep": "kept", "source": "texts"}
+# Whether more of a number is better.
+MORE = {"seconds": False} | {number: more for task in TASKS.values() for number, more in task.metrics.items()}
+DIGITS = {"perplexity": 2, "seconds": 1}
 
 
 def tables(runs: Sequence[Mapping[str, Any]], dense: Mapping[str, float], metrics: Mapping[str, bool]) -> list[Table]:
@@ -34,43 +52,83 @@ def table(frame: pandas.DataFrame, metric: str, dense: float | None, more: bool)
     for heading in (*CELL, "seeds", *rules):
         made.add_column(heading, justify="right")
     for cell, group in frame.groupby(CELL, sort=False):
-        found = group.groupby("rule")[metric].agg(["mean", "sem", "count"])
-        best = found["mean"].idxmax() if more else found["mean"].idxmin()
-        shown = {rule: spread(row["mean"], row["sem"], bold=rule == best) for rule, row in found.iterrows()}
-        seeds = "-".join(str(number) for number in sorted({int(count) for count in found["count"]}))
+        shown, seeds = summed(group, metric, more, 4, "[bold]{}[/bold]")
         made.add_row(*map(str, cell), seeds, *(shown.get(rule, "") for rule in rules))
     return made
 
 
-def spread(mean: float, error: float, *, bold: bool) -> str:
-    """A cell of the table."""
-    text = f"{mean:.4f}" + ("" if pandas.isna(error) else f" ± {error:.4f}")
-    return f"[bold]{text}[/bold]" if bold else text
+def summed(group: pandas.DataFrame, metric: str, more: bool, digits: int, bold: str) -> tuple[dict[str, str], str]:
+    """One row of a table: rule -> text, the best mean in bold; and how many seeds there were."""
+    found = group.groupby("rule")[metric].agg(["mean", "sem", "count"])
+    best = found["mean"].idxmax() if more else found["mean"].idxmin()
+    shown = {str(rule): spread(row["mean"], row["sem"], digits) for rule, row in found.iterrows()}
+    shown[best] = bold.format(shown[best])
+    return shown, "-".join(str(number) for number in sorted({int(count) for count in found["count"]}))
 
 
-def draw(runs: Sequence[Mapping[str, Any]], dense: Mapping[str, float], metric: str, file: Path) -> None:
-    """The first metric against the keep ratio (at most tokens) and against the tokens (at the smallest ratio), per source."""
-    frame = pandas.DataFrame(list(runs))
-    sources = list(dict.fromkeys(frame["source"]))
-    figure = Figure(figsize=(11, 4 * len(sources)), layout="constrained")
-    for row, source in zip(figure.subplots(len(sources), 2, squeeze=False), sources, strict=True):
-        part = frame[frame["source"] == source]
-        most, least = part["tokens"].max(), part["keep"].min()
-        lines(row[0], part[part["tokens"] == most], "keep", metric)
-        row[0].set(title=f"{source} texts, {most:,} tokens", xlabel="share of block parameters kept", ylabel=metric)
-        row[0].invert_xaxis()
-        lines(row[1], part[part["keep"] == least], "tokens", metric)
-        row[1].set(title=f"{source} texts, {least:.0%} kept", xlabel="calibration tokens", ylabel=metric, xscale="log")
-        for axes in row:
-            axes.axhline(dense[metric], color="black", linestyle=":", label="dense")
-            axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize="small")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+def spread(mean: float, error: float, digits: int) -> str:
+    """A cell of a table."""
+    return f"{mean:.{digits}f}" + ("" if pandas.isna(error) else f" ± {error:.{digits}f}")
 
 
-def lines(axes: Axes, frame: pandas.DataFrame, along: str, metric: str) -> None:
-    """A line with standard errors per rule."""
-    for rule, group in frame.groupby("rule", sort=False):
-        found = group.groupby(along)[metric].agg(["mean", "sem"])
-        axes.errorbar(found.index, found["mean"], found["sem"].fillna(0), marker="o", capsize=3, label=rule)
+@cache
+def runs(folder: Path = RESULTS) -> pandas.DataFrame:
+    """One row per run and number (with its seconds): coordinates, `number`, its `place` in the task, `value`, `dense`.
+
+    They come in the order of the tables: tasks as they are listed, most kept first, fewest tokens first.
+    """
+    dense = {path.stem: read(path) for path in folder.glob("*-dense.json")}
+    rows = []
+    for run in map(read, folder.glob("*-seed*.json")):
+        whole = dense.get(f"{run['task']}-{run['model']}-dense", {})
+        for place, number in enumerate((*TASKS[run["task"]].metrics, "seconds")):
+            measured = {"number": number, "place": place, "value": run[number], "dense": whole.get(number)}
+            rows.append({**{name: run[name] for name in (*SETTING, "rule")}, **measured})
+    order = list(TASKS)
+    rows.sort(key=lambda row: (order.index(row["task"]), -row["keep"], row["tokens"], row["source"], row["place"]))
+    return pandas.DataFrame(rows, columns=[*SETTING, "rule", "number", "place", "value", "dense"])
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def also(frame: pandas.DataFrame, wanted: pandas.Series, coordinates: Sequence[str]) -> pandas.DataFrame:
+    """The rows whose coordinates are also those of a wanted row: to compare only what both sides have."""
+    return frame.merge(frame.loc[wanted, list(coordinates)].drop_duplicates(), on=list(coordinates))
+
+
+def markdown(frame: pandas.DataFrame, by: Sequence[str], rules: Sequence[str]) -> str:
+    """A Markdown table: a row per `by`, a column per rule; empty where there is no run.
+
+    Numbers are means ± standard errors over the samples of the calibration texts, seconds are medians.
+    """
+    frame = frame[frame["rule"].isin(rules)]
+    several = frame.groupby("task")["model"].nunique().gt(1).any()
+    by = [*by, "model"] if several else list(by)
+    headings = [*(HEADINGS.get(name, name) for name in by), "samples", "dense"]
+    rows = []
+    for cell, group in frame.groupby(by, sort=False):
+        number, dense = group["number"].iloc[0], group["dense"].iloc[0]
+        digits = DIGITS.get(number, 3)
+        shown, samples = summed(group, "value", MORE[number], digits, "**{}**")
+        if number == "seconds":
+            shown = {rule: f"{median:.{digits}f}" for rule, median in group.groupby("rule")["value"].median().items()}
+        named = (written(name, value) for name, value in zip(by, cell, strict=True))
+        whole = "" if pandas.isna(dense) else f"{dense:.{digits}f}"
+        rows.append([*named, samples, whole, *(shown.get(rule, "") for rule in rules)])
+    return lined([*headings, *("**ours**" if rule == "ours" else LABELS[rule] for rule in rules)], rows)
+
+
+def written(name: str, value: Any) -> str:
+    """A coordinate as readers like it."""
+    if name == "number":
+        return f"{value.replace('_', ' ')} {'↑' if MORE[value] else '↓'}"
+    return {"keep": "{:.0%}", "tokens": "{:,}"}.get(name, "{}").format(value)
+
+
+def lined(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (headings, ["---"] * len(headings), *rows))

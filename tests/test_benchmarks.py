@@ -263,6 +263,80 @@ def test_tables_show_mean_and_standard_error(benchmark):
 
 def test_the_figure_shows_every_rule(benchmark, tmp_path):
     runs = runs_of({("bias", 0.5): [0.1, 0.2], ("liar", 0.5): [0.4, 0.4], ("bias", 0.7): [0.9], ("liar", 0.7): [0.8]})
-    benchmark("summary").draw(runs, {"accuracy": 0.95}, "accuracy", tmp_path / "deep" / "figure.svg")
+    benchmark("figures").draw(runs, {"accuracy": 0.95}, "accuracy", tmp_path / "deep" / "figure.svg")
     drawn = (tmp_path / "deep" / "figure.svg").read_text()
     assert {"bias", "liar", "dense", "accuracy"} <= set(re.findall(r"<!-- (\w+) -->", drawn))
+
+
+def files_of(folder, values, **coordinates):
+    """{(rule, keep, tokens, source, seed): accuracy} as result files of a task, and those of its dense model."""
+    shared = {"task": "glue-sst2", "model": "m", "criterion": "fluctuation", **coordinates}
+    folder.mkdir(exist_ok=True)
+    dense = {"accuracy": 0.95, "kl": 0.0, "agreement": 1.0}
+    (folder / f"{shared['task']}-{shared['model']}-dense.json").write_text(json.dumps(dense))
+    for (rule, keep, tokens, source, seed), value in values.items():
+        where = {"rule": rule, "keep": keep, "tokens": tokens, "source": source, "seed": seed}
+        numbers = {"accuracy": value, "kl": 1 - value, "agreement": value, "seconds": 10 * value + seed}
+        name = "-".join(map(str, (*shared.values(), *where.values())))
+        (folder / f"{name}-seed{seed}.json").write_text(json.dumps({**shared, **where, **numbers}))
+    return folder
+
+
+@pytest.fixture
+def publish(benchmark, monkeypatch, tmp_path):
+    """The module, with the runs of the test's folder."""
+    module, summary = benchmark("publish"), benchmark("summary")
+    monkeypatch.setattr(module, "runs", lambda: summary.runs.__wrapped__(tmp_path / "results"))
+    return module
+
+
+def body(text):
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines()[2:]]
+
+
+def test_pages_show_mean_and_standard_error_and_leave_out_what_is_missing(publish, tmp_path):
+    values = {("bias", 0.5, 16000, "own", 0): 0.6, ("bias", 0.5, 16000, "own", 1): 0.8, ("ours", 0.5, 16000, "own", 0): 0.9}
+    files_of(tmp_path / "results", values | {("bias", 0.7, 16000, "own", 0): 0.8, ("liar", 0.7, 16000, "own", 0): 0.75})
+    files_of(tmp_path / "results", {("ours", 0.5, 16000, "own", 0): 0.1}, criterion="wanda")
+    text = publish.glue()
+    assert re.match(r"\| task \| kept \| number \| samples \| dense \| mask only \| .* \| \*\*ours\*\* \|\n", text)
+    assert len(body(text)) == 6
+    accuracy = body(text)[3]
+    assert accuracy[:5] == ["glue-sst2", "50%", "accuracy ↑", "1-2", "0.950"]
+    assert accuracy[6] == "0.700 ± 0.100"
+    assert [cell for cell in accuracy[5:] if cell] == ["0.700 ± 0.100", "**0.900**"]
+    assert body(text)[0][5:9] == ["", "**0.800**", "", "0.750"]
+    assert body(text)[4][2:7] == ["kl ↓", "1-2", "0.000", "", "0.300 ± 0.100"]
+    assert [cell for cell in body(publish.glue("wanda"))[0][5:] if cell] == ["**0.100**"]
+
+
+def test_pages_compare_what_was_run_on_both_sides(publish, tmp_path):
+    own = {("ours", keep, 16000, "own", seed): keep + seed / 10 for keep in (0.5, 0.7) for seed in (0, 1, 2)}
+    trained = {("polish", 0.5, 16000, "own", seed): 0.9 for seed in (0, 2)}
+    files_of(tmp_path / "results", own | trained | {("ours", 0.7, 16000, "c4", 0): 0.4, ("ours", 0.7, 1000, "own", 0): 0.3})
+    assert body(publish.polish()) == [
+        ["glue-sst2", "50%", "16,000", "accuracy ↑", "2", "0.950", "0.600 ± 0.100", "**0.900 ± 0.000**"],
+        ["glue-sst2", "50%", "16,000", "kl ↓", "2", "0.000", "0.400 ± 0.100", "**0.100 ± 0.000**"],
+        ["glue-sst2", "50%", "16,000", "seconds ↓", "2", "", "7.0", "10.0"],
+    ]
+    assert [row[4] for row in body(publish.other_texts())] == ["c4", "own"]
+    assert [row[3] for row in body(publish.few_tokens())] == ["1,000"]
+
+
+def test_pages_without_a_run_have_headings_only(publish):
+    assert [body(make()) for name, make in publish.TABLES.items() if name != "speed"] == [[]] * (len(publish.TABLES) - 1)
+
+
+def test_pages_tell_models_apart(publish, tmp_path):
+    for model in ("small", "large"):
+        files_of(tmp_path / "results", {("ours", 0.5, 1000, "own", 0): 0.4}, model=model)
+    assert sorted(row[4] for row in body(publish.few_tokens())) == ["large", "small"]
+
+
+def test_published_figures_show_every_rule(benchmark, publish, tmp_path):
+    values = {(rule, keep, 16000, "own", 0): 2 + keep for rule in publish.CLOSED_FORM for keep in (0.5, 0.7)}
+    files_of(tmp_path / "results", values)
+    file = tmp_path / "deep" / "figure.svg"
+    benchmark("figures").published({"glue-sst2": publish.part(place=0)}, "keep", publish.CLOSED_FORM, file)
+    labels = benchmark("summary").LABELS
+    assert {labels[rule] for rule in publish.CLOSED_FORM} | {"dense"} <= set(re.findall(r"<!-- (.+?) -->", file.read_text()))

@@ -263,10 +263,14 @@ def test_numbers_are_those_of_the_committed_results():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_changed_number_is_seen(monkeypatch):
+def test_a_changed_number_is_seen(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     publish = importlib.import_module("publish")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    changed = text.replace(" ± 0.0", " ± 0.1", 1)
+    text = publish.filled((ROOT / "README.md").read_text(encoding="utf-8"))
+    changed = re.sub(r"(<!-- results: .*\n.*\n.*\n.*?\d\.)(\d)", lambda m: m[1] + str((int(m[2]) + 1) % 10), text, count=1)
     assert changed != text
     assert publish.filled(changed) == text
+    page = tmp_path / "page.md"
+    page.write_text(changed, encoding="utf-8")
+    monkeypatch.setattr(publish, "pages", lambda: [page])
+    assert publish.stale() == [page]

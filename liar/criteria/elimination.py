@@ -1,0 +1,111 @@
+"""Backward elimination: which unit is missed least once the others have been refitted in its place, again and again.
+
+Structured optimal brain surgeon (Hassibi and Stork 1993; for groups of channels: ZipLM, Kurtic et al. 2023; SlimGPT, Ling et al.
+2024) on the objective of the reconstruction itself:
+
+    error(S) = min_V |X W - X_S V|^2 + ridge |W - V|^2          V is zero outside the kept channels S
+
+Removing the channels J of a unit from S adds `tr(V_J' (H_JJ)^-1 V_J)`, with V the solution so far and H the inverse of the
+ridged Gram matrix of S. Both are then brought up to date, never made anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Channels whose update of the inverse is put off, so that it becomes one product of matrices.
+DELAY = 64
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """Units in the order in which they go, and what each step adds to the error.
+
+    Attributes:
+        order: int64 [units], the unit missed least first; the last one would leave the site empty.
+        increases: [units], in that order, float64; their running sum is `error(S)`.
+    """
+
+    order: Tensor
+    increases: Tensor
+
+
+def eliminate(gram: Tensor, weight: Tensor, units: int, ridge: float) -> Elimination:
+    """Remove all units of one site, one after the other.
+
+    Args:
+        gram: [channels, channels], second moments of the consumer's input (centred if the consumer has a bias), float64.
+        weight: [channels, out], the consumer's.
+        units: number of units of channels / units neighbouring channels each.
+        ridge: relative to the mean diagonal of the Gram matrix, above 0.
+    """
+    state = _State.of(gram, weight, units, ridge)
+    order, increases = [], []
+    for _ in range(units):
+        unit, increase = state.least()
+        state.remove(unit)
+        order.append(unit)
+        increases.append(increase)
+    return Elimination(torch.tensor(order), torch.stack(increases).clamp_min(0).cpu())
+
+
+@dataclass
+class _State:
+    """What is left: `inverse` of the ridged Gram matrix (behind by `late` late' ), weights, diagonal blocks, units."""
+
+    inverse: Tensor
+    weight: Tensor
+    blocks: Tensor
+    gone: Tensor
+    late: list[Tensor]
+
+    @classmethod
+    def of(cls, gram: Tensor, weight: Tensor, units: int, ridge: float) -> _State:
+        channels = len(gram)
+        width = channels // units
+        damp = ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + damp * torch.eye(channels).to(gram)))
+        blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
+        gone = torch.zeros(units, dtype=torch.bool, device=gram.device)
+        return cls(inverse, weight.to(gram).clone(), blocks, gone, [])
+
+    def least(self) -> tuple[int, Tensor]:
+        """The unit whose removal adds least, and how much."""
+        units, width = self.blocks.shape[:2]
+        weight = self.weight.view(units, width, -1)
+        if width == 1:
+            added = weight.square().sum((1, 2)) / self.blocks[:, 0, 0]
+        else:
+            added = (weight * torch.linalg.solve(self.blocks, weight)).sum((1, 2))
+        added = added.masked_fill(self.gone, torch.inf)
+        unit = int(added.argmin())
+        return unit, added[unit]
+
+    def remove(self, unit: int) -> None:
+        """Bring everything up to date without the unit."""
+        units, width = self.blocks.shape[:2]
+        channels = slice(unit * width, (unit + 1) * width)
+        columns = self.inverse[:, channels].clone()
+        for late in self.late:
+            columns -= late @ late[channels].T
+        # With L L' the block of the inverse, columns L^-T is its share of the inverse, and L^-1 V that of the weights.
+        root = torch.linalg.cholesky(columns[channels])
+        share = torch.linalg.solve_triangular(root, columns.T, upper=False).T
+        self.weight -= share @ torch.linalg.solve_triangular(root, self.weight[channels], upper=False)
+        self.weight[channels] = 0
+        rows = share.view(units, width, width)
+        self.blocks -= rows @ rows.transpose(1, 2)
+        self.blocks[unit] = torch.eye(width).to(self.blocks)
+        self.gone[unit] = True
+        self._put_off(share)
+
+    def _put_off(self, share: Tensor) -> None:
+        if self.late and self.late[-1].shape[1] < DELAY:
+            share = torch.cat([self.late.pop(), share], 1)
+        self.late = [share]
+        if share.shape[1] >= DELAY:
+            self.inverse.addmm_(share, share.T, alpha=-1)
+            self.late = []
