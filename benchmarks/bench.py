@@ -58,9 +58,10 @@ class Shared:
         """The mask of the setting."""
         model, _ = self.bench.loaded
         setting = self.setting
-        return liar.select(
-            model, self.calibration, keep=setting.keep, criterion=setting.criterion, seed=setting.seed, progress=False
-        )
+        # Elsewhere scores of different sites are not in one unit: every layer keeps the same share.
+        scope = "global" if setting.criterion == "reconstruction" else "layer"
+        how = {"criterion": setting.criterion, "scope": scope}
+        return liar.select(model, self.calibration, keep=setting.keep, seed=setting.seed, progress=False, **how)
 
 
 def run(cell: Cell, shared: Shared) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from liar import slim
 from liar.calibration import Calibration
 from liar.capture import preserved
 from liar.collect import channel_moments
-from liar.criteria import CRITERIA, SCOPES, Units, allocate, scores
+from liar.criteria import CRITERIA, SCOPES, TOLERANCE, Elimination, Units, allocate, scores
+from liar.curves import error_curves
 from liar.errors import CalibrationError, choose
 from liar.families import checked
 from liar.mask import Mask
@@ -31,8 +32,8 @@ def select(
     calib: Iterable[Any] | None = None,
     *,
     keep: float,
-    criterion: str = "fluctuation",
-    scope: str = "layer",
+    criterion: str = "reconstruction",
+    scope: str = "global",
     seed: int = 0,
     progress: bool = True,
 ) -> Mask:
@@ -42,8 +43,9 @@ def select(
         model: a Hugging Face model of a known family; it is not changed.
         calib: calibration batches (see `Calibration.of`); may be left out for criteria that look at weights only.
         keep: share of the parameters in the transformer blocks that stays, in (0, 1]; met within 1 % and never exceeded.
-        criterion: `"fluctuation"`, `"wanda"`, `"magnitude"` or `"random"`.
-        scope: `"layer"`: the same number in every layer, as stock classes want it; `"global"`: all units compete.
+        criterion: `"reconstruction"`: what the output loses without the unit once the rest is reconstructed;
+            `"fluctuation"`, `"wanda"`, `"magnitude"`, `"random"`.
+        scope: `"global"`: all units compete; `"layer"`: the same number in every layer, as stock classes want it.
         seed: for `"random"`.
         progress: show a bar.
 
@@ -55,28 +57,33 @@ def select(
 
     Example:
         >>> mask = liar.select(model, calib, keep=0.5)
-        >>> mask.kept("neurons.0"), mask.kept("neurons.1")
-        (46, 46)
+        >>> mask.parameters(liar.families.discover(model)) <= 0.5 * liar.families.discover(model).parameters
+        True
     """
     choose("criterion", criterion, list(CRITERIA))
     choose("scope", scope, list(SCOPES))
     layout = checked(model)
-    moments: Mapping[str, ChannelMoments | None] = {site.name: None for site in layout.sites}
-    if CRITERIA[criterion][1]:
+    needs, comparable = CRITERIA[criterion].needs, CRITERIA[criterion].comparable
+    moments: Mapping[str, ChannelMoments] = {}
+    curves: Mapping[str, Elimination] = {}
+    if needs != "weights":
         if calib is None:
             raise CalibrationError(f"criterion={criterion!r} looks at activations: pass calibration batches")
-        moments = channel_moments(model, layout, Calibration.of(calib, model), progress)
-    mask = allocate(
-        {
-            site.name: scores(criterion, Units.of(model.get_submodule(site.block), site, moments[site.name], seed + i))
-            for i, site in enumerate(layout.sites)
-        },
-        layout,
-        keep,
-        scope,
-    )
+        calibration = Calibration.of(calib, model)
+        if needs == "channels":
+            moments = channel_moments(model, layout, calibration, progress)
+        else:
+            curves = error_curves(model, layout, calibration, progress)
+    units = {
+        site.name: Units.of(
+            model.get_submodule(site.block), site, moments=moments.get(site.name), curve=curves.get(site.name), seed=seed + i
+        )
+        for i, site in enumerate(layout.sites)
+    }
+    found = {name: scores(criterion, each) for name, each in units.items()}
+    mask = allocate(found, layout, keep, scope, comparable=comparable)
     got = mask.parameters(layout) / layout.parameters
-    level = logging.WARNING if got < keep - 0.01 else logging.INFO
+    level = logging.WARNING if got < keep - TOLERANCE else logging.INFO
     logger.log(level, "asked to keep %.4f of the block parameters, got %.4f", keep, got)
     return mask
 
@@ -158,8 +165,8 @@ def prune(
     calib: Iterable[Any],
     *,
     keep: float,
-    criterion: str = "fluctuation",
-    scope: str = "layer",
+    criterion: str = "reconstruction",
+    scope: str = "global",
     target: str = "dense_stream",
     ridge: float | str = "auto",
     refit: bool = True,

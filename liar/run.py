@@ -68,8 +68,8 @@ class Run:
     batch_size: int = 32
     pack: bool = False
     keep: float | None = None
-    criterion: str = "fluctuation"
-    scope: str = "layer"
+    criterion: str = "reconstruction"
+    scope: str = "global"
     seed: int = 0
     mask: Mapping[str, Any] | None = None
     target: str = "dense_stream"

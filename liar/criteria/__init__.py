@@ -1,6 +1,7 @@
 """Which units stay: a criterion gives every unit a score, `allocate` turns scores and a budget into a mask."""
 
-from liar.criteria.allocate import SCOPES, allocate
+from liar.criteria.allocate import SCOPES, TOLERANCE, allocate
+from liar.criteria.elimination import Elimination, eliminate
 from liar.criteria.scores import CRITERIA, Units, scores
 
-__all__ = ["CRITERIA", "SCOPES", "Units", "allocate", "scores"]
+__all__ = ["CRITERIA", "SCOPES", "TOLERANCE", "Elimination", "Units", "allocate", "eliminate", "scores"]

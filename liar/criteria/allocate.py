@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def _standardised(scores: Tensor) -> Tensor:
 SCOPES: dict[str, Callable[[Tensor], Tensor]] = {"layer": _ranks, "global": _standardised}
 
 
-def allocate(scores: Mapping[str, Tensor], layout: Layout, keep: float, scope: str) -> Mask:
+def allocate(scores: Mapping[str, Tensor], layout: Layout, keep: float, scope: str, *, comparable: bool = False) -> Mask:
     """Keep the best units until the share `keep` of all parameters in the blocks is reached.
 
     Args:
@@ -40,6 +41,7 @@ def allocate(scores: Mapping[str, Tensor], layout: Layout, keep: float, scope: s
         keep: share of the parameters in the model's blocks to keep, in (0, 1].
         scope: `"layer"` (every layer keeps equally many, if that comes within 1 % of the budget) or `"global"` (all units
             compete).
+        comparable: scores of all sites are in one unit and compete as they are.
 
     Raises:
         OptionError: `keep` outside (0, 1].
@@ -59,7 +61,7 @@ def allocate(scores: Mapping[str, Tensor], layout: Layout, keep: float, scope: s
             f"{spent / layout.parameters:.4f} of the parameters in the blocks stay; ask for at least that"
         )
     fill = _Fill(layout, chosen, spent, budget)
-    normal = {name: SCOPES[scope](score) for name, score in scores.items()}
+    normal = {name: score if comparable else SCOPES[scope](score) for name, score in scores.items()}
     if scope == "layer":
         fill.take(_in_all_layers(normal, layout))
     if scope == "global" or fill.unused:
@@ -68,12 +70,15 @@ def allocate(scores: Mapping[str, Tensor], layout: Layout, keep: float, scope: s
 
 
 def _in_all_layers(normal: Mapping[str, Tensor], layout: Layout) -> list[Units]:
-    """The units of one kind and one rank in all layers together, best first: layers stay equally wide."""
-    groups: dict[tuple[float, str], Units] = {}
+    """The units of one kind and one rank in all layers together, best first on average: layers stay equally wide."""
+    groups: dict[tuple[str, int], Units] = {}
+    values: dict[tuple[str, int], list[float]] = {}
     for site in layout.sites:
-        for unit, score in enumerate(normal[site.name].tolist()):
-            groups.setdefault((-score, site.kind), []).append((site, unit))
-    return [groups[key] for key in sorted(groups)]
+        order = normal[site.name].argsort(descending=True, stable=True)
+        for rank, unit in enumerate(order.tolist()):
+            groups.setdefault((site.kind, rank), []).append((site, unit))
+            values.setdefault((site.kind, rank), []).append(float(normal[site.name][unit]))
+    return [groups[key] for key in sorted(groups, key=lambda key: (-mean(values[key]), key))]
 
 
 def _one_by_one(normal: Mapping[str, Tensor], layout: Layout) -> list[Units]:

@@ -1,7 +1,7 @@
 """Backward elimination: which unit is missed least once the others have been refitted in its place, again and again.
 
-Structured optimal brain surgeon (Hassibi and Stork 1993; for groups of channels: ZipLM, Kurtic et al. 2023; SlimGPT, Ling et al.
-2024) on the objective of the reconstruction itself:
+Structured optimal brain surgeon (Hassibi and Stork 1993; for groups of channels: ZipLM, Kurtic et al. 2023; SlimGPT, Ling
+et al. 2024) on the objective of the reconstruction itself:
 
     error(S) = min_V |X W - X_S V|^2 + ridge |W - V|^2          V is zero outside the kept channels S
 

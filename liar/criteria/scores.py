@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from scipy.optimize import isotonic_regression
 from torch import Tensor, nn
 
+from liar.criteria.elimination import Elimination
 from liar.sites import Site, linear
 from liar.statistics import ChannelMoments
 
@@ -19,21 +22,33 @@ class Units:
     Attributes:
         producers: weights that make the units, [units, *] each.
         consumer: weights that read the units, [units, width, out].
-        moments: of the consumer's input, one entry per channel; None for criteria that need no data.
+        parameters: that go away with one unit.
+        moments: of the consumer's input, one entry per channel; None for criteria that do not need them.
+        curve: what every unit that goes adds to the change of the model's output; None likewise.
         seed: for `random`.
     """
 
     producers: tuple[Tensor, ...]
     consumer: Tensor
+    parameters: int
     moments: ChannelMoments | None
+    curve: Elimination | None
     seed: int
 
     @classmethod
-    def of(cls, block: nn.Module, site: Site, moments: ChannelMoments | None, seed: int) -> Units:
+    def of(
+        cls,
+        block: nn.Module,
+        site: Site,
+        *,
+        moments: ChannelMoments | None = None,
+        curve: Elimination | None = None,
+        seed: int = 0,
+    ) -> Units:
         """Gather a site's weights from its block."""
         rows = tuple(linear(block, edge).weight.detach().double().reshape(site.units, -1) for edge in site.producers)
         columns = linear(block, site.consumer).weight.detach().double().T
-        return cls(rows, columns.reshape(site.units, site.consumer.width, -1), moments, seed)
+        return cls(rows, columns.reshape(site.units, site.consumer.width, -1), site.parameters, moments, curve, seed)
 
     def per_channel(self, values: Tensor) -> Tensor:
         """[channels] -> [units, width]."""
@@ -69,16 +84,44 @@ def fluctuation(units: Units) -> Tensor:
     return (units.consumer.square().sum(2) * variance).sum(1)
 
 
-Criterion = Callable[[Units], Tensor]
-# name -> (score, whether it needs activations)
-CRITERIA: dict[str, tuple[Criterion, bool]] = {
-    "random": (random, False),
-    "magnitude": (magnitude, False),
-    "wanda": (wanda, True),
-    "fluctuation": (fluctuation, True),
+def reconstruction(units: Units) -> Tensor:
+    """What a unit adds to the change of the model's output when it goes, per parameter, the rest being reconstructed.
+
+    Taking the cheapest step anywhere, again and again, shares a budget over sites at least total error if every curve
+    bends upwards; where one does not, its steps are levelled (isotonic regression), which is the exact answer but for the
+    last step (Fox 1966, discrete optimisation via marginal analysis).
+    """
+    assert units.curve is not None
+    steps = torch.from_numpy(isotonic_regression(units.curve.increases.numpy()).x) / units.parameters
+    # Levelled steps keep their order.
+    steps = steps * (1 + 1e-9 * torch.arange(len(steps))) + 1e-300 * torch.arange(len(steps))
+    return torch.empty_like(steps).index_copy_(0, units.curve.order, steps)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A score, and what it is made from.
+
+    Attributes:
+        score: one number per unit; high ones stay.
+        needs: `"channels"`: mean and variance of every channel; `"curves"`: error curves; `"weights"`: nothing else.
+        comparable: whether scores of different sites are in one unit.
+    """
+
+    score: Callable[[Units], Tensor]
+    needs: Literal["weights", "channels", "curves"]
+    comparable: bool = False
+
+
+CRITERIA: dict[str, Criterion] = {
+    "reconstruction": Criterion(reconstruction, "curves", comparable=True),
+    "fluctuation": Criterion(fluctuation, "channels"),
+    "wanda": Criterion(wanda, "channels"),
+    "magnitude": Criterion(magnitude, "weights"),
+    "random": Criterion(random, "weights"),
 }
 
 
 def scores(criterion: str, units: Units) -> Tensor:
     """Scores [units] of one site by the named criterion, on the CPU."""
-    return CRITERIA[criterion][0](units).cpu()
+    return CRITERIA[criterion].score(units).cpu()

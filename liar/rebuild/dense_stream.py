@@ -15,15 +15,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from liar.capture import Point, replaying, run, watching
 from liar.rebuild.job import Job, Pair
 from liar.sites import Site, linear
-
-# As in the norms of the models: keeps the weight of an all-zero token finite.
-EPSILON = 1e-6
+from liar.streams import around, residual, sums, token_weight, wide
 
 
 @dataclass
@@ -66,27 +63,20 @@ def on_pruned_stream(job: Job, pair: Pair, dense: list[Tensor], pruned: list[Ten
             job.repair_consumer(pair, site, None)
             continue
         job.changed = True
-        inputs, sums = known.inputs.pop(site.name), known.sums.pop(site.name)
+        inputs, totals = known.inputs.pop(site.name), known.sums.pop(site.name)
         if job.options.refit and drifted:
             _refit(job, pair, site, passes, inputs)
         del inputs
-        _repair(job, pair, site, passes, sums, known)
+        _repair(job, pair, site, passes, totals, known)
     if not last:
         passes.move_on(dense)
 
 
 def _dense_pass(job: Job, pair: Pair, dense: list[Tensor]) -> _Dense:
-    """Run the dense block on its own stream and move that on.
-
-    A sum that the block hands on as it is takes no memory: it is the dense stream itself.
-    """
-    points: dict[str, Point] = {}
+    """Run the dense block on its own stream and move that on."""
+    points = around(pair.block, pair.sites)
     for site in pair.sites:
-        points |= {
-            f"{site.name} read": Point(linear(pair.block, site.producers[0]), 0),
-            f"{site.name} out": Point(linear(pair.block, site.consumer), None),
-            f"{site.name} residual": _residual(pair.block, site),
-        }
+        points[f"{site.name} read"] = Point(linear(pair.block, site.producers[0]), 0)
         if site.mixer:
             points[f"{site.name} mixed"] = Point(pair.block.get_submodule(site.mixer), None)
     names = [site.name for site in pair.sites]
@@ -95,10 +85,9 @@ def _dense_pass(job: Job, pair: Pair, dense: list[Tensor]) -> _Dense:
         with job.timed("dense forward"):
             with watching(points) as seen:
                 dense[number] = run(pair.block, dense[number], call)
+            totals, known.grows = sums(seen, pair.sites, dense[number])
             for name in names:
-                total = seen[f"{name} residual"] + seen[f"{name} out"]
-                known.grows = torch.equal(total, dense[number])
-                known.sums[name].append(dense[number] if known.grows else total)
+                known.sums[name].append(totals[name])
                 if job.options.refit:
                     known.inputs[name].append(seen[f"{name} read"])
                 mixed = seen.get(f"{name} mixed")
@@ -146,29 +135,18 @@ def _refit(job: Job, pair: Pair, site: Site, passes: _Pruned, inputs: Sequence[T
     job.repair_producers(pair, site, folds)
 
 
-def _repair(job: Job, pair: Pair, site: Site, passes: _Pruned, sums: Sequence[Tensor], known: _Dense) -> None:
+def _repair(job: Job, pair: Pair, site: Site, passes: _Pruned, totals: Sequence[Tensor], known: _Dense) -> None:
     """Fit the consumer to what the site should add, and note what it read if its mixer need not run again."""
     folds, consumer = job.folds(), linear(pair.student, site.consumer)
-    points, read = {"z": Point(consumer, 0), "residual": _residual(pair.student, site)}, []
+    points, read = {"z": Point(consumer, 0), "residual": residual(pair.student, site)}, []
     for number, rows in enumerate(job.rows):
         seen = passes.look(number, points)
         with job.timed("statistics"):
-            total = _wide(rows(sums[number]))
-            target = total - _wide(rows(seen["residual"]))
-            weight = 1 / (total.square().mean(1) + EPSILON) if known.grows else None
-            folds.update(rows(seen["z"]), target, rows.sizes, weight)
+            total = wide(rows(totals[number]))
+            weight = token_weight(total) if known.grows else None
+            folds.update(rows(seen["z"]), total - wide(rows(seen["residual"])), rows.sizes, weight)
         read.append(seen["z"])
     job.repair_consumer(pair, site, folds)
     if site.mixer:
         inside = site.consumer.module.startswith(f"{site.mixer}.")
         passes.mixed.append(_Mixed(pair.student.get_submodule(site.mixer), consumer, inside, known.lengths[site.name], read))
-
-
-def _wide(value: Tensor) -> Tensor:
-    """Differences of streams are small: 16-bit streams are subtracted in float32."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
-def _residual(block: nn.Module, site: Site) -> Point:
-    module, argument = site.residual
-    return Point(block.get_submodule(module), argument)

@@ -1,0 +1,117 @@
+"""How much an error at a site moves the model's output, measured without labels by adding noise there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from liar.calibration import Calibration
+from liar.capture import preserved
+from liar.sites import Layout, Site, linear
+from liar.streams import residual
+
+# Energy of the noise over the energy of the residual stream after the site: small enough to act linearly.
+NOISE_ENERGY = 0.05
+# A part of the calibration tokens is enough; one batch more is taken until there are so many.
+TOKENS = 2048
+
+
+def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, progress: bool) -> dict[str, float]:
+    """Change of the model's output per relative error in the residual stream after each site.
+
+    The output is what the model's head says: logits, compared by the Kullback-Leibler divergence, or a single number
+    (regression), or where there is no head the mean of the last hidden states over each sequence, compared by relative
+    squares. (A mean, since that or the like is what is made of them, and noise of single tokens goes out of it.)
+
+    Args:
+        model: with its task head, if it has one.
+        layout: its sites.
+        calibration: batches; some of them are used.
+        progress: show a bar.
+    """
+    chosen = _some(calibration)
+    bar = tqdm(total=len(layout.sites), desc="sensitivity", unit="site", disable=not progress)
+    with preserved(model), bar:
+        dense = [_outputs(model, *batch) for batch in chosen]
+        found = {}
+        for number, site in enumerate(layout.sites):
+            with _noisy(model.get_submodule(site.block), site, number):
+                pairs = zip(dense, (_outputs(model, *batch) for batch in chosen), strict=True)
+                changes = [_change(before, after) for before, after in pairs]
+            found[site.name] = sum(change for change, _ in changes) / sum(size for _, size in changes) / NOISE_ENERGY
+            bar.update()
+    return found
+
+
+def _some(calibration: Calibration) -> list[tuple[Mapping[str, Any], Tensor]]:
+    """Batches spread evenly over the calibration data, which may be sorted by length."""
+    wanted = max(1, round(len(calibration.batches) * min(1.0, TOKENS / calibration.tokens)))
+    numbers = [round((i + 0.5) * len(calibration.batches) / wanted - 0.5) for i in range(wanted)]
+    return [(calibration.batches[number], calibration.keep[number]) for number in numbers]
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Rows of one output of the model: log-probabilities [rows, classes], or numbers or mean hidden states [rows, *]."""
+
+    rows: Tensor
+    probable: bool
+
+    def moved(self, other: _Output) -> tuple[float, float]:
+        """(how far another output is from this one, what to divide it by)."""
+        if self.probable:
+            return float((self.rows.exp() * (self.rows - other.rows)).sum()), float(len(self.rows))
+        return float((self.rows - other.rows).square().sum()), float(self.rows.square().sum())
+
+
+def _outputs(model: nn.Module, batch: Mapping[str, Any], keep: Tensor) -> list[_Output]:
+    """What the model says of the kept tokens, or of the whole sequences."""
+    output = model(**batch)
+    logits = [value for name, value in output.items() if name.endswith("logits") and isinstance(value, Tensor)]
+    if not logits:
+        kept = keep[..., None]
+        return [_Output((output[0].float() * kept).sum(1) / kept.sum(1).clamp_min(1), probable=False)]
+    found = []
+    for value in logits:
+        # [sequences, length, classes] is by token; [sequences, length] has a class for each position (question answering).
+        rows = (value[keep] if value.ndim == 3 and value.shape[:2] == keep.shape else value).float()
+        found.append(_Output(rows.log_softmax(-1), True) if rows.shape[-1] > 1 else _Output(rows, probable=False))
+    return found
+
+
+def _change(before: Sequence[_Output], after: Sequence[_Output]) -> tuple[float, float]:
+    """(how far the outputs of a batch have moved, what to divide it by)."""
+    moved, size = zip(*(old.moved(new) for old, new in zip(before, after, strict=True)), strict=True)
+    return sum(moved), sum(size)
+
+
+@contextmanager
+def _noisy(block: nn.Module, site: Site, seed: int) -> Iterator[None]:
+    """Add noise to what the consumer of a site writes, in proportion to the stream it is added to."""
+    point, consumer = residual(block, site), linear(block, site.consumer)
+    device = consumer.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    stream: list[Tensor] = []
+
+    def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert point.argument is not None
+        stream[:] = [args[point.argument]]
+
+    def disturb(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        total = stream[0] + output
+        size = (NOISE_ENERGY * total.float().square().mean(-1, keepdim=True)).sqrt()
+        noise = torch.randn(output.shape, generator=generator, device=device)
+        return output + (size * noise).to(output.dtype)
+
+    handles = [point.module.register_forward_pre_hook(note), consumer.register_forward_hook(disturb)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
