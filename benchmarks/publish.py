@@ -48,6 +48,17 @@ def glue(criterion: str = CRITERION) -> str:
     return markdown(frame, ["task", "keep", "number"], CLOSED_FORM)
 
 
+def criteria() -> str:
+    """Masks of every criterion, after the default reconstruction: what each task is about, and the distance from dense."""
+    frame = runs()
+    frame = frame[(frame["rule"] == "ours") & (frame["source"] == "own") & (frame["tokens"] == TOKENS) & (frame["place"] < 2)]
+    names = sorted(frame["criterion"].unique(), reverse=True)
+    for name in names:
+        frame = also(frame, frame["criterion"] == name, ["task", "model", "seed", "keep"])
+    # What stands in the columns of the other tables is the rule.
+    return markdown(frame.assign(rule=frame["criterion"]), ["task", "keep", "number"], names)
+
+
 def few_tokens(criterion: str = CRITERION) -> str:
     """What each task is about, with little calibration data."""
     frame = part(criterion, source="own", place=0)
@@ -84,6 +95,12 @@ def speed() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "criteria": criteria,
+    "ladder stsb reconstruction": lambda: ladder("stsb", "spearman", "reconstruction"),
+    "ladder stsb cosine reconstruction": lambda: ladder("stsb", "cosine", "reconstruction"),
+    "ladder tinystories reconstruction": lambda: ladder("tinystories", "perplexity", "reconstruction"),
+    "ladder tinystories kl reconstruction": lambda: ladder("tinystories", "kl", "reconstruction"),
+    "ladder glue reconstruction": lambda: glue("reconstruction"),
     "ladder stsb": lambda: ladder("stsb", "spearman"),
     "ladder stsb cosine": lambda: ladder("stsb", "cosine"),
     "ladder tinystories": lambda: ladder("tinystories", "perplexity"),
@@ -114,7 +131,7 @@ def stale() -> list[Path]:
 
 def draw(images: Path) -> None:
     """Quality against the kept share, and against the calibration tokens."""
-    kept = {task: part(task=task, source="own", tokens=TOKENS, place=0) for task in ("stsb", "tinystories")}
+    kept = {task: part("reconstruction", task=task, source="own", tokens=TOKENS, place=0) for task in ("stsb", "tinystories")}
     published(kept, "keep", CLOSED_FORM, images / "quality.png")
     tokens = {task: part(task=task, source="own", keep=keep, place=0) for task, keep in (("stsb", 0.5), ("tinystories", 0.8))}
     published(tokens, "tokens", CLOSED_FORM, images / "tokens.png")

@@ -119,7 +119,7 @@ def markdown(frame: pandas.DataFrame, by: Sequence[str], rules: Sequence[str]) -
         named = (written(name, value) for name, value in zip(by, cell, strict=True))
         whole = "" if pandas.isna(dense) else f"{dense:.{digits}f}"
         rows.append([*named, samples, whole, *(shown.get(rule, "") for rule in rules)])
-    return lined([*headings, *("**ours**" if rule == "ours" else LABELS[rule] for rule in rules)], rows)
+    return lined([*headings, *("**ours**" if rule == "ours" else LABELS.get(rule, rule) for rule in rules)], rows)
 
 
 def written(name: str, value: Any) -> str:

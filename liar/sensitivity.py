@@ -44,7 +44,9 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
             with _noisy(model.get_submodule(site.block), site, number):
                 pairs = zip(dense, (_outputs(model, *batch) for batch in chosen), strict=True)
                 changes = [_change(before, after) for before, after in pairs]
-            found[site.name] = sum(change for change, _ in changes) / sum(size for _, size in changes) / NOISE_ENERGY
+            moved, size = (sum(values) for values in zip(*changes, strict=True))
+            # A model that says nothing at all is moved by nothing.
+            found[site.name] = moved / NOISE_ENERGY / size if size else 0.0
             bar.update()
     return found
 

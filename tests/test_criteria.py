@@ -54,7 +54,7 @@ def test_scores_equal_naive_loops(criterion, name):
     for site in layout.sites:
         moments = ChannelMoments()
         moments.update(torch.from_numpy(reference.look(model, batches, site.layer, site.kind)["x"]))
-        got = scores(criterion, Units.of(model.get_submodule(site.block), site, moments, 0))
+        got = scores(criterion, Units.of(model.get_submodule(site.block), site, moments=moments))
         want = naive(criterion, model, batches, site.layer, site.kind)
         torch.testing.assert_close(got, torch.from_numpy(want), rtol=1e-6, atol=1e-9)
 
@@ -65,7 +65,7 @@ def test_select_keeps_the_best_units_of_every_site(criterion, name):
     """From end to end: no removed unit scores higher than a kept one of its site."""
     model = tiny_model(**MODELS[name])
     batches = tiny_batches(model)
-    mask = liar.select(model, batches, keep=0.5, criterion=criterion, progress=False)
+    mask = liar.select(model, batches, keep=0.5, criterion=criterion, scope="layer", progress=False)
     for site in discover(model).sites:
         want = naive(criterion, model, batches, site.layer, site.kind)
         keep = mask[site.name].numpy()
@@ -112,9 +112,10 @@ def test_the_least_budget_leaves_one_unit_everywhere(criterion, scope):
         liar.select(model, batches, keep=floor - 1e-3, criterion=criterion, scope=scope, progress=False)
 
 
-def test_layer_scope_keeps_equal_shares():
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_layer_scope_keeps_equal_shares(criterion):
     model = tiny_model("llama", num_key_value_heads=4)
-    mask = liar.select(model, tiny_batches(model), keep=0.5, progress=False)
+    mask = liar.select(model, tiny_batches(model), keep=0.5, criterion=criterion, scope="layer", progress=False)
     for kind in ("heads", "neurons"):
         kept = [mask.kept(f"{kind}.{layer}") for layer in range(2)]
         assert abs(kept[0] - kept[1]) <= 1

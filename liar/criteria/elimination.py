@@ -46,21 +46,31 @@ def eliminate(gram: Tensor, weight: Tensor, units: int, ridge: float) -> Elimina
     order, increases = [], []
     for _ in range(units):
         unit, increase = state.least()
-        state.remove(unit)
-        order.append(unit)
+        order.append(int(state.names[unit]))
         increases.append(increase)
+        state.remove(unit)
     return Elimination(torch.tensor(order), torch.stack(increases).clamp_min(0).cpu())
 
 
 @dataclass
 class _State:
-    """What is left: `inverse` of the ridged Gram matrix (behind by `late` late' ), weights, diagonal blocks, units."""
+    """What is left.
+
+    Attributes:
+        inverse: of the ridged Gram matrix, [channels, channels]; behind by `late late'`.
+        late: [channels, at most `DELAY` and a unit].
+        weight: the solution so far, [channels, out].
+        blocks: diagonal blocks of the true inverse, [units, width, width].
+        gone: bool [units]; those units are dropped for good with the next update of the inverse.
+        names: int64 [units], what the units are called outside.
+    """
 
     inverse: Tensor
+    late: Tensor
     weight: Tensor
     blocks: Tensor
     gone: Tensor
-    late: list[Tensor]
+    names: Tensor
 
     @classmethod
     def of(cls, gram: Tensor, weight: Tensor, units: int, ridge: float) -> _State:
@@ -70,7 +80,7 @@ class _State:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + damp * torch.eye(channels).to(gram)))
         blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
         gone = torch.zeros(units, dtype=torch.bool, device=gram.device)
-        return cls(inverse, weight.to(gram).clone(), blocks, gone, [])
+        return cls(inverse, gram[:, :0], weight.to(gram).clone(), blocks, gone, torch.arange(units, device=gram.device))
 
     def least(self) -> tuple[int, Tensor]:
         """The unit whose removal adds least, and how much."""
@@ -88,9 +98,7 @@ class _State:
         """Bring everything up to date without the unit."""
         units, width = self.blocks.shape[:2]
         channels = slice(unit * width, (unit + 1) * width)
-        columns = self.inverse[:, channels].clone()
-        for late in self.late:
-            columns -= late @ late[channels].T
+        columns = self.inverse[:, channels] - self.late @ self.late[channels].T
         # With L L' the block of the inverse, columns L^-T is its share of the inverse, and L^-1 V that of the weights.
         root = torch.linalg.cholesky(columns[channels])
         share = torch.linalg.solve_triangular(root, columns.T, upper=False).T
@@ -100,12 +108,17 @@ class _State:
         self.blocks -= rows @ rows.transpose(1, 2)
         self.blocks[unit] = torch.eye(width).to(self.blocks)
         self.gone[unit] = True
-        self._put_off(share)
+        self.late = torch.cat([self.late, share], 1)
+        if self.late.shape[1] >= DELAY:
+            self._catch_up()
 
-    def _put_off(self, share: Tensor) -> None:
-        if self.late and self.late[-1].shape[1] < DELAY:
-            share = torch.cat([self.late.pop(), share], 1)
-        self.late = [share]
-        if share.shape[1] >= DELAY:
-            self.inverse.addmm_(share, share.T, alpha=-1)
-            self.late = []
+    def _catch_up(self) -> None:
+        """Update the inverse, and drop what is gone from everything."""
+        width = self.blocks.shape[1]
+        left = (~self.gone).nonzero().squeeze(1)
+        channels = (~self.gone).repeat_interleave(width).nonzero().squeeze(1)
+        late = self.late[channels]
+        self.inverse = self.inverse[channels][:, channels].addmm_(late, late.T, alpha=-1)
+        self.late = late[:, :0]
+        self.weight, self.blocks, self.names = self.weight[channels], self.blocks[left], self.names[left]
+        self.gone = self.gone[left]
