@@ -31,7 +31,6 @@ def error_curves(model: nn.Module, layout: Layout, calibration: Calibration, pro
     Raises:
         CalibrationError: NaN or Inf in the activations of a site, which it names.
     """
-    sensitivity = sensitivities(model, layout, calibration, progress)
     found: dict[str, Elimination] = {}
     base, _ = base_and_prefix(model)
     blocks = [model.get_submodule(name) for name in layout.blocks]
@@ -43,10 +42,10 @@ def error_curves(model: nn.Module, layout: Layout, calibration: Calibration, pro
             for batch, call in enumerate(calls[number]):
                 hidden[batch] = seen.update(hidden[batch], call, calibration.keep[batch])
             for site in sites:
-                curve = seen.curve(site)
-                found[site.name] = replace(curve, increases=curve.increases * sensitivity[site.name])
+                found[site.name] = seen.curve(site)
                 bar.update()
-    return found
+    factors = sensitivities(model, layout, calibration, progress)
+    return {name: replace(curve, increases=curve.increases * factors[name]) for name, curve in found.items()}
 
 
 class _Block:

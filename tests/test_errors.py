@@ -257,7 +257,7 @@ SELECT = {
     "criterion": Case(lambda m: select(m, criterion="taylor"), OptionError, "criterion='taylor'.*'wanda'"),
     "scope": Case(lambda m: select(m, scope="model"), OptionError, "scope='model'.*'layer', 'global'"),
     "no batches given": Case(
-        lambda m: liar.select(m, keep=0.5), CalibrationError, "criterion='fluctuation' looks at activations"
+        lambda m: liar.select(m, keep=0.5), CalibrationError, "criterion='reconstruction' looks at activations"
     ),
     "no batches": Case(lambda m: select(m, []), CalibrationError, "empty"),
     "ids too high": Case(lambda m: select(m, [torch.full((2, 5), 96)]), CalibrationError, "was another tokenizer used"),

@@ -68,6 +68,8 @@ WRONG = {
         "neurons.0: .*check residual",
     ),
     "llama residual behind the norm": (with_pattern(LLAMA, "neurons", residual=("mlp", 0)), "neurons.0: .*check residual"),
+    "mixer with a norm": (with_pattern(BERT, "heads", mixer="attention.output"), "mixer: replaying it gives other weights"),
+    "mixer of another part": (with_pattern(LLAMA, "heads", mixer="mlp"), "mixer: "),
     "order": (replace(BERT, patterns=BERT.patterns[::-1]), "passes the sites in the order .*the table says"),
     "forgotten gate": (with_pattern(LLAMA, "neurons", producers=("mlp.up_proj",)), "cut model does not run.*check producers"),
     "forgotten value": (

@@ -50,7 +50,7 @@ def repaired(model, pattern="unequal", **options):
 
 
 def folded(model, small, pattern="unequal"):
-    """The full model with a slim model's consumer weights at the kept channels and zeros elsewhere."""
+    """The full model with a slim model's weights for the kept units, and nobody listening to the others."""
     keep = keeps(model, pattern)
     full = reference.masked(model, keep)
     for site in discover(model).sites:
@@ -59,6 +59,12 @@ def folded(model, small, pattern="unequal"):
         wide.weight.data[:, kept] = narrow.weight.data
         if narrow.bias is not None:
             wide.bias = nn.Parameter(narrow.bias.detach().clone())
+        for edge in site.producers:
+            rows = edge.channels(torch.tensor(keep[site.kind][site.layer]))
+            wide, narrow = (m.get_submodule(f"{site.block}.{edge.module}") for m in (full, small))
+            wide.weight.data[rows] = narrow.weight.data
+            if narrow.bias is not None:
+                wide.bias.data[rows] = narrow.bias.data
     return full
 
 

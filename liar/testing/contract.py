@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -17,7 +18,7 @@ from liar.capture import Call, Point, block_calls, preserved, run, run_model, wa
 from liar.errors import LiarError, ModelError, Verdict
 from liar.families import base_and_prefix, discover, family_of
 from liar.mask import Mask
-from liar.rebuild import TARGETS
+from liar.rebuild import TARGETS, Job, Options, rebuild
 from liar.sites import Layout, Site, linear
 from liar.testing.guest import assert_same_state, expect, guest_state, same_bits
 from liar.testing.tiny import tiny_batches
@@ -61,6 +62,7 @@ def check_family(model: nn.Module, batches: Sequence[Mapping[str, Tensor]] | Non
         _check_cut(model, layout, mask, batches)
         _check_sizes(model, layout)
         _check_keep_all(model, layout, batches)
+        _check_replay(model, layout, mask, batches)
         _check_repair(model, layout, mask, batches)
     _check_error(model, mask, batches)
     return layout
@@ -225,6 +227,21 @@ def _check_repair(model: nn.Module, layout: Layout, mask: Mask, batches: Sequenc
     dense = _output(model, new)[keep]
     worse, better = (float((_output(m, new)[keep] - dense).square().mean()) for m in (bare, repaired))
     expect(better < worse, f"reconstruction raised the held-out error from {worse:.3g} to {better:.3g}; check residual")
+
+
+def _check_replay(model: nn.Module, layout: Layout, mask: Mask, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """Replaying what the mixers gave is the same as running them again."""
+    again = replace(layout, sites=tuple(replace(site, mixer=None) for site in layout.sites))
+    calibration, options = Calibration.of(batches[:2], model), Options("dense_stream", 0.01, True, "auto", "keep")
+    with preserved(model):
+        try:
+            made = [rebuild(Job(mask, calibration, options, int), model, each) for each in (again, layout)]
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise AssertionError(f"mixer: its output cannot be replayed: {error}") from error
+        for other, one in zip(*made, strict=True):
+            for (name, value), want in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+                close = torch.allclose(value, want, rtol=1e-4, atol=1e-5)
+                expect(close, f"mixer: replaying it gives other weights in {name}; it must do nothing but feed the consumer")
 
 
 def _check_error(model: nn.Module, mask: Mask, batches: Sequence[Mapping[str, Tensor]]) -> None:
