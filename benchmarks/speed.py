@@ -3,9 +3,9 @@
     python benchmarks/speed.py [--rounds 5] [--tokens 32768]
 
 Two models: a random LLaMA (4 layers, hidden 512, feed-forward 1376, 8 query and 4 key/value heads) on random tokens, and
-all-MiniLM-L6-v2 on the paragraphs of `pydoc_data.topics`; half of the block parameters kept. In every round the plain pass and
-each reconstruction take turns; ratios are taken within a round, and the median over the rounds counts. Peak memory is the
-growth of the resident set in a process of its own, beside the bound it should stay under.
+all-MiniLM-L6-v2 on the paragraphs of `pydoc_data.topics`; half of the block parameters kept, equally many units per layer. In
+every round the plain pass and each reconstruction take turns; ratios are taken within a round, and the median over the rounds
+counts. Peak memory is the growth of the resident set in a process of its own, beside the bound it should stay under.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def plain(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> None:
 def measure(name: str, tokens: int, rounds: int) -> dict[str, Any]:
     """Ratios and the breakdown of one model."""
     model, batches = MODELS[name](tokens)
-    mask = liar.select(model, batches, keep=KEEP, progress=False)
+    mask = liar.select(model, batches, keep=KEEP, criterion="fluctuation", scope="layer", progress=False)
     plain(model, batches)
     ratios: dict[str, list[float]] = {"same_input": [], "dense_stream": []}
     stages: dict[str, list[dict[str, float]]] = {target: [] for target in ratios}
@@ -117,19 +117,21 @@ def memory(name: str, tokens: int, target: str) -> dict[str, float]:
 def peak(name: str, tokens: int, target: str) -> dict[str, float]:
     """Growth while reconstructing, beside the bound: one forward pass, the streams, one layer's statistics, the slim copy."""
     model, batches = MODELS[name](tokens)
-    mask = liar.select(model, batches, keep=KEEP, progress=False)
+    mask = liar.select(model, batches, keep=KEEP, criterion="fluctuation", scope="layer", progress=False)
     forward = _growth(lambda: plain(model, batches))
     grown = _growth(lambda: liar.reconstruct(model, mask, batches, target=target, progress=False))
     layout = discover(model)
     config: Any = model.config
     hidden: int = config.hidden_size
     padded = sum(batch["input_ids"].numel() for batch in batches)
+    replayed = sum(mask.kept(site.name) * site.consumer.width for site in layout.sites[:2])
     kept = max(mask.kept(site.name) * site.consumer.width for site in layout.sites)
     parts = {
         "forward": forward,
-        # float32: the dense stream; for the sequential target the pruned stream and the sums after both sites of a block, of
-        # which a pre-norm block hands the last one on as its stream.
-        "streams": 4.0 * padded * hidden * (1 if target == "same_input" else 3 if name == "llama" else 4),
+        # float32: the dense stream; for the sequential target the pruned stream, what the producers of both sites of a block
+        # read, and the sums after both sites, of which a pre-norm block hands the last one on as its stream.
+        "streams": 4.0 * padded * hidden * (1 if target == "same_input" else 5 if name == "llama" else 6),
+        "replayed parts": 4.0 * padded * replayed * (target == "dense_stream"),
         # float32: rows of every fold that wait to fill a chunk, while they are joined.
         "waiting rows": 4.0 * FOLDS * 2 * CHUNK * (kept + hidden),
         # float64: one accumulator per fold and the three sums of a split.

@@ -199,7 +199,7 @@ def guest(request):
     """(model, batches, mask) of a tiny model."""
     model = tiny_model(request.param)
     batches = tiny_batches(model, batches=6, sequences=16)
-    return model, batches, liar.select(model, batches, keep=0.6, progress=False)
+    return model, batches, liar.select(model, batches, keep=0.6, criterion="fluctuation", scope="layer", progress=False)
 
 
 def hidden(model, batches):

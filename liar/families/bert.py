@@ -21,6 +21,7 @@ BERT = Family(
             producers=("intermediate.dense",),
             consumer="output.dense",
             residual=("output", 1),
+            mixer="intermediate",
             sizes=("intermediate_size",),
         ),
     ),

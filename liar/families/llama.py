@@ -24,6 +24,7 @@ LLAMA = Family(
             producers=("mlp.gate_proj", "mlp.up_proj"),
             consumer="mlp.down_proj",
             residual=("post_attention_layernorm", 0),
+            mixer="mlp",
             counts=("mlp.intermediate_size",),
             sizes=("intermediate_size",),
         ),

@@ -59,11 +59,8 @@ def _held_out(
     errors = torch.zeros(3, dtype=torch.float64, device=start.device)
     for fitted, held in splits:
         changed = start + solve(fitted, start, _absolute(ridge, fitted), solver).change
-        weights = torch.stack([start, start, changed])
-        biases = bias.expand(3, -1)
-        if fitted.affine:
-            biases = torch.cat([bias[None], fitted.mean_t - fitted.mean_z @ weights[1:]])
-        errors += held.error(weights, biases)
+        moved = [fitted.mean_t - fitted.mean_z @ weight if fitted.affine else bias for weight in (start, changed)]
+        errors += torch.cat([held.error(start, torch.stack([bias, moved[0]])), held.error(changed, moved[1])[None]])
     nothing, bias_only, updated = errors.tolist()
     return nothing, bias_only, updated
 
