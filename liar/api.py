@@ -74,13 +74,10 @@ def select(
             moments = channel_moments(model, layout, calibration, progress)
         else:
             curves = error_curves(model, layout, calibration, progress)
-    units = {
-        site.name: Units.of(
-            model.get_submodule(site.block), site, moments=moments.get(site.name), curve=curves.get(site.name), seed=seed + i
-        )
-        for i, site in enumerate(layout.sites)
-    }
-    found = {name: scores(criterion, each) for name, each in units.items()}
+    found = {}
+    for i, site in enumerate(layout.sites):
+        block, known, curve = model.get_submodule(site.block), moments.get(site.name), curves.get(site.name)
+        found[site.name] = scores(criterion, Units.of(block, site, moments=known, curve=curve, seed=seed + i))
     mask = allocate(found, layout, keep, scope, comparable=comparable)
     got = mask.parameters(layout) / layout.parameters
     level = logging.WARNING if got < keep - TOLERANCE else logging.INFO

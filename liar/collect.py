@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from liar.calibration import Calibration
 from liar.capture import Point, preserved, run_model, watching
-from liar.errors import CalibrationError, MaskError
+from liar.errors import MaskError, at_site
 from liar.families import base_and_prefix, checked
 from liar.sites import Layout, linear
 from liar.statistics import ChannelMoments, Moments
@@ -58,10 +58,8 @@ def channel_moments(model: nn.Module, layout: Layout, calibration: Calibration, 
     takers = {name: part.update for name, part in moments.items()}
     _read(model, layout, calibration, takers, "select", progress)
     for site in layout.sites:
-        try:
+        with at_site(site.name, site.module):
             _ = moments[site.name].variance
-        except CalibrationError as error:
-            raise CalibrationError(f"{site.name} ({site.module}): {error}") from error
     return moments
 
 

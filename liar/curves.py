@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from liar.calibration import Calibration
 from liar.capture import Call, Point, block_calls, preserved, run, watching
 from liar.criteria.elimination import Elimination, eliminate
-from liar.errors import CalibrationError
+from liar.errors import at_site
 from liar.families import base_and_prefix
 from liar.sensitivity import sensitivities
 from liar.sites import Layout, Site, linear
@@ -66,18 +66,17 @@ class _Block:
         totals, grows = sums(seen, self.sites, output)
         for site in self.sites:
             total = wide(totals[site.name][keep])
-            weight = token_weight(total) if grows else torch.ones_like(total[:, 0])
+            weight = token_weight(total) if grows else None
             rows = seen[f"{site.name} in"][keep]
             self.moments[site.name].update(rows, rows[:, :0], weight)
-            self.energy[site.name] += float((weight * total.square().sum(1)).sum(dtype=torch.float64))
+            energy = total.square().sum(1) if weight is None else weight * total.square().sum(1)
+            self.energy[site.name] += float(energy.sum(dtype=torch.float64))
         return output
 
     def curve(self, site: Site) -> Elimination:
         """The elimination of one site, relative to the energy of the stream after it."""
         consumer = linear(self.block, site.consumer)
-        try:
+        with at_site(site.name, site.module):
             normal = self.moments.pop(site.name).normal(affine=consumer.bias is not None)
-        except CalibrationError as error:
-            raise CalibrationError(f"{site.name} ({site.module}): {error}") from error
         found = eliminate(normal.gram, consumer.weight.detach().double().T, site.units, RIDGE)
         return replace(found, increases=found.increases / self.energy[site.name])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 
 
@@ -27,6 +29,15 @@ class MaskError(LiarError):
 
 class CalibrationError(LiarError):
     """The calibration data cannot be used: empty, all padding, not what the model takes, or not finite inside it."""
+
+
+@contextmanager
+def at_site(name: str, module: str) -> Iterator[None]:
+    """Say at which site the calibration data was of no use."""
+    try:
+        yield
+    except CalibrationError as error:
+        raise CalibrationError(f"{name} ({module}): {error}") from error
 
 
 class BudgetError(LiarError):

@@ -37,11 +37,11 @@ def sums(seen: Mapping[str, Tensor], sites: Sequence[Site], output: Tensor) -> t
     Such a sum takes no memory of its own: it is the block's output. Where the stream grows like this from block to block,
     tokens are to be weighted by `token_weight`; a post-norm block normalises its sums itself.
     """
-    found, same = {}, False
-    for site in sites:
-        total = seen[f"{site.name} residual"] + seen[f"{site.name} out"]
-        same = torch.equal(total, output)
-        found[site.name] = output if same else total
+    found = {site.name: seen[f"{site.name} residual"] + seen[f"{site.name} out"] for site in sites}
+    last = sites[-1].name
+    same = torch.equal(found[last], output)
+    if same:
+        found[last] = output
     return found, same
 
 

@@ -18,7 +18,8 @@ from liar import slim
 from liar.calibration import Calibration
 from liar.capture import Point, preserved, run, watching
 from liar.sites import Site, linear
-from rivals.walk import Walk, residual
+from liar.streams import residual
+from rivals.walk import Walk
 
 LEARNING_RATE = 1e-3
 # Tokens (padding included) per step, about; a longer sequence is a step of its own.

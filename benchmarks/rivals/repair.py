@@ -12,8 +12,9 @@ import liar
 from liar import slim
 from liar.calibration import Calibration
 from liar.capture import preserved
+from liar.fold import fold, start
 from liar.sites import Site, linear
-from rivals.site_data import Answer, Rule, SiteData
+from rivals.site_data import Rule, SiteData
 from rivals.walk import Rows, Walk
 
 
@@ -39,7 +40,9 @@ def repaired(walk: Walk, number: int, rule: Rule) -> nn.Module:
         slim.cut_site(student, site, keep)
         if "kept_inputs" in walk.needs:
             rows[site.name] |= walk.pruned_rows(number, student, site, "kept_inputs")
-        put(linear(student, site.consumer), rule.solve(site_data(walk, number, site, rows.pop(site.name))))
+        weight, bias = rule.solve(site_data(walk, number, site, rows.pop(site.name)))
+        consumer = linear(student, site.consumer)
+        fold(consumer, weight, start(consumer)[1] if bias is None else bias, create_bias=bias is not None)
     walk.advance(number, student)
     return student
 
@@ -60,12 +63,3 @@ def site_data(walk: Walk, number: int, site: Site, rows: Rows) -> SiteData:
         dense_sum=rows.get("dense_sum", empty),
         residual=rows.get("residual", empty),
     )
-
-
-def put(consumer: nn.Linear, answer: Answer) -> None:
-    """Write an answer into a consumer that is already cut to the kept channels, in its own dtype."""
-    weight, bias = answer
-    dtype, trained = consumer.weight.dtype, consumer.weight.requires_grad
-    consumer.weight = nn.Parameter(weight.T.to(dtype).contiguous(), trained)
-    if bias is not None:
-        consumer.bias = nn.Parameter(bias.to(dtype, copy=True), trained)

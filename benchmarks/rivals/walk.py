@@ -14,6 +14,7 @@ from liar.calibration import Calibration
 from liar.capture import Call, Point, block_calls, run, watching
 from liar.families import base_and_prefix, discover
 from liar.sites import Site, linear
+from liar.streams import residual
 from rivals.site_data import Need
 
 Rows = dict[str, Tensor]
@@ -95,12 +96,6 @@ class Walk:
         for block, student in zip(self.blocks, students, strict=True):
             slim.adopt(block, student)
         slim.note_sizes(self.model)
-
-
-def residual(block: nn.Module, site: Site) -> Point:
-    """Where the stream that the consumer's output is added to can be seen."""
-    module, argument = site.residual
-    return Point(block.get_submodule(module), argument)
 
 
 def joined(found: Sequence[Rows]) -> Rows:

@@ -72,13 +72,15 @@ def allocate(scores: Mapping[str, Tensor], layout: Layout, keep: float, scope: s
 def _in_all_layers(normal: Mapping[str, Tensor], layout: Layout) -> list[Units]:
     """The units of one kind and one rank in all layers together, best first on average: layers stay equally wide."""
     groups: dict[tuple[str, int], Units] = {}
-    values: dict[tuple[str, int], list[float]] = {}
     for site in layout.sites:
         order = normal[site.name].argsort(descending=True, stable=True)
         for rank, unit in enumerate(order.tolist()):
             groups.setdefault((site.kind, rank), []).append((site, unit))
-            values.setdefault((site.kind, rank), []).append(float(normal[site.name][unit]))
-    return [groups[key] for key in sorted(groups, key=lambda key: (-mean(values[key]), key))]
+
+    def worth(key: tuple[str, int]) -> float:
+        return mean(float(normal[site.name][unit]) for site, unit in groups[key])
+
+    return [groups[key] for key in sorted(groups, key=lambda key: (-worth(key), key))]
 
 
 def _one_by_one(normal: Mapping[str, Tensor], layout: Layout) -> list[Units]:

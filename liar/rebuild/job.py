@@ -16,7 +16,7 @@ from torch import nn
 
 from liar.calibration import FOLDS, Calibration
 from liar.capture import Call
-from liar.errors import CalibrationError, Verdict
+from liar.errors import Verdict, at_site
 from liar.fold import fold, start
 from liar.mask import Mask
 from liar.report import SiteReport
@@ -77,7 +77,7 @@ class Job:
 
         They are linear, so one regression of the old input on the new one serves them all.
         """
-        with self.timed("solve"), _named(site):
+        with self.timed("solve"), at_site(site.name, site.module):
             layers = [linear(pair.student, edge) for edge in site.producers]
             weights, biases = (torch.cat(parts, -1) for parts in zip(*map(start, layers), strict=True))
             affine = all(layer.bias is not None for layer in layers)
@@ -95,7 +95,7 @@ class Job:
         creates = folds is not None and self.options.bias == "create" and consumer.bias is None
         solution = None
         if folds is not None:
-            with self.timed("solve"), _named(site):
+            with self.timed("solve"), at_site(site.name, site.module):
                 affine = creates or consumer.bias is not None
                 whole, splits = folds.whole(affine=affine), folds.splits(affine=affine, channels=consumer.in_features)
                 solution = fit(whole, splits, *start(consumer), ridge=self.options.ridge, solver=self.options.solver)
@@ -126,12 +126,3 @@ class Job:
             yield
         finally:
             self.clock[stage] += time.perf_counter() - began
-
-
-@contextmanager
-def _named(site: Site) -> Iterator[None]:
-    """Say at which site the calibration data was of no use."""
-    try:
-        yield
-    except CalibrationError as error:
-        raise CalibrationError(f"{site.name} ({site.module}): {error}") from error

@@ -65,6 +65,26 @@ def _held_out(
     return nothing, bias_only, updated
 
 
+@dataclass(frozen=True)
+class _Decision:
+    """The relative ridge to use, infinite if the weights are to stay, and the held-out sums of squares it rests on."""
+
+    ridge: float
+    nothing: float
+    bias_only: float
+    updated: float
+
+
+def _decide(splits: Sequence[tuple[Normal, Normal]], start: Tensor, bias: Tensor, ridge: float | str, solver: str) -> _Decision:
+    """A ridge that was given as it is; with "auto" the best one, if it beats both ways of leaving the weights alone."""
+    auto = ridge == "auto"
+    chosen = float(ridge) if not auto else _best_ridge(splits, start, bias, solver) if splits else RIDGES[len(RIDGES) // 2]
+    nothing, bias_only, updated = _held_out(splits, start, bias, chosen, solver)
+    if auto and splits and updated >= min(nothing, bias_only):
+        return _Decision(inf, nothing, bias_only, min(nothing, bias_only))
+    return _Decision(chosen, nothing, bias_only, updated)
+
+
 def _best_ridge(splits: Sequence[tuple[Normal, Normal]], start: Tensor, bias: Tensor, solver: str) -> float:
     """The ridge of `RIDGES` with the least error on the held-out parts, found by walking down from the middle.
 
@@ -122,28 +142,24 @@ def fit(
         solver: one of `SOLVERS`.
     """
     start, bias = start.double(), bias.double()
-    auto = ridge == "auto"
-    chosen = float(ridge) if not auto else _best_ridge(splits, start, bias, solver) if splits else RIDGES[len(RIDGES) // 2]
-    nothing, bias_only, updated = _held_out(splits, start, bias, chosen, solver)
-    guarded = auto and bool(splits) and updated >= min(nothing, bias_only)
-    if guarded:
-        chosen, updated = inf, min(nothing, bias_only)
+    chosen = _decide(splits, start, bias, ridge, solver)
+    if chosen.ridge == inf:
         solved = Solved(torch.zeros_like(start), len(start), nan)
     else:
-        solved = solve(whole, start, _absolute(chosen, whole), solver)
+        solved = solve(whole, start, _absolute(chosen.ridge, whole), solver)
     weight = start + solved.change
-    moved = whole.affine and not (guarded and nothing <= bias_only)
+    moved = whole.affine and not (chosen.ridge == inf and chosen.nothing <= chosen.bias_only)
     held_power = sum(held.power for _, held in splits) or nan
     return Solution(
         weight=weight,
         bias=whole.mean_t - whole.mean_z @ weight if moved else bias,
-        ridge=chosen,
-        verdict=_verdict(whole.count, solved, chosen),
+        ridge=chosen.ridge,
+        verdict=_verdict(whole.count, solved, chosen.ridge),
         rank=solved.rank,
         condition=solved.condition,
         power=whole.power / whole.total,
-        before=nothing / held_power,
-        after=updated / held_power,
+        before=chosen.nothing / held_power,
+        after=chosen.updated / held_power,
     )
 
 
@@ -175,7 +191,7 @@ def fit_drift(
     sketch = _sketch(weight)
     narrow, offset = weight @ sketch, bias @ sketch
     parts = [(fitted.through(narrow, offset), held.through(narrow, offset)) for fitted, held in splits]
-    chosen = fit(whole.through(narrow, offset), parts, narrow, offset, ridge=ridge, solver=solver).ridge
+    chosen = _decide(parts, narrow, offset, ridge, solver).ridge
     if chosen == inf:
         return weight, bias
     target = whole.through(weight, bias)
