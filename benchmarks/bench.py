@@ -22,6 +22,7 @@ class Bench:
 
     def __init__(self, task: Task, folder: str | None, data_dir: Path) -> None:
         self.task, self.folder, self.data_dir = task, folder, data_dir
+        self._statistics: dict[tuple[Any, ...], liar.Statistics] = {}
 
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
@@ -34,6 +35,14 @@ class Bench:
     def dense(self) -> Predictions:
         """What the dense model says."""
         return self.task.predict(*self.loaded, self.data_dir)
+
+    def statistics(self, setting: Setting, calibration: list[dict[str, Tensor]]) -> liar.Statistics:
+        """What the criterion looks at in a sample of texts: the same for all keep ratios."""
+        key = (setting.criterion, setting.seed, setting.source, setting.tokens)
+        if key not in self._statistics:
+            model, _ = self.loaded
+            self._statistics[key] = liar.collect(model, calibration, criteria=[setting.criterion], progress=False)
+        return self._statistics[key]
 
     def score(self, model: nn.Module) -> dict[str, float]:
         """The numbers of a model."""
@@ -61,7 +70,8 @@ class Shared:
         # Elsewhere scores of different sites are not in one unit: every layer keeps the same share.
         scope = "global" if setting.criterion == "reconstruction" else "layer"
         how = {"criterion": setting.criterion, "scope": scope}
-        return liar.select(model, self.calibration, keep=setting.keep, seed=setting.seed, progress=False, **how)
+        statistics = self.bench.statistics(setting, self.calibration)
+        return liar.select(model, statistics, keep=setting.keep, seed=setting.seed, progress=False, **how)
 
 
 def run(cell: Cell, shared: Shared) -> dict[str, Any]:

@@ -7,29 +7,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from liar import slim
 from liar.calibration import Calibration
 from liar.capture import preserved
-from liar.collect import channel_moments
-from liar.criteria import CRITERIA, SCOPES, TOLERANCE, Elimination, Units, allocate, scores
-from liar.curves import error_curves
+from liar.collect import Statistics, collect
+from liar.criteria import CRITERIA, SCOPES, TOLERANCE, Units, allocate, scores
 from liar.errors import CalibrationError, choose
 from liar.families import checked
 from liar.mask import Mask
 from liar.rebuild import BIASES, TARGETS, Job, Options, rebuild
 from liar.report import Report
 from liar.solve import SOLVERS, check_ridge
-from liar.statistics import ChannelMoments
 
 logger = logging.getLogger(__name__)
 
 
 def select(
     model: nn.Module,
-    calib: Iterable[Any] | None = None,
+    calib: Iterable[Any] | Statistics | None = None,
     *,
     keep: float,
     criterion: str = "reconstruction",
@@ -41,7 +39,8 @@ def select(
 
     Args:
         model: a Hugging Face model of a known family; it is not changed.
-        calib: calibration batches (see `Calibration.of`); may be left out for criteria that look at weights only.
+        calib: calibration batches (see `Calibration.of`), or what `collect` made of them; may be left out for criteria
+            that look at weights only.
         keep: share of the parameters in the transformer blocks that stays, in (0, 1]; met within 1 % and never exceeded.
         criterion: `"reconstruction"`: what the output loses without the unit once the rest is reconstructed;
             `"fluctuation"`, `"wanda"`, `"magnitude"`, `"random"`.
@@ -63,22 +62,18 @@ def select(
     choose("criterion", criterion, list(CRITERIA))
     choose("scope", scope, list(SCOPES))
     layout = checked(model)
-    needs, comparable = CRITERIA[criterion].needs, CRITERIA[criterion].comparable
-    moments: Mapping[str, ChannelMoments] = {}
-    curves: Mapping[str, Elimination] = {}
-    if needs != "weights":
+    known: Mapping[str, Mapping[str, Tensor]] = {site.name: {} for site in layout.sites}
+    if CRITERIA[criterion].needs:
         if calib is None:
             raise CalibrationError(f"criterion={criterion!r} looks at activations: pass calibration batches")
-        calibration = Calibration.of(calib, model)
-        if needs == "channels":
-            moments = channel_moments(model, layout, calibration, progress)
-        else:
-            curves = error_curves(model, layout, calibration, progress)
+        statistics = calib if isinstance(calib, Statistics) else collect(model, calib, criteria=[criterion], progress=progress)
+        statistics.check(model, layout, criterion)
+        known = statistics.sites
     found = {}
-    for i, site in enumerate(layout.sites):
-        block, known, curve = model.get_submodule(site.block), moments.get(site.name), curves.get(site.name)
-        found[site.name] = scores(criterion, Units.of(block, site, moments=known, curve=curve, seed=seed + i))
-    mask = allocate(found, layout, keep, scope, comparable=comparable)
+    for number, site in enumerate(layout.sites):
+        block = model.get_submodule(site.block)
+        found[site.name] = scores(criterion, Units.of(block, site, known[site.name], seed=seed + number))
+    mask = allocate(found, layout, keep, scope, comparable=CRITERIA[criterion].comparable)
     got = mask.parameters(layout) / layout.parameters
     level = logging.WARNING if got < keep - TOLERANCE else logging.INFO
     logger.log(level, "asked to keep %.4f of the block parameters, got %.4f", keep, got)

@@ -1,85 +1,133 @@
-"""One plain pass of the dense model, with an eye on what every site's consumer reads."""
+"""What criteria look at besides weights: collected in one go, kept in a file, good for every budget."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from liar.calibration import Calibration
-from liar.capture import Point, preserved, run_model, watching
-from liar.errors import MaskError, at_site
-from liar.families import base_and_prefix, checked
+from liar.criteria import CRITERIA, NEEDS
+from liar.curves import error_curves
+from liar.errors import CalibrationError, choose
+from liar.families import checked
+from liar.moments import channel_moments
 from liar.sites import Layout, linear
-from liar.statistics import ChannelMoments, Moments
+
+Known = dict[str, dict[str, Tensor]]
+COLLECTORS: dict[str, Callable[[nn.Module, Layout, Calibration, bool], Known]] = {
+    "channels": channel_moments,
+    "curves": error_curves,
+}
+# Norms of weights that differ by more are of other weights; rounding to another float type differs by less.
+SAME = 1e-4
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was collected at the sites of one model: a few numbers per unit or channel.
+
+    Attributes:
+        sites: site name -> name (see `liar.criteria.NEEDS`) -> tensor on the CPU.
+        norms: site name -> Frobenius norm of the consumer's weight, by which the model is known again.
+        tokens: calibration tokens that were seen.
+
+    Example:
+        >>> statistics = liar.collect(model, calib)
+        >>> [round(liar.select(model, statistics, keep=keep).asked, 1) for keep in (0.7, 0.5)]
+        [0.7, 0.5]
+    """
+
+    sites: Mapping[str, Mapping[str, Tensor]]
+    norms: Mapping[str, float]
+    tokens: int
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        tensors = {f"{site}/{name}": value.contiguous() for site, known in self.sites.items() for name, value in known.items()}
+        about = {"norms": json.dumps(dict(self.norms)), "tokens": str(self.tokens)}
+        save_file(tensors, str(path), metadata=about)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read a file that `save` wrote.
+
+        Raises:
+            CalibrationError: it is not one.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                about = file.metadata()
+                norms: dict[str, float] = json.loads(about["norms"])
+                sites: Known = {name: {} for name in norms}
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    site, _, name = key.partition("/")
+                    sites[site][name] = file.get_tensor(key)
+            return cls(sites, norms, int(about["tokens"]))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(f"{path}: expected a file that Statistics.save wrote, got {error!r}") from error
+
+    def check(self, model: nn.Module, layout: Layout, criterion: str) -> None:
+        """Whether a criterion finds here what it needs to know of a model.
+
+        Raises:
+            CalibrationError: it does not, or the statistics are those of another model.
+        """
+        norms = consumer_norms(model, layout)
+        if norms.keys() != self.norms.keys() or any(abs(norms[name] / self.norms[name] - 1) > SAME for name in norms):
+            raise CalibrationError(
+                "the statistics were collected from another model, or this one has changed since: collect them anew"
+            )
+        needs = CRITERIA[criterion].needs
+        if needs and any(name not in known for known in self.sites.values() for name in NEEDS[needs]):
+            raise CalibrationError(
+                f"criterion={criterion!r} needs {' and '.join(NEEDS[needs])} of every site, which was not collected: "
+                f"call liar.collect(model, calib, criteria=[{criterion!r}])"
+            )
+
+
+def consumer_norms(model: nn.Module, layout: Layout) -> dict[str, float]:
+    """Frobenius norm of the consumer's weight by site."""
+    layers = {site.name: linear(model.get_submodule(site.block), site.consumer) for site in layout.sites}
+    return {name: float(layer.weight.detach().norm(dtype=torch.float64)) for name, layer in layers.items()}
 
 
 def collect(
-    model: nn.Module, calib: Iterable[Any], *, sites: Sequence[str] | None = None, progress: bool = True
-) -> dict[str, Moments]:
-    """Moments of what each site's consumer reads in the dense model: one pass, good for every mask.
+    model: nn.Module, calib: Iterable[Any], *, criteria: Sequence[str] = ("reconstruction",), progress: bool = True
+) -> Statistics:
+    """Collect once what `select` needs to know, for as many budgets as are wanted.
 
     Args:
         model: a Hugging Face model of a known family; it is not changed.
         calib: calibration batches (see `Calibration.of`).
-        sites: names of the sites wanted, all by default; memory is 8 bytes times the square of the channels for each.
-        progress: show a bar.
+        criteria: that will be asked for; what several of them need is collected once.
+        progress: show bars.
 
     Returns:
-        Site name -> `Moments`; `liar.interpolation` turns one into Q and P.
+        Frozen `Statistics`, to be given to `select` in place of calibration batches.
 
     Raises:
-        MaskError, CalibrationError, ModelError: with what was expected, what came, and what to do.
+        OptionError, CalibrationError, ModelError: with what was expected, what came, and what to do.
 
     Example:
-        >>> moments = liar.collect(model, calib, sites=["neurons.0"])
-        >>> liar.interpolation(moments["neurons.0"], mask["neurons.0"]).Q.shape[0] == mask.kept("neurons.0")
-        True
+        >>> statistics = liar.collect(model, calib, criteria=["fluctuation", "wanda"])
+        >>> sorted(statistics.sites["neurons.0"])
+        ['mean', 'variance']
     """
+    for criterion in criteria:
+        choose("criterion", criterion, list(CRITERIA))
     layout = checked(model)
-    known = [site.name for site in layout.sites]
-    if unknown := sorted(set(sites or ()) - set(known)):
-        raise MaskError(f"no such site: {', '.join(unknown)}; expected some of {', '.join(known)}")
-    moments = {name: Moments() for name in sites or known}
-    takers = {name: lambda rows, part=part: part.update(rows, rows[:, :0]) for name, part in moments.items()}
-    _read(model, layout, Calibration.of(calib, model), takers, "collect", progress)
-    return moments
-
-
-def channel_moments(model: nn.Module, layout: Layout, calibration: Calibration, progress: bool) -> dict[str, ChannelMoments]:
-    """Mean and variance of every channel of every consumer's input, by site: what criteria look at.
-
-    Raises:
-        CalibrationError: NaN or Inf in the activations of a site, which it names.
-    """
-    moments = {site.name: ChannelMoments() for site in layout.sites}
-    takers = {name: part.update for name, part in moments.items()}
-    _read(model, layout, calibration, takers, "select", progress)
-    for site in layout.sites:
-        with at_site(site.name, site.module):
-            _ = moments[site.name].variance
-    return moments
-
-
-def _read(
-    model: nn.Module,
-    layout: Layout,
-    calibration: Calibration,
-    takers: Mapping[str, Callable[[Tensor], None]],
-    title: str,
-    progress: bool,
-) -> None:
-    """One forward pass of the dense model; what a site's consumer reads, [tokens, channels] per batch, goes to its taker."""
-    consumers = {name: linear(model.get_submodule(layout[name].block), layout[name].consumer) for name in takers}
-    points = {name: Point(consumer, 0) for name, consumer in consumers.items()}
-    base, _ = base_and_prefix(model)
-    bar = tqdm(total=calibration.tokens, desc=title, unit="tok", unit_scale=True, disable=not progress)
-    with preserved(model), bar:
-        for number, (batch, keep) in enumerate(zip(calibration.batches, calibration.keep, strict=True)):
-            with watching(points) as seen:
-                run_model(base, batch, number)
-            for name, value in seen.items():
-                takers[name](value[keep])
-            bar.update(int(keep.sum()))
+    calibration = Calibration.of(calib, model)
+    sites: Known = {site.name: {} for site in layout.sites}
+    for needs in dict.fromkeys(CRITERIA[criterion].needs for criterion in criteria):
+        if needs:
+            for name, known in COLLECTORS[needs](model, layout, calibration, progress).items():
+                sites[name] |= {key: value.cpu() for key, value in known.items()}
+    return Statistics(sites, consumer_norms(model, layout), calibration.tokens)

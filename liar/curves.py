@@ -22,8 +22,8 @@ from liar.streams import around, sums, token_weight, wide
 RIDGE = 1e-3
 
 
-def error_curves(model: nn.Module, layout: Layout, calibration: Calibration, progress: bool) -> dict[str, Elimination]:
-    """For every site, the order in which its units go and how much each step moves the model's output.
+def error_curves(model: nn.Module, layout: Layout, calibration: Calibration, progress: bool) -> dict[str, dict[str, Tensor]]:
+    """By site: the `order` in which units go, int64 [units], and by how much each step `increases` the change of the output.
 
     A site's own curve is the energy of what its reconstruction misses, over the energy of the residual stream after the
     site; it is multiplied by the site's sensitivity, so that curves of all sites are in one unit.
@@ -45,7 +45,7 @@ def error_curves(model: nn.Module, layout: Layout, calibration: Calibration, pro
                 found[site.name] = seen.curve(site)
                 bar.update()
     factors = sensitivities(model, layout, calibration, progress)
-    return {name: replace(curve, increases=curve.increases * factors[name]) for name, curve in found.items()}
+    return {name: {"order": curve.order, "increases": curve.increases * factors[name]} for name, curve in found.items()}
 
 
 class _Block:

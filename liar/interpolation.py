@@ -27,7 +27,7 @@ class Interpolation:
         verdict: how the solve ended.
 
     Example:
-        >>> moments = liar.collect(model, calib, sites=["heads.0"])["heads.0"]
+        >>> moments = liar.moments(model, calib, sites=["heads.0"])["heads.0"]
         >>> found = liar.interpolation(moments, torch.tensor([True, True, True, False]))
         >>> found.Q.shape, found.kept[-1].item(), found.removed[0].item()
         (torch.Size([24, 8]), 23, 24)
@@ -46,7 +46,7 @@ class Interpolation:
 
 
 def interpolation(moments: Moments, keep: Tensor, *, ridge: float = 0.0, solver: str = "auto") -> Interpolation:
-    """Q and P of one site from the moments of its consumer's input (`liar.collect`), for any choice of kept units.
+    """Q and P of one site from the moments of its consumer's input (`liar.moments`), for any choice of kept units.
 
     Args:
         moments: of all channels of the consumer's input.

@@ -65,7 +65,7 @@ def test_collect_sees_what_the_consumer_reads_and_drops_padding() -> None:
         rows.append(seen.pop()[keep].double())
     handle.remove()
     x = torch.cat(rows)
-    normal = liar.collect(model, batches, sites=["neurons.1"], progress=False)["neurons.1"].normal(affine=True)
+    normal = liar.moments(model, batches, sites=["neurons.1"], progress=False)["neurons.1"].normal(affine=True)
     assert normal.count == len(x)
     torch.testing.assert_close(normal.mean_z, x.mean(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(normal.gram, (x - x.mean(0)).T @ (x - x.mean(0)), rtol=1e-4, atol=1e-3)
@@ -74,6 +74,6 @@ def test_collect_sees_what_the_consumer_reads_and_drops_padding() -> None:
 def test_unknown_site_and_unfit_mask_are_told() -> None:
     model = tiny_model("bert")
     with pytest.raises(liar.LiarError, match=r"no such site: neurons\.99; expected some of heads\.0"):
-        liar.collect(model, tiny_batches(model), sites=["neurons.99"])
+        liar.moments(model, tiny_batches(model), sites=["neurons.99"])
     with pytest.raises(liar.LiarError, match=r"units that divide 6 channels, got torch\.bool \[4\]"):
         liar.interpolation(moments_of(correlated(9, 6)), torch.ones(4, dtype=torch.bool))

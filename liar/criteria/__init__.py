@@ -2,6 +2,6 @@
 
 from liar.criteria.allocate import SCOPES, TOLERANCE, allocate
 from liar.criteria.elimination import Elimination, eliminate
-from liar.criteria.scores import CRITERIA, Units, scores
+from liar.criteria.scores import CRITERIA, NEEDS, Units, scores
 
-__all__ = ["CRITERIA", "SCOPES", "TOLERANCE", "Elimination", "Units", "allocate", "eliminate", "scores"]
+__all__ = ["CRITERIA", "NEEDS", "SCOPES", "TOLERANCE", "Elimination", "Units", "allocate", "eliminate", "scores"]

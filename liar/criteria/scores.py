@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor, nn
 
-from liar.criteria.elimination import Elimination
 from liar.sites import Site, linear
-from liar.statistics import ChannelMoments
 
 
 @dataclass(frozen=True)
@@ -23,32 +20,22 @@ class Units:
         producers: weights that make the units, [units, *] each.
         consumer: weights that read the units, [units, width, out].
         parameters: that go away with one unit.
-        moments: of the consumer's input, one entry per channel; None for criteria that do not need them.
-        curve: what every unit that goes adds to the change of the model's output; None likewise.
+        known: what was collected at the site, by name; see `NEEDS`.
         seed: for `random`.
     """
 
     producers: tuple[Tensor, ...]
     consumer: Tensor
     parameters: int
-    moments: ChannelMoments | None
-    curve: Elimination | None
+    known: Mapping[str, Tensor]
     seed: int
 
     @classmethod
-    def of(
-        cls,
-        block: nn.Module,
-        site: Site,
-        *,
-        moments: ChannelMoments | None = None,
-        curve: Elimination | None = None,
-        seed: int = 0,
-    ) -> Units:
+    def of(cls, block: nn.Module, site: Site, known: Mapping[str, Tensor], *, seed: int = 0) -> Units:
         """Gather a site's weights from its block."""
         rows = tuple(linear(block, edge).weight.detach().double().reshape(site.units, -1) for edge in site.producers)
         columns = linear(block, site.consumer).weight.detach().double().T
-        return cls(rows, columns.reshape(site.units, site.consumer.width, -1), site.parameters, moments, curve, seed)
+        return cls(rows, columns.reshape(site.units, site.consumer.width, -1), site.parameters, known, seed)
 
     def per_channel(self, values: Tensor) -> Tensor:
         """[channels] -> [units, width]."""
@@ -69,8 +56,7 @@ def magnitude(units: Units) -> Tensor:
 
 def wanda(units: Units) -> Tensor:
     """Sum of |weight| times the norm of its input (Sun et al. 2023, eq. 1, summed over the unit as FLAP's wanda-sp does)."""
-    assert units.moments is not None
-    norm = units.per_channel(units.moments.mean_square.sqrt())
+    norm = units.per_channel((units.known["variance"] + units.known["mean"].square()).sqrt())
     return (units.consumer.abs().sum(2) * norm).sum(1)
 
 
@@ -79,8 +65,7 @@ def fluctuation(units: Units) -> Tensor:
 
     What a bias cannot replace once the unit is gone.
     """
-    assert units.moments is not None
-    variance = units.per_channel(units.moments.variance)
+    variance = units.per_channel(units.known["variance"])
     return (units.consumer.square().sum(2) * variance).sum(1)
 
 
@@ -91,11 +76,20 @@ def reconstruction(units: Units) -> Tensor:
     bends upwards; where one does not, its steps are levelled (isotonic regression), which is the exact answer but for the
     last step (Fox 1966, discrete optimisation via marginal analysis).
     """
-    assert units.curve is not None
-    steps = torch.from_numpy(isotonic_regression(units.curve.increases.numpy()).x) / units.parameters
+    order, increases = units.known["order"], units.known["increases"]
+    steps = torch.from_numpy(isotonic_regression(increases.numpy()).x) / units.parameters
     # Levelled steps keep their order.
     steps = steps * (1 + 1e-9 * torch.arange(len(steps))) + 1e-300 * torch.arange(len(steps))
-    return torch.empty_like(steps).index_copy_(0, units.curve.order, steps)
+    return torch.empty_like(steps).index_copy_(0, order, steps)
+
+
+# What can be collected at a site besides its weights, and the names of the tensors that make it up.
+NEEDS: dict[str, tuple[str, ...]] = {
+    # [channels]: of what the consumer reads.
+    "channels": ("mean", "variance"),
+    # [units]: the order in which units go, and what each adds to the change of the model's output.
+    "curves": ("order", "increases"),
+}
 
 
 @dataclass(frozen=True)
@@ -104,12 +98,12 @@ class Criterion:
 
     Attributes:
         score: one number per unit; high ones stay.
-        needs: `"channels"`: mean and variance of every channel; `"curves"`: error curves; `"weights"`: nothing else.
+        needs: a key of `NEEDS`, or None if the weights are enough.
         comparable: whether scores of different sites are in one unit.
     """
 
     score: Callable[[Units], Tensor]
-    needs: Literal["weights", "channels", "curves"]
+    needs: str | None
     comparable: bool = False
 
 
@@ -117,8 +111,8 @@ CRITERIA: dict[str, Criterion] = {
     "reconstruction": Criterion(reconstruction, "curves", comparable=True),
     "fluctuation": Criterion(fluctuation, "channels"),
     "wanda": Criterion(wanda, "channels"),
-    "magnitude": Criterion(magnitude, "weights"),
-    "random": Criterion(random, "weights"),
+    "magnitude": Criterion(magnitude, None),
+    "random": Criterion(random, None),
 }
 
 

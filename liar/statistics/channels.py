@@ -43,8 +43,3 @@ class ChannelMoments:
         """[channels] float64, divided by the count."""
         check_finite(self.mean, self._m2)
         return self._m2 / self.count
-
-    @property
-    def mean_square(self) -> Tensor:
-        """[channels] float64."""
-        return self.variance + self.mean.square()
