@@ -69,9 +69,9 @@ class Shared:
         setting = self.setting
         # Elsewhere scores of different sites are not in one unit: every layer keeps the same share.
         scope = "global" if setting.criterion == "reconstruction" else "layer"
-        how = {"criterion": setting.criterion, "scope": scope}
         statistics = self.bench.statistics(setting, self.calibration)
-        return liar.select(model, statistics, keep=setting.keep, seed=setting.seed, progress=False, **how)
+        how = {"keep": setting.keep, "criterion": setting.criterion, "scope": scope, "seed": setting.seed}
+        return liar.select(model, statistics, **how, progress=False)  # type: ignore[arg-type]
 
 
 def run(cell: Cell, shared: Shared) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from liar.api import prune, reconstruct, select
 from liar.calibration import calibration
 from liar.checkpoint import load, save
 from liar.collect import Statistics, collect
+from liar.costs import Costs, flops
 from liar.errors import LiarError, Verdict
 from liar.families import Family, SitePattern, register
 from liar.interpolation import Interpolation, interpolation
@@ -16,8 +17,10 @@ from liar.mask import Mask
 from liar.moments import moments
 from liar.plots import plot
 from liar.report import Report
+from liar.timing import latency
 
 __all__ = [
+    "Costs",
     "Family",
     "Interpolation",
     "LiarError",
@@ -29,7 +32,9 @@ __all__ = [
     "calibration",
     "collect",
     "families",
+    "flops",
     "interpolation",
+    "latency",
     "load",
     "moments",
     "plot",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,15 +14,20 @@ from liar import slim
 from liar.calibration import Calibration
 from liar.capture import preserved
 from liar.collect import Statistics, collect
+from liar.costs import Costs, flops, params
 from liar.criteria import CRITERIA, SCOPES, TOLERANCE, Units, allocate, scores
 from liar.errors import CalibrationError, choose
 from liar.families import checked
 from liar.mask import Mask
 from liar.rebuild import BIASES, TARGETS, Job, Options, rebuild
 from liar.report import Report
+from liar.sites import Layout
 from liar.solve import SOLVERS, check_ridge
+from liar.timing import latency
 
 logger = logging.getLogger(__name__)
+
+BUDGETS = ("params", "flops", "latency")
 
 
 def select(
@@ -32,6 +37,10 @@ def select(
     keep: float,
     criterion: str = "reconstruction",
     scope: str = "global",
+    budget: str | Costs = "params",
+    round_to: int = 1,
+    uniform: bool = False,
+    protect: Sequence[str | int] = (),
     seed: int = 0,
     progress: bool = True,
 ) -> Mask:
@@ -41,15 +50,22 @@ def select(
         model: a Hugging Face model of a known family; it is not changed.
         calib: calibration batches (see `Calibration.of`), or what `collect` made of them; may be left out for criteria
             that look at weights only.
-        keep: share of the parameters in the transformer blocks that stays, in (0, 1]; met within 1 % and never exceeded.
+        keep: share of the budget that stays, in (0, 1]; never exceeded, and met within 1 % where widths are free.
         criterion: `"reconstruction"`: what the output loses without the unit once the rest is reconstructed;
-            `"fluctuation"`, `"wanda"`, `"magnitude"`, `"random"`.
-        scope: `"global"`: all units compete; `"layer"`: the same number in every layer, as stock classes want it.
+            `"fluctuation"`, `"wanda"`, `"magnitude"`, `"random"`; from gradients of the loss, of the batches' `labels` if they
+            have any: `"taylor"`, `"fisher"`, `"snip"`.
+        scope: `"global"`: all units compete; `"layer"`: the same share of every layer, or nearly so.
+        budget: what `keep` is a share of: `"params"`, parameters in the transformer blocks; `"flops"`, matrix products in the
+            blocks for sequences of 128 tokens, or what `flops` says for others; `"latency"`, time of the whole model for
+            one sequence of 128 tokens, or what `latency` has measured for others.
+        round_to: heads and neurons of a layer keep a multiple of so many channels (or all), for hardware that likes it.
+        uniform: the same numbers in every layer, and only those with which the stock class can load the model.
+        protect: names of sites (`"heads.0"`) and numbers of layers that stay whole.
         seed: for `"random"`.
         progress: show a bar.
 
     Returns:
-        A `Mask`; `mask.asked` is `keep`.
+        A `Mask`; `mask.asked` is `keep` if the budget is in parameters.
 
     Raises:
         OptionError, BudgetError, CalibrationError, ModelError: with what was expected, what came, and what to do.
@@ -61,6 +77,8 @@ def select(
     """
     choose("criterion", criterion, list(CRITERIA))
     choose("scope", scope, list(SCOPES))
+    if not isinstance(budget, Costs):
+        choose("budget", budget, BUDGETS)
     layout = checked(model)
     known: Mapping[str, Mapping[str, Tensor]] = {site.name: {} for site in layout.sites}
     if CRITERIA[criterion].needs:
@@ -73,11 +91,30 @@ def select(
     for number, site in enumerate(layout.sites):
         block = model.get_submodule(site.block)
         found[site.name] = scores(criterion, Units.of(block, site, known[site.name], seed=seed + number))
-    mask = allocate(found, layout, keep, scope, comparable=CRITERIA[criterion].comparable)
-    got = mask.parameters(layout) / layout.parameters
+    costs = _costs(model, layout, budget, progress)
+    mask = allocate(
+        found,
+        layout,
+        costs,
+        keep,
+        scope,
+        comparable=CRITERIA[criterion].comparable,
+        round_to=round_to,
+        possible=slim.stock_counts(model) if uniform else None,
+        protect=protect,
+    )
+    got = costs.of({name: mask.kept(name) for name in mask.keep}) / costs.dense
     level = logging.WARNING if got < keep - TOLERANCE else logging.INFO
-    logger.log(level, "asked to keep %.4f of the block parameters, got %.4f", keep, got)
-    return mask
+    logger.log(level, "asked to keep %.4f of the %s, got %.4f", keep, costs.name, got)
+    return replace(mask, asked=keep) if budget == "params" else mask
+
+
+def _costs(model: nn.Module, layout: Layout, budget: str | Costs, progress: bool) -> Costs:
+    """The costs that a budget is a share of."""
+    if isinstance(budget, Costs):
+        budget.check(layout)
+        return budget
+    return latency(model, progress=progress) if budget == "latency" else flops(model) if budget == "flops" else params(model)
 
 
 def reconstruct(
@@ -159,6 +196,10 @@ def prune(
     keep: float,
     criterion: str = "reconstruction",
     scope: str = "global",
+    budget: str | Costs = "params",
+    round_to: int = 1,
+    uniform: bool = False,
+    protect: Sequence[str | int] = (),
     target: str = "dense_stream",
     ridge: float | str = "auto",
     refit: bool = True,
@@ -175,5 +216,17 @@ def prune(
         True
     """
     calib = calib if isinstance(calib, Sequence) else list(calib)
-    mask = select(model, calib, keep=keep, criterion=criterion, scope=scope, seed=seed, progress=progress)
+    mask = select(
+        model,
+        calib,
+        keep=keep,
+        criterion=criterion,
+        scope=scope,
+        budget=budget,
+        round_to=round_to,
+        uniform=uniform,
+        protect=protect,
+        seed=seed,
+        progress=progress,
+    )
     return reconstruct(model, mask, calib, target=target, ridge=ridge, refit=refit, solver=solver, bias=bias, progress=progress)

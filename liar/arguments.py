@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from liar.api import BUDGETS
 from liar.criteria import CRITERIA, SCOPES
 from liar.rebuild import BIASES, TARGETS
 from liar.run import DTYPES
@@ -32,6 +33,15 @@ def _share(value: float) -> float:
     return value
 
 
+_BUDGETS = f"{', '.join(BUDGETS)}, or a file that liar latency wrote"
+
+
+def _budget(value: str) -> str:
+    if value in BUDGETS or Path(value).is_file():
+        return value
+    raise typer.BadParameter(f"expected {_BUDGETS}; got {value!r}")
+
+
 def _ridge(value: str) -> str:
     try:
         if value == "auto" or 0 <= float(value) < float("inf"):
@@ -54,6 +64,12 @@ Pack = Annotated[bool, typer.Option("--pack", help="Join the texts and cut full 
 Keep = Annotated[float, typer.Option(callback=_share, help="Share of the block parameters that stays, above 0, at most 1.")]
 Criterion = Annotated[str, _one_of(CRITERIA, "What makes a head or neuron worth keeping")]
 Scope = Annotated[str, _one_of(SCOPES, "Same share in every layer, or all compete")]
+Budget = Annotated[str, typer.Option(callback=_budget, help=f"What --keep is a share of: {_BUDGETS}.")]
+RoundTo = Annotated[int, typer.Option(min=1, help="Widths are multiples of so many channels, or whole.")]
+Uniform = Annotated[bool, typer.Option("--uniform", help="The same widths in every layer, which the stock class can load.")]
+Protect = Annotated[list[str], typer.Option(help="Site (heads.0) or number of a layer that stays whole; may be repeated.")]
+Length = Annotated[int, typer.Option(min=1, help="Tokens per sequence that is timed.")]
+TimedBatch = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences per batch that is timed.")]
 Seed = Annotated[int, typer.Option(help="For --criterion random.")]
 MaskFile = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="JSON file with the mask.")]
 Target = Annotated[str, _one_of(TARGETS, "What the kept channels are fitted to")]

@@ -123,6 +123,7 @@ class Calibration:
         folds: per batch int64 [kept tokens]: the fold (0 to `FOLDS` - 1) of each kept token, by sequence.
         tokens: kept tokens in all batches.
         sequences: sequences in all batches.
+        labels: per batch its `labels`, or None: for criteria that need gradients, nothing else looks at them.
     """
 
     batches: tuple[Batch, ...]
@@ -130,6 +131,7 @@ class Calibration:
     folds: tuple[Tensor, ...]
     tokens: int
     sequences: int
+    labels: tuple[Any, ...]
 
     @classmethod
     def of(cls, data: Iterable[Any], model: nn.Module) -> Calibration:
@@ -137,7 +139,8 @@ class Calibration:
 
         Args:
             data: a DataLoader, or any iterable of batches; a batch is a mapping with `input_ids` (or `inputs_embeds`) and
-                perhaps `attention_mask` and other arguments of the model, or a tensor of ids [sequences, length].
+                perhaps `attention_mask` and other arguments of the model, or a tensor of ids [sequences, length]. Its
+                `labels` are kept beside: the model does not get them.
             model: the model that will be run.
 
         Raises:
@@ -146,7 +149,11 @@ class Calibration:
         base, _ = base_and_prefix(model)
         device = next(model.parameters()).device
         accepted = set(inspect.signature(base.forward).parameters)
-        batches = [_as_batch(batch, number, accepted, model, device) for number, batch in enumerate(_batches(data))]
+        both = [
+            (_as_batch(batch, number, accepted, model, device), _labels(batch, device))
+            for number, batch in enumerate(_batches(data))
+        ]
+        batches = [batch for batch, _ in both]
         if not batches:
             raise CalibrationError(
                 "the calibration data is empty: expected at least one batch, got none (a used-up generator?)"
@@ -167,6 +174,7 @@ class Calibration:
             folds=tuple(_folds(mask, start, piece) for mask, start in zip(keep, starts, strict=False)),
             tokens=tokens,
             sequences=sum(len(mask) for mask in keep),
+            labels=tuple(labels for _, labels in both),
         )
 
 
@@ -195,6 +203,12 @@ def _as_batch(batch: Any, number: int, accepted: set[str], model: nn.Module, dev
     }
     _check_batch(taken, number, model, unused)
     return taken
+
+
+def _labels(batch: Any, device: torch.device) -> Any:
+    """The labels of a batch, if it has any; they are checked where they are used."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return labels.to(device) if isinstance(labels, Tensor) else labels
 
 
 def _check_batch(batch: Batch, number: int, model: nn.Module, unused: list[str]) -> None:

@@ -104,14 +104,14 @@ def run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     return hidden
 
 
-def run_model(base: nn.Module, batch: Mapping[str, Any], number: int = 0) -> None:
-    """Run the bare model on a calibration batch.
+def run_model(base: nn.Module, batch: Mapping[str, Any], number: int = 0) -> Any:
+    """Run the bare model, or the model with its head, on a calibration batch; what it says.
 
     Raises:
         CalibrationError: the model does not take the batch.
     """
     try:
-        base(**batch)
+        return base(**batch)
     except (_Reached, LiarError):
         raise
     except Exception as error:

@@ -19,6 +19,7 @@ from liar import checkpoint, families
 from liar.errors import CheckpointError, LiarError, MaskError
 from liar.report import Report
 from liar.run import Run
+from liar.timing import latency
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False)
 
@@ -53,6 +54,10 @@ def prune(
     calib: arg.Calib,
     criterion: arg.Criterion = Run.criterion,
     scope: arg.Scope = Run.scope,
+    budget: arg.Budget = Run.budget,
+    round_to: arg.RoundTo = Run.round_to,
+    uniform: arg.Uniform = Run.uniform,
+    protect: arg.Protect = [],  # noqa: B006 (typer reads it and never changes it)
     seed: arg.Seed = Run.seed,
     target: arg.Target = Run.target,
     ridge: arg.Ridge = str(Run.ridge),
@@ -77,8 +82,32 @@ def prune(
         liar prune bert-base-uncased slim --keep 0.5 --calib texts.txt
 
         liar prune ./llama slim --keep 0.7 --scope global --calib wikitext --config wikitext-2-raw-v1 --pack --tokens 100000
+
+        liar prune bert-base-uncased slim --keep 0.5 --budget latency.json --calib texts.txt
     """
     _run("prune", locals())
+
+
+@app.command("latency")
+def time_widths(
+    model: arg.Model,
+    out: Annotated[Path, typer.Argument(help="JSON file to write, for --budget.")],
+    batch_size: arg.TimedBatch = 1,
+    length: arg.Length = 128,
+    dtype: arg.Dtype = Run.dtype,
+    device: arg.Device = Run.device,
+) -> None:
+    """Time the layers of a model at several widths on this machine, as a budget for prune.
+
+    For example:
+
+        liar latency bert-base-uncased latency.json --batch-size 8 --length 128
+    """
+    with _told():
+        loaded = checkpoint.load(model, dtype=dtype).to(device)  # type: ignore[arg-type]
+        costs = latency(loaded, batch_size=batch_size, length=length)
+        costs.save(out)
+        typer.echo(f"{costs.dense * 1000:.1f} ms per batch; written to {out}")
 
 
 @app.command()
@@ -184,8 +213,11 @@ def _run(command: str, options: Mapping[str, Any]) -> None:
             given["mask"] = _read_mask(given["mask"])
         if given["ridge"] != "auto":
             given["ridge"] = float(given["ridge"])
+        if "protect" in given:
+            given["protect"] = [int(name) if name.isdigit() else name for name in given["protect"]]
         # A run.json has to work from anywhere.
-        given |= {name: str(Path(given[name]).resolve()) for name in ("model", "calib") if Path(given[name]).exists()}
+        paths = [name for name in ("model", "calib", "budget") if Path(given.get(name, "")).exists()]
+        given |= {name: str(Path(given[name]).resolve()) for name in paths if name in given}
         _finish(Run(command=command, **{**given, "out": str(given["out"].resolve())}), force=force)
 
 

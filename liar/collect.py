@@ -18,6 +18,7 @@ from liar.criteria import CRITERIA, NEEDS
 from liar.curves import error_curves
 from liar.errors import CalibrationError, choose
 from liar.families import checked
+from liar.gradients import unit_gradients
 from liar.moments import channel_moments
 from liar.sites import Layout, linear
 
@@ -25,6 +26,7 @@ Known = dict[str, dict[str, Tensor]]
 COLLECTORS: dict[str, Callable[[nn.Module, Layout, Calibration, bool], Known]] = {
     "channels": channel_moments,
     "curves": error_curves,
+    "gradients": unit_gradients,
 }
 # Norms of weights that differ by more are of other weights; rounding to another float type differs by less.
 SAME = 1e-4

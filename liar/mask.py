@@ -8,17 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from liar.errors import MaskError
-from liar.sites import Layout, Site
-
-FORMS = (
-    'expected {"heads": bool [layers, heads], "neurons": bool [layers, neurons]}, per-layer lists of kept indices, '
-    'or a dict by site ("heads.0") or consumer module name'
-)
+from liar.forms import FORMS, abridged, read_kept, read_removed
+from liar.sites import Layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +49,60 @@ class Mask:
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __and__(self, other: Mask) -> Mask:
+        """The units that both masks keep; `asked` is None.
+
+        Raises:
+            MaskError: the masks are not of the same sites and units, or keep nothing together at a site.
+
+        Example:
+            >>> some, more = Mask({"heads.0": torch.tensor([True, False])}), Mask({"heads.0": torch.tensor([True, True])})
+            >>> some & more == some, some | more == more
+            (True, True)
+        """
+        keep = {name: a & b for name, (a, b) in self._beside(other).items()}
+        empty = [name for name, row in keep.items() if not row.any()]
+        if empty:
+            raise MaskError(f"mask & mask keeps nothing at {abridged(empty)}; keep at least one unit of every site in both")
+        return Mask(keep)
+
+    def __or__(self, other: Mask) -> Mask:
+        """The units that at least one of the masks keeps; `asked` is None.
+
+        Raises:
+            MaskError: the masks are not of the same sites and units.
+        """
+        return Mask({name: a | b for name, (a, b) in self._beside(other).items()})
+
+    def overlap(self, other: Mask) -> dict[str, float]:
+        """How alike two masks are: by site, units that both keep over units that at least one keeps (Jaccard index).
+
+        1.0 is the same choice, 0.0 nothing in common. Two random choices of half the units come to about 1/3.
+
+        Raises:
+            MaskError: the masks are not of the same sites and units.
+
+        Example:
+            >>> by_size = liar.select(model, keep=0.5, criterion="magnitude")
+            >>> at_random = liar.select(model, keep=0.5, criterion="random")
+            >>> list(by_size.overlap(at_random)), by_size.overlap(by_size)["heads.0"]
+            (['heads.0', 'neurons.0', 'heads.1', 'neurons.1'], 1.0)
+        """
+        pairs = self._beside(other)
+        # Where neither keeps anything, the choices are the same.
+        return {name: int((a & b).sum()) / int((a | b).sum()) if (a | b).any() else 1.0 for name, (a, b) in pairs.items()}
+
+    def _beside(self, other: object) -> dict[str, tuple[Tensor, Tensor]]:
+        """Site name -> the rows of both masks, after making sure that they can be compared unit by unit."""
+        if not isinstance(other, Mask):
+            raise MaskError(f"expected two masks, got a Mask and a {type(other).__name__}; see Mask.of(mask, layout)")
+        for name in {**self.keep, **other.keep}:
+            rows = [mask.keep.get(name) for mask in (self, other)]
+            if any(row is None or row.dtype != torch.bool or row.shape != self[name].shape for row in rows):
+                got = " and ".join("no such site" if row is None else f"{row.dtype} {list(row.shape)}" for row in rows)
+                raise MaskError(f"{name}: expected bool of one size in both masks, got {got}; see Mask.of(mask, layout)")
+        return {name: (mine, other[name]) for name, mine in self.keep.items()}
 
     def kept(self, name: str) -> int:
         """How many units of a site stay."""
@@ -105,83 +154,43 @@ class Mask:
         For attention with shared key and value heads `heads` may have one column per key/value head, or one per query
         head if all query heads of a group agree.
 
+        The `head_mask` [layers, heads] and `neuron_mask` [layers, neurons] of Kwon et al., floats that are 0 or 1, are the
+        entries `heads` and `neurons`. Tuned masks hold scales; give `head_mask != 0`.
+
         Raises:
             MaskError: wrong shape, name or dtype, or a site that keeps nothing; names the site and what was expected.
+
+        Example:
+            >>> layout = liar.families.discover(model)
+            >>> head_mask, neuron_mask = torch.ones(2, 4), torch.ones(2, 64)
+            >>> head_mask[0, 1] = 0.0
+            >>> mask = Mask.of({"heads": head_mask, "neurons": neuron_mask}, layout)
+            >>> mask["heads.0"].tolist()
+            [True, False, True, True]
         """
         entries, asked = (mask.keep, mask.asked) if isinstance(mask, Mask) else (mask, None)
         if not isinstance(entries, Mapping):
             raise MaskError(f"{FORMS}; got a {type(mask).__name__}")
-        keep = {site.name: torch.ones(site.units, dtype=torch.bool) for site in layout.sites}
-        by_name = {name: site for site in layout.sites for name in (site.name, site.module)}
-        for name, value in entries.items():
-            if name in ("heads", "neurons"):
-                sites = layout.of_kind(name)
-                sized = isinstance(value, Sequence) or getattr(value, "ndim", 0) > 0
-                rows = len(value) if sized else type(value).__name__
-                if rows != len(sites):
-                    raise MaskError(f"mask[{name!r}]: expected one row for each of {len(sites)} layers, got {rows}")
-                for site, row in zip(sites, value, strict=True):
-                    keep[site.name] = _row(site, row)
-            elif name in by_name:
-                keep[by_name[name].name] = _row(by_name[name], value)
-            else:
-                raise MaskError(f"mask[{name!r}]: no such site in this model; {FORMS}. Sites: {_abridged(by_name)}")
-        return cls(keep, asked)
+        return cls(read_kept(entries, layout), asked)
 
+    @classmethod
+    def from_removed(cls, removed: Mapping[str, Sequence[int]], layout: Layout) -> Mask:
+        """Make a mask from index lists of what goes, as Torch-Pruning has them; sites they do not name stay whole.
 
-def _row(site: Site, value: Any) -> Tensor:
-    """The kept units of one site from a bool or 0/1 tensor or array, a list of bools, or a list of kept indices."""
-    where = f"mask of {site.name} ({site.module})"
-    if isinstance(value, Sequence) and not (value and all(isinstance(v, (bool, np.bool_)) for v in value)):
-        keep = _from_indices(site, value, where)
-    else:
-        try:
-            row = torch.as_tensor(value).detach().cpu()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise MaskError(f"{where}: expected a bool tensor or a list of kept indices, got {type(value).__name__}") from error
-        keep = _ungrouped(site, _as_bool(row, where), where)
-    if not keep.any():
-        raise MaskError(f"{where}: nothing is kept; keep at least one of {site.units} units")
-    return keep
+        Args:
+            removed: by site name (`"neurons.0"`) indices of units, or by the full name of one of a site's layers indices
+                of channels: output channels of a producer, input channels of the consumer. All channels of a unit must be
+                there, or none. Layers of one site may all have a list, if the lists agree.
+            layout: the sites of the model, see `liar.families.discover`.
 
+        Raises:
+            MaskError: no such site or layer; an index that is out of range or repeated; part of a unit; lists of one site
+                that do not agree; or a site that keeps nothing.
 
-def _from_indices(site: Site, value: Sequence[Any], where: str) -> Tensor:
-    if not all(isinstance(v, (int, np.integer)) for v in value):
-        raise MaskError(f"{where}: a list must hold kept indices (integers) or bools, got {_abridged(value)}")
-    if len(set(value)) != len(value) or any(not 0 <= v < site.units for v in value):
-        raise MaskError(
-            f"{where}: a list of integers is read as kept indices, each once and from 0 to {site.units - 1}, "
-            f"got {_abridged(value)}; for a 0/1 mask pass a tensor or an array"
-        )
-    keep = torch.zeros(site.units, dtype=torch.bool)
-    keep[torch.tensor(list(value), dtype=torch.int64)] = True
-    return keep
-
-
-def _as_bool(row: Tensor, where: str) -> Tensor:
-    if row.dtype != torch.bool and not bool(((row == 0) | (row == 1)).all()):
-        raise MaskError(
-            f"{where}: expected bool, or numbers that are exactly 0 or 1, got {row.dtype} with values "
-            f"{_abridged(row.flatten().tolist())}; threshold your scores first"
-        )
-    return row.bool()
-
-
-def _ungrouped(site: Site, row: Tensor, where: str) -> Tensor:
-    if row.ndim == 1 and len(row) == site.units:
-        return row
-    if row.ndim != 1 or len(row) != site.units * site.query_heads:
-        more = f" (or {site.units * site.query_heads} query heads)" if site.query_heads > 1 else ""
-        raise MaskError(f"{where}: expected shape [{site.units}]{more}, got {list(row.shape)}")
-    groups = row.view(site.units, site.query_heads)
-    if not bool((groups == groups[:, :1]).all()):
-        raise MaskError(
-            f"{where}: the {site.query_heads} query heads of a group share one key and value head and are kept or removed "
-            f"together; groups {(groups != groups[:, :1]).any(1).nonzero().flatten().tolist()} are mixed"
-        )
-    return groups[:, 0]
-
-
-def _abridged(values: Any, most: int = 8) -> str:
-    shown = [str(value) for value in list(values)[:most]]
-    return ", ".join(shown) + (", …" if len(values) > most else "")
+        Example:
+            >>> layout = liar.families.discover(model)
+            >>> mask = Mask.from_removed({"heads.0": [3], "encoder.layer.1.intermediate.dense": [5, 7]}, layout)
+            >>> mask.kept("heads.0"), mask.kept("neurons.1")
+            (3, 62)
+        """
+        return cls(read_removed(removed, layout))

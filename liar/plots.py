@@ -1,11 +1,19 @@
-"""Figures from a `Report` or its JSON, and from nothing else; matplotlib is an extra."""
+"""Figures from a `Report`, a `Mask` or the JSON of one, and from nothing else; matplotlib is an extra."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
+from liar.errors import MaskError
+from liar.forms import abridged
+from liar.mask import Mask
 from liar.report import Report, SiteReport
 
 if TYPE_CHECKING:
@@ -15,41 +23,58 @@ if TYPE_CHECKING:
 # Two colours that colour-blind people tell apart (Okabe and Ito).
 COLOURS = {"heads": "#0072B2", "neurons": "#E69F00"}
 MARKERS = {"heads": "o", "neurons": "s"}
+# Cells in a row of a mask's figure: more are too narrow to be told apart.
+CELLS = 512
 
 
-def plot(report: Report | str | Path, file: str | Path | None = None) -> Figure:
-    """Draw, layer by layer, what was kept and the held-out error before and after reconstruction.
+def plot(source: Report | Mask | str | Path, file: str | Path | None = None) -> Figure:
+    """Draw a report: what was kept and the held-out errors, layer by layer. Or draw a mask: every unit of every layer.
 
     Args:
-        report: a `Report`, or the path of its JSON.
+        source: a `Report`, a `Mask`, or the path of the JSON of one.
         file: written too, if given; the ending says the format (`.png`, `.pdf`, `.svg`).
 
     Returns:
-        A matplotlib figure that belongs to the caller. Sites without a held-out error (nothing was removed, or too few
-        sequences to hold any out) have a bar but no marker.
+        A matplotlib figure that belongs to the caller. Of a report: sites without a held-out error (nothing was removed, or
+        too few sequences to hold any out) have a bar but no marker. Of a mask: a panel [layers, units] for each kind; in wide
+        layers a cell is several neighbouring units, and its shade the share of them that is kept.
 
     Raises:
         ImportError: matplotlib is not installed.
+        MaskError: a mask without sites, or with names that are not `kind.layer`.
 
     Example:
         >>> figure = liar.plot("slim/report.json", "slim.png")  # doctest: +SKIP
+        >>> figure = liar.plot(mask, "mask.png")
     """
     figure_class = _figure_class()
-    found = report if isinstance(report, Report) else Report.load(report)
-    kinds = list(dict.fromkeys(_kind(site) for site in found.sites))
-    layers = sorted({_layer(site) for site in found.sites})
+    found = source if isinstance(source, (Report, Mask)) else _read(source)
+    figure: Figure = _of_mask(found, figure_class) if isinstance(found, Mask) else _of_report(found, figure_class)
+    if file is not None:
+        figure.savefig(file, dpi=150)
+    return figure
+
+
+def _read(path: str | Path) -> Report | Mask:
+    """A file that `Report.save` or `Mask.save` wrote."""
+    text = Path(path).read_text(encoding="utf-8")
+    return Mask.from_json(text) if "mask" in json.loads(text) else Report.from_json(text)
+
+
+def _of_report(report: Report, figure_class: Any) -> Figure:
+    """Bars of what was kept above, errors below."""
+    kinds = list(dict.fromkeys(_kind(site.site) for site in report.sites))
+    layers = sorted({_layer(site.site) for site in report.sites})
     figure: Figure = figure_class(figsize=(min(16.0, max(6.4, 2.4 + 0.38 * len(layers))), 6.0), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     for number, kind in enumerate(kinds):
-        sites = [site for site in found.sites if _kind(site) == kind]
+        sites = [site for site in report.sites if _kind(site.site) == kind]
         offset = (number - (len(kinds) - 1) / 2) * 0.8 / len(kinds)
-        at = [_layer(site) + offset for site in sites]
+        at = [_layer(site.site) + offset for site in sites]
         style = {"color": COLOURS.get(kind, "0.4")}
         upper.bar(at, [site.kept / site.total for site in sites], 0.76 / len(kinds), label=kind, **style)
         _errors(lower, kind, at, sites, style)
-    _finish(upper, lower, found, layers)
-    if file is not None:
-        figure.savefig(file, dpi=150)
+    _finish(upper, lower, report, layers)
     return figure
 
 
@@ -91,12 +116,60 @@ def _finish(upper: Axes, lower: Axes, report: Report, layers: Sequence[int]) -> 
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
-def _kind(site: SiteReport) -> str:
-    return site.site.rpartition(".")[0]
+def _of_mask(mask: Mask, figure_class: Any) -> Figure:
+    """A panel for each kind, a row for each layer, kept units dark."""
+    wrong = [name for name in mask.keep if not re.fullmatch(r".+\.\d+", name)]
+    if wrong or not mask.keep:
+        raise MaskError(
+            f'expected a mask of sites such as "heads.0", got {abridged(wrong) or "no site"}; see Mask.of(mask, layout)'
+        )
+    kinds = list(dict.fromkeys(_kind(name) for name in mask.keep))
+    layers = sorted({_layer(name) for name in mask.keep})
+    height = min(16.0, max(2.6, 1.4 + 0.22 * len(layers)))
+    figure: Figure = figure_class(figsize=(11.0, height), layout="constrained")
+    most = {kind: max(len(keep) for name, keep in mask.keep.items() if _kind(name) == kind) for kind in kinds}
+    # Few heads beside many neurons: widths by the number of units, but never so narrow that titles run into each other.
+    ratios = [min(max(units / max(most.values()), 0.4), 1.0) for units in most.values()]
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False, width_ratios=ratios)[0]
+    for axes, kind in zip(panels, kinds, strict=True):
+        _rows(axes, kind, mask, layers, most[kind])
+    panels[0].set_ylabel("layer")
+    panels[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    return figure
 
 
-def _layer(site: SiteReport) -> int:
-    return int(site.site.rpartition(".")[2])
+def _rows(axes: Axes, kind: str, mask: Mask, layers: Sequence[int], most: int) -> None:
+    """The kept units of one kind as an image [layers, units]; blank where a layer has fewer units than others."""
+    kept = np.full((len(layers), most), np.nan)
+    for row, layer in enumerate(layers):
+        keep = mask.keep.get(f"{kind}.{layer}", torch.empty(0)).double().numpy()
+        kept[row, : len(keep)] = keep
+    # Averaged here and not by the image: matplotlib would mix a layer with those above and below it.
+    step = -(-most // CELLS)
+    edges = np.arange(0, most, step)
+    shares = np.add.reduceat(kept, edges, axis=1) / np.diff(edges, append=most)
+    extent = (-0.5, len(edges) * step - 0.5, len(layers) - 0.5, -0.5)
+    # A little more than 0 to 1: removed is a light grey, not the white of the paper.
+    shown: dict[str, Any] = {"cmap": "Greys", "vmin": -0.15, "vmax": 1.1, "aspect": "auto", "interpolation": "nearest"}
+    image = axes.imshow(shares, extent=extent, **shown)
+    axes.hlines(np.arange(1, len(layers)) - 0.5, -0.5, most - 0.5, color="white", linewidth=1.0)
+    for label, colour in zip(("kept", "removed"), image.to_rgba(np.array([1.0, 0.0])), strict=True):
+        axes.plot([], [], "s", markersize=9, color=colour, label=label)
+    axes.set_title(f"{kind}: {np.nanmean(kept):.1%} of {np.isfinite(kept).sum():,} units kept", loc="left", fontsize=11)
+    axes.set_xlabel("unit" if step == 1 else f"unit (shade: share kept of {step} neighbours)")
+    axes.set_xlim(-0.5, most - 0.5)
+    axes.locator_params(axis="x", integer=True)
+    every = max(1, -(-len(layers) // 32))
+    axes.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
+    axes.spines[:].set_visible(False)
+
+
+def _kind(site: str) -> str:
+    return site.rpartition(".")[0]
+
+
+def _layer(site: str) -> int:
+    return int(site.rpartition(".")[2])
 
 
 def _figure_class() -> Any:

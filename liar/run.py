@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import torch
 from transformers import AutoTokenizer
 
 from liar import checkpoint
-from liar.api import reconstruct, select
+from liar.api import BUDGETS, reconstruct, select
 from liar.atomic import check_target
 from liar.calibration import calibration
+from liar.costs import Costs
 from liar.criteria import CRITERIA, SCOPES
 from liar.errors import CheckpointError, MaskError, OptionError, choose
 from liar.families import discover
@@ -49,7 +50,8 @@ class Run:
         batch_size: sequences per batch.
         pack: texts are joined and cut into full sequences.
         keep: share of the block parameters that stays (prune).
-        criterion, scope, seed: see `liar.select` (prune).
+        criterion, scope, round_to, uniform, protect, seed: see `liar.select` (prune).
+        budget: likewise; or the path of a file with costs, as `liar latency` writes it.
         mask: content of a mask file, in any form `Mask.of` takes or as `Mask.save` writes it (reconstruct).
         target, ridge, refit, solver, bias: see `liar.reconstruct`.
         dtype: of the loaded weights; `"auto"` is the stored one.
@@ -70,6 +72,10 @@ class Run:
     keep: float | None = None
     criterion: str = "reconstruction"
     scope: str = "global"
+    budget: str = "params"
+    round_to: int = 1
+    uniform: bool = False
+    protect: Sequence[str | int] = ()
     seed: int = 0
     mask: Mapping[str, Any] | None = None
     target: str = "dense_stream"
@@ -101,7 +107,9 @@ class Run:
             self._checked_mask()
         if self.ridge != "auto":
             check_ridge(self.ridge)
-        for option in ("tokens", "max_length", "batch_size"):
+        if self.budget not in BUDGETS:
+            Costs.load(self.budget)
+        for option in ("tokens", "max_length", "batch_size", "round_to"):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise OptionError(f"{option}={value}: expected at least 1")
@@ -127,8 +135,19 @@ class Run:
         model = checkpoint.load(self.model, dtype=self.dtype).to(self.device)  # type: ignore[arg-type]
         if self.command == "prune":
             assert self.keep is not None, "checked above"
-            how = {"criterion": self.criterion, "scope": self.scope}
-            mask = select(model, batches, keep=self.keep, seed=self.seed, progress=progress, **how)
+            mask = select(
+                model,
+                batches,
+                keep=self.keep,
+                criterion=self.criterion,
+                scope=self.scope,
+                budget=self.budget if self.budget in BUDGETS else Costs.load(self.budget),
+                round_to=self.round_to,
+                uniform=self.uniform,
+                protect=self.protect,
+                seed=self.seed,
+                progress=progress,
+            )
         else:
             mask = Mask.of(self._checked_mask(), discover(model))
         names = ("target", "ridge", "refit", "solver", "bias")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 
 from liar.calibration import Calibration
 from liar.capture import preserved
+from liar.outputs import Output, outputs
 from liar.sites import Layout, Site, linear
 from liar.streams import residual
 
@@ -27,7 +27,7 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
 
     The output is what the model's head says: logits, compared by the Kullback-Leibler divergence, or a single number
     (regression), or where there is no head the mean of the last hidden states over each sequence, compared by relative
-    squares. (A mean, since that or the like is what is made of them, and noise of single tokens goes out of it.)
+    squares.
 
     Args:
         model: with its task head, if it has one.
@@ -38,11 +38,11 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
     chosen = _some(calibration)
     bar = tqdm(total=len(layout.sites), desc="sensitivity", unit="site", disable=not progress)
     with preserved(model), bar:
-        dense = [_outputs(model, *batch) for batch in chosen]
+        dense = [outputs(model(**batch), keep) for batch, keep in chosen]
         found = {}
         for number, site in enumerate(layout.sites):
             with _noisy(model.get_submodule(site.block), site, number):
-                pairs = zip(dense, (_outputs(model, *batch) for batch in chosen), strict=True)
+                pairs = zip(dense, (outputs(model(**batch), keep) for batch, keep in chosen), strict=True)
                 changes = [_change(before, after) for before, after in pairs]
             moved, size = (sum(values) for values in zip(*changes, strict=True))
             # A model that says nothing at all is moved by nothing.
@@ -58,39 +58,17 @@ def _some(calibration: Calibration) -> list[tuple[Mapping[str, Any], Tensor]]:
     return [(calibration.batches[number], calibration.keep[number]) for number in numbers]
 
 
-@dataclass(frozen=True)
-class _Output:
-    """Rows of one output of the model: log-probabilities [rows, classes], or numbers or mean hidden states [rows, *]."""
-
-    rows: Tensor
-    probable: bool
-
-    def moved(self, other: _Output) -> tuple[float, float]:
-        """(how far another output is from this one, what to divide it by)."""
-        if self.probable:
-            return float((self.rows.exp() * (self.rows - other.rows)).sum()), float(len(self.rows))
-        return float((self.rows - other.rows).square().sum()), float(self.rows.square().sum())
-
-
-def _outputs(model: nn.Module, batch: Mapping[str, Any], keep: Tensor) -> list[_Output]:
-    """What the model says of the kept tokens, or of the whole sequences."""
-    output = model(**batch)
-    logits = [value for name, value in output.items() if name.endswith("logits") and isinstance(value, Tensor)]
-    if not logits:
-        kept = keep[..., None]
-        return [_Output((output[0].float() * kept).sum(1) / kept.sum(1).clamp_min(1), probable=False)]
-    found = []
-    for value in logits:
-        # [sequences, length, classes] is by token; [sequences, length] has a class for each position (question answering).
-        rows = (value[keep] if value.ndim == 3 and value.shape[:2] == keep.shape else value).float()
-        found.append(_Output(rows.log_softmax(-1), True) if rows.shape[-1] > 1 else _Output(rows, probable=False))
-    return found
-
-
-def _change(before: Sequence[_Output], after: Sequence[_Output]) -> tuple[float, float]:
+def _change(before: Sequence[Output], after: Sequence[Output]) -> tuple[float, float]:
     """(how far the outputs of a batch have moved, what to divide it by)."""
-    moved, size = zip(*(old.moved(new) for old, new in zip(before, after, strict=True)), strict=True)
+    moved, size = zip(*(_moved(old, new) for old, new in zip(before, after, strict=True)), strict=True)
     return sum(moved), sum(size)
+
+
+def _moved(old: Output, new: Output) -> tuple[float, float]:
+    """(how far one output has moved, what to divide it by)."""
+    if old.probable:
+        return float((old.rows.exp() * (old.rows - new.rows)).sum()), float(len(old.rows))
+    return float((old.rows - new.rows).square().sum()), float(old.rows.square().sum())
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liar.families import discover, family_of
+from liar.families import SitePattern, discover, family_of
 from liar.mask import Mask
-from liar.sites import Axis, Site, linear
+from liar.sites import Axis, Layout, Site, linear
 
 
 def cut(layer: nn.Linear, axis: Axis, channels: Tensor) -> None:
@@ -74,6 +74,31 @@ def uniform_sizes(model: nn.Module) -> dict[str, int] | None:
     return sizes if again is not None and shapes(again) == shapes(model) else None
 
 
+def stock_counts(model: nn.Module) -> dict[str, list[int]]:
+    """For each kind, how many units every layer may keep so that the stock class can still build the model.
+
+    A class refuses some numbers, and takes others to mean something else (BERT: fewer heads are wider heads). So every number
+    of heads is tried; of neurons, if one fewer can be had, so can any number.
+    """
+    layout, found = discover(model), dict[str, list[int]]()
+    for pattern in family_of(model).patterns:
+        units = max(site.units for site in layout.of_kind(pattern.kind))
+        tried = range(1, units + 1) if pattern.unit_width else [max(1, units - 1)]
+        legal = [count for count in tried if _is_stock(model, layout, pattern, count)]
+        found[pattern.kind] = legal if pattern.unit_width or not legal else list(range(1, units + 1))
+    return found
+
+
+def _is_stock(model: nn.Module, layout: Layout, pattern: SitePattern, count: int) -> bool:
+    """Whether the stock class with `count` units of one kind in every layer has such units, and else what it has now."""
+    sizes = {key: getattr(model.config, key) * count // layout.of_kind(pattern.kind)[0].units for key in pattern.sizes}
+    built = skeleton(model, sizes)
+    if built is None:
+        return False
+    wanted = [(s.name, count if s.kind == pattern.kind else s.units, s.producers, s.consumer) for s in layout.sites]
+    return wanted == [(s.name, s.units, s.producers, s.consumer) for s in discover(built).sites]
+
+
 def shapes(model: nn.Module) -> Mapping[str, torch.Size]:
     """Shape of every entry of the state dict."""
     return {name: value.shape for name, value in model.state_dict().items()}
@@ -86,7 +111,8 @@ def skeleton(model: nn.Module, sizes: Mapping[str, int]) -> nn.Module | None:
         try:
             for key, value in sizes.items():
                 setattr(config, key, value)
-            return type(model)(config)
+            # Made anew, so that the class checks its entries: what it refuses here it would refuse to load.
+            return type(model)(type(config).from_dict(config.to_dict()))
         except Exception:  # noqa: BLE001 (every class refuses a configuration in its own way)
             return None
 

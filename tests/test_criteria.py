@@ -7,6 +7,7 @@ import torch
 from cases import MODELS
 
 import liar
+from liar.costs import params
 from liar.criteria import CRITERIA, SCOPES, Units, allocate, scores
 from liar.errors import BudgetError, OptionError
 from liar.families import discover
@@ -124,24 +125,25 @@ def test_layer_scope_keeps_equal_shares(criterion):
 
 def test_global_scope_lets_sites_compete():
     """A site whose units are all alike but for a few keeps few of them."""
-    layout = discover(tiny_model("bert"))
+    model = tiny_model("bert")
+    layout, costs = discover(model), params(model)
     generator = torch.Generator().manual_seed(0)
     found = {site.name: torch.rand(site.units, generator=generator, dtype=torch.float64) for site in layout.sites}
     found["neurons.0"][:] = 0.1
     found["neurons.0"][:3] = 5.0
-    mask = allocate(found, layout, 0.5, "global")
+    mask = allocate(found, layout, costs, 0.5, "global")
     assert mask.kept("neurons.0") < mask.kept("neurons.1")
     assert bool(mask["neurons.0"][:3].all())
-    assert (
-        abs(allocate(found, layout, 0.5, "layer").kept("neurons.0") - allocate(found, layout, 0.5, "layer").kept("neurons.1"))
-        <= 1
-    )
+    level = allocate(found, layout, costs, 0.5, "layer")
+    assert abs(level.kept("neurons.0") - level.kept("neurons.1")) <= 1
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_equal_scores_are_no_trouble(scope):
-    layout = discover(tiny_model("bert"))
-    mask = allocate({site.name: torch.ones(site.units, dtype=torch.float64) for site in layout.sites}, layout, 0.5, scope)
+    model = tiny_model("bert")
+    layout = discover(model)
+    equal = {site.name: torch.ones(site.units, dtype=torch.float64) for site in layout.sites}
+    mask = allocate(equal, layout, params(model), 0.5, scope)
     assert 0.49 < mask.parameters(layout) / layout.parameters <= 0.5
 
 

@@ -85,6 +85,19 @@ def test_the_asked_share_is_carried():
     assert Mask.of({"heads": ROWS}, BERT).asked is None
 
 
+def test_masks_of_kwon():
+    """`head_mask` and `neuron_mask` are float32 tensors of 0.0 and 1.0; tuned ones hold scales."""
+    head_mask, neuron_mask = torch.tensor(ROWS).float(), torch.ones(2, 64)
+    neuron_mask[1, 3] = 0.0
+    mask = Mask.of({"heads": head_mask, "neurons": neuron_mask}, BERT)
+    assert_rows(mask)
+    assert_rows(mask, neuron_mask.bool().tolist(), "neurons")
+    tuned = head_mask * 1.3
+    assert_rows(Mask.of({"heads": tuned != 0}, BERT))
+    with pytest.raises(MaskError, match=r"exactly 0 or 1, got torch\.float32"):
+        Mask.of({"heads": tuned}, BERT)
+
+
 # Grouped-query attention: 8 query heads share 2 key and value heads
 
 
@@ -200,6 +213,193 @@ def test_counts(mask):
         assert mask.whole(site.name) == (mask.kept(site.name) == site.units)
         removed += site.parameters * (site.units - mask.kept(site.name))
     assert mask.parameters(BERT) == BERT.parameters - removed
+
+
+# Two masks
+
+
+def units(mask):
+    """Site name -> set of kept units."""
+    return {name: set(keep.nonzero().flatten().tolist()) for name, keep in mask.keep.items()}
+
+
+def meeting(first, second):
+    return all(units(first)[name] & units(second)[name] for name in first.keep)
+
+
+@given(first=masks(), second=masks())
+def test_both_or_either_as_with_sets(first, second):
+    either = first | second
+    assert units(either) == {name: kept | units(second)[name] for name, kept in units(first).items()}
+    assert either == second | first
+    assert either.asked is None
+    if meeting(first, second):
+        both = first & second
+        assert units(both) == {name: kept & units(second)[name] for name, kept in units(first).items()}
+        assert both == second & first
+        assert both.asked is None
+        assert all(kept <= units(first)[name] for name, kept in units(both).items())
+        assert both | first == first == first & either
+    else:
+        with pytest.raises(MaskError, match="keeps nothing at"):
+            first & second
+
+
+@given(first=masks(), second=masks())
+def test_overlap_is_that_of_the_kept_sets(first, second):
+    found = first.overlap(second)
+    assert found == second.overlap(first)
+    assert list(found) == list(first.keep)
+    for name, kept in units(first).items():
+        other = units(second)[name]
+        assert found[name] == len(kept & other) / len(kept | other)
+        assert (found[name] == 1) == (kept == other)
+
+
+@given(mask=masks())
+def test_a_mask_with_itself(mask):
+    assert mask & mask == mask | mask == mask
+    assert mask.overlap(mask) == dict.fromkeys(mask.keep, 1.0)
+
+
+def test_shared_key_and_value_heads_are_compared_by_units():
+    first = Mask.of({"heads": torch.tensor([[1] * 4 + [0] * 4, [1] * 8])}, GROUPED)
+    second = Mask.of({"heads": [[0, 1], [1]]}, GROUPED)
+    assert (first & second) == Mask.of({"heads": [[0], [1]]}, GROUPED)
+    assert (first | second) == Mask.of({}, GROUPED)
+    assert first.overlap(second) == {"heads.0": 0.5, "neurons.0": 1.0, "heads.1": 0.5, "neurons.1": 1.0}
+
+
+def test_the_order_of_the_sites_does_not_matter():
+    first, second = Mask.of({"heads": ROWS}, BERT), Mask.of({"heads": [[0], [1]]}, BERT)
+    turned = Mask(dict(reversed(second.keep.items())))
+    assert first & turned == first & second
+    assert list(first.overlap(turned)) == list(first.keep)
+
+
+def test_both_leave_the_masks_alone():
+    first, second = Mask.of({"heads": ROWS}, BERT), Mask.of({"heads": [[0], [1]]}, BERT)
+    before = units(first), units(second)
+    (first & second)["heads.0"][:] = True
+    (first | second)["heads.0"][:] = False
+    assert (units(first), units(second)) == before
+
+
+def test_nothing_in_common_names_the_sites():
+    first, second = Mask.of({"heads": [[0], [0]]}, BERT), Mask.of({"heads": [[1], [0, 1]]}, BERT)
+    with pytest.raises(MaskError, match=r"mask & mask keeps nothing at heads\.0; keep at least one unit of every site"):
+        first & second
+    assert first.overlap(second)["heads.0"] == 0
+    with pytest.raises(MaskError, match=r"keeps nothing at heads\.0, heads\.1;"):
+        first & Mask.of({"heads": [[1], [2]]}, BERT)
+
+
+def test_two_empty_sites_are_the_same_choice():
+    empty = Mask({"heads.0": torch.zeros(3, dtype=torch.bool)})
+    assert empty.overlap(empty) == {"heads.0": 1.0}
+
+
+@pytest.mark.parametrize("join", [Mask.__and__, Mask.__or__, Mask.overlap], ids=["both", "either", "overlap"])
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (Mask({"heads.0": torch.ones(3) > 0}),
+         r"heads\.0: expected bool of one size .*, got torch\.bool \[4\] and torch\.bool \[3\]; see Mask\.of"),
+        (Mask({"heads.1": torch.ones(4) > 0}), r"heads\.0: .* got torch\.bool \[4\] and no such site"),
+        (Mask({"heads.0": torch.ones(4) > 0, "heads.1": torch.ones(4) > 0}),
+         r"heads\.1: .* got no such site and torch\.bool \[4\]"),
+        (Mask({"heads.0": torch.ones(4)}), r"heads\.0: .* got torch\.bool \[4\] and torch\.float32 \[4\]"),
+        (Mask({}), r"heads\.0: .* and no such site"),
+        ({"heads.0": [0]}, r"expected two masks, got a Mask and a dict; see Mask\.of\(mask, layout\)"),
+        (None, "expected two masks, got a Mask and a NoneType"),
+    ],
+)  # fmt: skip
+def test_masks_that_do_not_belong_together(join, other, says):
+    with pytest.raises(MaskError, match=says):
+        join(Mask({"heads.0": torch.tensor(ROWS[0])}), other)
+
+
+# Index lists of what goes
+
+
+QUERY, OUTPUT = "encoder.layer.0.attention.self.query", "encoder.layer.0.attention.output.dense"
+
+
+@given(mask=masks())
+def test_what_goes_is_the_rest_of_what_stays(mask):
+    gone = {name: (~keep).nonzero().flatten().tolist() for name, keep in mask.keep.items()}
+    assert Mask.from_removed(gone, BERT) == mask
+    for number in range(4):
+        # By every layer of a site in turn: the producers, of which neurons have one only, and the consumer.
+        by_layer = {}
+        for site in BERT.sites:
+            edge = [*site.producers, site.consumer][number % (len(site.producers) + 1)]
+            by_layer[f"{site.block}.{edge.module}"] = edge.channels(~mask[site.name]).tolist()
+        found = Mask.from_removed(by_layer, BERT)
+        assert found == mask
+        assert found.asked is None
+
+
+def test_sites_that_are_not_named_stay_whole():
+    assert Mask.from_removed({}, BERT) == Mask.of({}, BERT)
+    mask = Mask.from_removed({"neurons.1": (5, np.int64(0)), "heads.0": range(2), "heads.1": []}, BERT)
+    assert mask == Mask.of({"neurons.1": [n for n in range(64) if n not in (0, 5)], "heads.0": [2, 3]}, BERT)
+
+
+def test_names_of_layers_are_full_names():
+    inside = Mask.from_removed({f"bert.{QUERY}": list(range(8))}, HEADED)
+    assert inside == Mask.from_removed({QUERY: list(range(8))}, BERT) == Mask.of({"heads.0": [1, 2, 3]}, BERT)
+    with pytest.raises(MaskError, match="expected the name of a site"):
+        Mask.from_removed({QUERY: [0]}, HEADED)
+
+
+def test_shared_key_and_value_heads_go_with_their_query_heads():
+    """Heads have 4 channels: a unit is 16 channels of q_proj and o_proj, 4 of k_proj and v_proj."""
+    wide, narrow = list(range(16, 32)), list(range(4, 8))
+    layers = {"q_proj": wide, "k_proj": narrow, "v_proj": narrow, "o_proj": wide}
+    lists = {f"layers.0.self_attn.{name}": indices for name, indices in layers.items()}
+    expected = Mask.of({"heads.0": [0]}, GROUPED)
+    for name, indices in lists.items():
+        assert Mask.from_removed({name: indices}, GROUPED) == expected
+    assert Mask.from_removed({**lists, "heads.0": [1]}, GROUPED) == expected
+    with pytest.raises(MaskError, match=r"unit 1 of heads\.0 is channels 16 to 31 of this layer, got 4 of them$"):
+        Mask.from_removed({"layers.0.self_attn.q_proj": list(range(16, 20))}, GROUPED)
+    with pytest.raises(MaskError, match="each once and from 0 to 7, got 16, 17"):
+        Mask.from_removed({"layers.0.self_attn.k_proj": wide}, GROUPED)
+
+
+@pytest.mark.parametrize(
+    ("removed", "says"),
+    [
+        ({"heads.0": [4]}, r"removed\['heads\.0'\]: expected removed indices, each once and from 0 to 3, got 4$"),
+        ({"heads.0": [1, -1]}, "from 0 to 3, got -1$"),
+        ({"heads.0": [1, 1, 2]}, "each once and from 0 to 3, got 1$"),
+        ({QUERY: [32]}, r"removed\['encoder.*query'\]: .* from 0 to 31, got 32$"),
+        ({QUERY: [0, 8, 9]},
+         r"all 8 channels of a unit go or stay together; unit 0 of heads\.0 is channels 0 to 7 of this layer, got 1 of them; "
+         r"units 0, 1 are mixed$"),
+        ({"heads.0": [0, 1, 2, 3]}, r"nothing is kept at heads\.0; keep at least one of 4 units"),
+        ({OUTPUT: list(range(32))}, r"removed\['encoder.*dense'\]: nothing is kept at heads\.0"),
+        ({"heads.0": 1}, "expected a list of removed indices, got a int"),
+        ({"heads.0": "1"}, "expected a list of removed indices, got a str"),
+        ({"heads.0": torch.tensor([1])}, r"got a Tensor; arrays have \.tolist\(\)"),
+        ({"heads.0": ROWS[0]}, r"a list must hold removed indices \(integers\), got True, False"),
+        ({"heads.0": [0.0]}, r"a list must hold removed indices \(integers\), got 0\.0"),
+        ({"heads": [[0], [1]]},
+         r"removed\['heads'\]: expected the name of a site, or the full name of a layer .* heads\.0, encoder\."),
+        ({"encoder.layer.0": [0]}, "expected the name of a site"),
+        ([[0]], r'expected \{"neurons\.0": .*got a list'),
+        (Mask({"heads.0": torch.ones(4) > 0}), "got a Mask"),
+        ({QUERY: list(range(8)), OUTPUT: list(range(8, 16))},
+         r"removed\['.*query'\] and removed\['.*dense'\] both belong to heads\.0 and must remove the same units, "
+         r"got units \[0\] and \[1\]"),
+        ({"heads.0": [0, 1], QUERY: list(range(8))}, r"got units \[0, 1\] and \[0\]"),
+        ({"heads.0": [], QUERY: list(range(8))}, r"got units \[\] and \[0\]"),
+    ],
+)  # fmt: skip
+def test_messages_of_index_lists(removed, says):
+    with pytest.raises(MaskError, match=says):
+        Mask.from_removed(removed, BERT)
 
 
 def test_files(tmp_path):

@@ -1,14 +1,16 @@
-"""Figures: what is drawn is what the report says; only a report is needed."""
+"""Figures: what is drawn is what the report or the mask says; nothing else is needed."""
 
 import itertools
 import sys
 from dataclasses import replace
 from math import inf, nan
 
+import numpy as np
 import pytest
+import torch
 
 import liar
-from liar.errors import Verdict
+from liar.errors import MaskError, Verdict
 from liar.report import Report, SiteReport
 
 pytest.importorskip("matplotlib")
@@ -105,3 +107,97 @@ def test_without_matplotlib(report, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'plots need matplotlib, which is not installed: pip install "liar-prune\[plot\]"'):
         liar.plot(report)
+
+
+# Masks
+
+
+def row(kept, units):
+    return torch.tensor([unit in kept for unit in range(units)])
+
+
+@pytest.fixture
+def mask():
+    keep = {"heads.0": row({0, 2}, 4), "neurons.0": row(range(10), 60), "heads.1": row({3}, 4), "neurons.1": row(range(60), 60)}
+    return liar.Mask(keep, asked=0.5)
+
+
+def image(axes):
+    """What a panel shows: shares [layers, cells], NaN where there is nothing."""
+    (shown,) = axes.images
+    return np.ma.filled(shown.get_array(), np.nan)
+
+
+def test_every_unit_is_drawn(mask):
+    heads, neurons = liar.plot(mask).axes
+    for axes, kind in ((heads, "heads"), (neurons, "neurons")):
+        np.testing.assert_array_equal(image(axes), [mask[f"{kind}.{layer}"].tolist() for layer in range(2)])
+        assert axes.get_xlabel() == "unit"
+        (top, bottom), (left, right) = axes.get_ylim()[::-1], axes.get_xlim()
+        assert (top, bottom, left, right) == (-0.5, 1.5, -0.5, image(axes).shape[1] - 0.5)
+    assert heads.get_title(loc="left") == "heads: 37.5% of 8 units kept"
+    assert neurons.get_title(loc="left") == "neurons: 58.3% of 120 units kept"
+    assert heads.get_ylabel() == "layer"
+    assert [text.get_text() for text in heads.get_yticklabels()] == ["0", "1"]
+
+
+def test_kept_is_dark_and_removed_light_in_image_and_key(mask):
+    axes = liar.plot(mask).axes[-1]
+    dark, light = axes.images[0].to_rgba(np.array([1.0, 0.0]))
+    assert dark[:3].max() < 0.2 < 0.85 < light[:3].min() < 1
+    key = dict(zip(["kept", "removed"], axes.get_legend().legend_handles, strict=True))
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(key)
+    np.testing.assert_array_equal([key["kept"].get_color(), key["removed"].get_color()], [dark, light])
+
+
+def test_cells_of_a_wide_layer_are_shares():
+    kept = torch.arange(1300) < 400
+    kept[-1] = True
+    (axes,) = liar.plot(liar.Mask({"neurons.0": kept})).axes
+    cells = image(axes)
+    # 1300 units do not fit into 512 cells by twos; by threes they are 433 cells and one that has a single unit.
+    assert cells.shape == (1, 434)
+    np.testing.assert_allclose(cells[0], [kept[i : i + 3].double().mean() for i in range(0, 1300, 3)])
+    assert axes.get_xlabel() == "unit (shade: share kept of 3 neighbours)"
+    assert axes.get_xlim() == (-0.5, 1299.5)
+    assert axes.images[0].get_extent()[1] == 434 * 3 - 0.5
+    assert axes.get_title(loc="left") == "neurons: 30.8% of 1,300 units kept"
+
+
+def test_layers_may_differ_or_be_missing():
+    mask = liar.Mask({"heads.1": row({0}, 3), "heads.5": row({1}, 2), "neurons.5": row({0}, 2)})
+    heads, neurons = liar.plot(mask).axes
+    np.testing.assert_array_equal(image(heads), [[1, 0, 0], [0, 1, np.nan]])
+    np.testing.assert_array_equal(image(neurons), [[np.nan, np.nan], [1, 0]])
+    assert [text.get_text() for text in heads.get_yticklabels()] == ["1", "5"]
+    assert heads.get_title(loc="left") == "heads: 40.0% of 5 units kept"
+
+
+@pytest.mark.parametrize("layers", [1, 100])
+def test_a_mask_of_any_number_of_layers(layers):
+    keep = {f"{kind}.{layer}": row({0}, units) for layer in range(layers) for kind, units in (("heads", 2), ("neurons", 700))}
+    figure = liar.plot(liar.Mask(keep))
+    assert len(figure.axes[0].get_yticks()) <= 33
+    assert figure.get_size_inches().max() <= 16
+    figure.canvas.draw()
+
+
+def test_a_file_of_a_mask_gives_the_same_figure(mask, tmp_path):
+    mask.save(tmp_path / "mask.json")
+    first, second = (
+        liar.plot(source, tmp_path / f"{number}.png") for number, source in enumerate([mask, tmp_path / "mask.json"])
+    )
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
+    np.testing.assert_array_equal(image(first.axes[0]), image(second.axes[0]))
+
+
+@pytest.mark.parametrize(
+    ("keep", "says"),
+    [
+        ({}, r'expected a mask of sites such as "heads\.0", got no site; see Mask\.of\(mask, layout\)'),
+        ({"heads.0": row({0}, 2), "encoder.output.dense": row({0}, 2)}, r"got encoder\.output\.dense; see Mask\.of"),
+    ],
+)  # fmt: skip
+def test_a_mask_without_sites_cannot_be_drawn(keep, says):
+    with pytest.raises(MaskError, match=says):
+        liar.plot(liar.Mask(keep))

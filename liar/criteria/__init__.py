@@ -1,7 +1,8 @@
 """Which units stay: a criterion gives every unit a score, `allocate` turns scores and a budget into a mask."""
 
-from liar.criteria.allocate import SCOPES, TOLERANCE, allocate
+from liar.criteria.allocate import SCOPES, allocate
 from liar.criteria.elimination import Elimination, eliminate
+from liar.criteria.fill import TOLERANCE
 from liar.criteria.scores import CRITERIA, NEEDS, Units, scores
 
 __all__ = ["CRITERIA", "NEEDS", "SCOPES", "TOLERANCE", "Elimination", "Units", "allocate", "eliminate", "scores"]

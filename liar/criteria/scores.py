@@ -69,6 +69,29 @@ def fluctuation(units: Units) -> Tensor:
     return (units.consumer.square().sum(2) * variance).sum(1)
 
 
+def taylor(units: Units) -> Tensor:
+    """Change of the loss to first order when the unit goes, per parameter (Molchanov et al. 2019, section 3, on a gate).
+
+    `|dL/dm|` with m a factor on the unit, summed over the data. It is also `|sum of w * dL/dw|` over the consumer's weights of
+    the unit, so what LLM-Pruner calls vector-wise importance (Ma et al. 2023, section 3.2), of that layer. Without labels of
+    the data the expected sum is zero, and this is but one draw.
+    """
+    return units.known["gradient"].abs() / units.parameters
+
+
+def fisher(units: Units) -> Tensor:
+    """Sum over sequences of (dL/dm)^2, per parameter (Kwon et al. 2022, section 4.1: the diagonal of the Fisher information).
+
+    Half of it is the change of the loss to second order when the unit goes, where the gradient itself is small.
+    """
+    return units.known["squared_gradient"] / units.parameters
+
+
+def snip(units: Units) -> Tensor:
+    """Sum over the unit's weights of |w * dL/dw|, per parameter (Lee et al. 2019, section 4.1, summed over the unit)."""
+    return units.known["weight_gradient"] / units.parameters
+
+
 def reconstruction(units: Units) -> Tensor:
     """What a unit adds to the change of the model's output when it goes, per parameter, the rest being reconstructed.
 
@@ -89,6 +112,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "channels": ("mean", "variance"),
     # [units]: the order in which units go, and what each adds to the change of the model's output.
     "curves": ("order", "increases"),
+    # [units]: of the loss, by a factor on the unit and by its weights.
+    "gradients": ("gradient", "squared_gradient", "weight_gradient"),
 }
 
 
@@ -111,6 +136,9 @@ CRITERIA: dict[str, Criterion] = {
     "reconstruction": Criterion(reconstruction, "curves", comparable=True),
     "fluctuation": Criterion(fluctuation, "channels"),
     "wanda": Criterion(wanda, "channels"),
+    "taylor": Criterion(taylor, "gradients", comparable=True),
+    "fisher": Criterion(fisher, "gradients", comparable=True),
+    "snip": Criterion(snip, "gradients", comparable=True),
     "magnitude": Criterion(magnitude, None),
     "random": Criterion(random, None),
 }

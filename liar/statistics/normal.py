@@ -10,16 +10,16 @@ from torch import Tensor
 from liar.errors import CalibrationError
 
 _NOT_FINITE = (
-    "NaN or Inf in the activations. Check the model on this data: a float16 model may overflow (use bfloat16 or float32), or "
+    "NaN or Inf in the {}. Check the model on this data: a float16 model may overflow (use bfloat16 or float32), or "
     "its weights may be damaged"
 )
 NO_ROWS = "no calibration token reached the layer"
 
 
-def check_finite(*values: Tensor) -> None:
-    """Raise a `CalibrationError` if any value is NaN or infinite."""
+def check_finite(*values: Tensor, what: str = "activations") -> None:
+    """Raise a `CalibrationError` that says of what if any value is NaN or infinite."""
     if not all(bool(torch.isfinite(value).all()) for value in values):
-        raise CalibrationError(_NOT_FINITE)
+        raise CalibrationError(_NOT_FINITE.format(what))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,134 @@
+"""What a model costs by how many units each site keeps: parameters, FLOPs, or seconds that were measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from liar.errors import BudgetError
+from liar.families import discover
+from liar.sites import Layout, Site, linear
+
+# Tokens per sequence where FLOPs are asked for by name.
+LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A cost that is a sum over sites.
+
+    Attributes:
+        name: what is counted, as messages say it.
+        fixed: cost of what no mask changes.
+        sites: site name -> number of kept units -> cost. A site may keep just the numbers that stand here.
+        about: how it was found, such as device, batch size and length.
+
+    Example:
+        >>> costs = liar.flops(model, length=64)
+        >>> costs.of({site: max(levels) for site, levels in costs.sites.items()}) == costs.dense
+        True
+    """
+
+    name: str
+    fixed: float
+    sites: Mapping[str, Mapping[int, float]]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def dense(self) -> float:
+        """Of the model as it is."""
+        return self.of({name: max(levels) for name, levels in self.sites.items()})
+
+    def of(self, kept: Mapping[str, int]) -> float:
+        """With so many units left per site name."""
+        return self.fixed + sum(self.sites[name][number] for name, number in kept.items())
+
+    @cached_property
+    def prices(self) -> Mapping[str, float] | None:
+        """Cost of one unit by site; None where units of a site do not all cost the same."""
+        found = {}
+        for name, levels in self.sites.items():
+            price = levels.get(1, 0.0)
+            if any(levels.get(number) != number * price for number in range(1, max(levels) + 1)):
+                return None
+            found[name] = price
+        return found
+
+    def check(self, layout: Layout) -> None:
+        """Whether these are the costs of a model with such sites.
+
+        Raises:
+            BudgetError: they are not.
+        """
+        expected = {site.name: site.units for site in layout.sites}
+        got = {name: max(levels, default=0) for name, levels in self.sites.items()}
+        if expected != got:
+            wrong = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
+            raise BudgetError(
+                f"the costs ({self.name}) are those of another model: {wrong[0]} has {expected.get(wrong[0], 0)} units in this "
+                f"one and {got.get(wrong[0], 0)} there; make them from this model"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file."""
+        Path(path).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Costs:
+        """Read a file that `save` wrote.
+
+        Raises:
+            BudgetError: it is not one.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            sites = {
+                name: {int(number): float(cost) for number, cost in levels.items()} for name, levels in content["sites"].items()
+            }
+            return cls(str(content["name"]), float(content["fixed"]), sites, dict(content["about"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BudgetError(f"{path}: expected a file that Costs.save wrote, got {error!r}") from error
+
+
+def params(model: nn.Module) -> Costs:
+    """Parameters in the blocks of a model."""
+    layout = discover(model)
+    fixed = layout.kept_parameters({site.name: 0 for site in layout.sites})
+    return _steady("parameters", fixed, layout, lambda site: site.parameters)
+
+
+def flops(model: nn.Module, *, length: int = LENGTH) -> Costs:
+    """Floating-point operations of all matrix products in the blocks, for one sequence, as a budget for `select`.
+
+    A product of [n, k] and [k, m] counts 2 n k m. A head adds two products of `length` by `length` per channel: queries with
+    keys, and attention weights with values.
+
+    Args:
+        model: a Hugging Face model of a known family.
+        length: tokens in the sequence.
+
+    Example:
+        >>> liar.flops(model, length=256).dense > 2 * liar.flops(model, length=128).dense
+        True
+    """
+    layout = discover(model)
+
+    def of_unit(site: Site) -> int:
+        block = model.get_submodule(site.block)
+        layers = sum(edge.width * linear(block, edge).in_features for edge in site.producers) + site.consumer.width * site.out
+        return 2 * length * (layers + (2 * length * site.consumer.width if site.kind == "heads" else 0))
+
+    others = sum(model.get_parameter(f"{name}.weight").numel() for name in layout.uncovered)
+    return _steady("FLOPs", 2 * length * others, layout, of_unit)
+
+
+def _steady(name: str, fixed: int, layout: Layout, price: Callable[[Site], int]) -> Costs:
+    """Every unit of a site costs the same, and any number may stay."""
+    prices = {site.name: price(site) for site in layout.sites}
+    return Costs(name, fixed, {s.name: {n: n * prices[s.name] for n in range(1, s.units + 1)} for s in layout.sites})

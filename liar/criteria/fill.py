@@ -1,0 +1,128 @@
+"""A budget shared unit by unit, best first: for costs that are the same for every unit of a site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from liar.costs import Costs
+from liar.errors import BudgetError
+from liar.sites import Layout, Site
+
+# Share of the cost that may stay unused; where it is more, a large unit is let in for small ones.
+TOLERANCE = 0.01
+
+Units = list[tuple[Site, int]]
+
+
+def fill(
+    worth: Mapping[str, Tensor], layout: Layout, costs: Costs, limit: float, *, protected: Sequence[Site], level: bool
+) -> dict[str, Tensor]:
+    """The units to keep by site, bool [units]: the best ones until the limit is reached, at least one per site.
+
+    Args:
+        worth: site name -> [units].
+        layout: the model's sites.
+        costs: all units of a site cost the same.
+        limit: what all that is kept may cost.
+        protected: sites that stay whole.
+        level: every layer keeps equally many, if that comes within `TOLERANCE` of the limit.
+
+    Raises:
+        BudgetError: even with one unit per site it costs more.
+    """
+    assert costs.prices is not None
+    free = [site for site in layout.sites if site not in protected]
+    chosen = {site.name: torch.full([site.units], site not in free) for site in layout.sites}
+    for site in free:
+        chosen[site.name][worth[site.name].argmax()] = True
+    spent = costs.of({name: int(keep.sum()) for name, keep in chosen.items()})
+    if spent > limit:
+        whole = f" and {len(protected)} protected ones whole" if protected else ""
+        raise BudgetError(
+            f"the budget cannot be met: with a single unit left in each of {len(free)} sites{whole} "
+            f"{spent / costs.dense:.4f} of the {costs.name} stay; {limit / costs.dense:.4f} was asked for"
+        )
+    filling = _Fill(costs.prices, chosen, spent, limit, TOLERANCE * costs.dense)
+    if level:
+        filling.take(_in_all_layers(worth, free))
+    if not level or filling.unused:
+        filling.take(_one_by_one(worth, free))
+    return chosen
+
+
+def _in_all_layers(worth: Mapping[str, Tensor], sites: Sequence[Site]) -> list[Units]:
+    """The units of one kind and one rank in all layers together, best first on average: layers stay equally wide."""
+    groups: dict[tuple[str, int], Units] = {}
+    for site in sites:
+        order = worth[site.name].argsort(descending=True, stable=True)
+        for rank, unit in enumerate(order.tolist()):
+            groups.setdefault((site.kind, rank), []).append((site, unit))
+
+    def average(key: tuple[str, int]) -> float:
+        return mean(float(worth[site.name][unit]) for site, unit in groups[key])
+
+    return [groups[key] for key in sorted(groups, key=lambda key: (-average(key), key))]
+
+
+def _one_by_one(worth: Mapping[str, Tensor], sites: Sequence[Site]) -> list[Units]:
+    """Every unit for itself, best first, wherever it is."""
+    units = [(site, unit) for site in sites for unit in range(site.units)]
+    order = torch.cat([worth[site.name] for site in sites]).argsort(descending=True, stable=True)
+    return [[units[index]] for index in order.tolist()]
+
+
+@dataclass
+class _Fill:
+    """Units being added to `chosen` while the budget lasts."""
+
+    prices: Mapping[str, float]
+    chosen: dict[str, Tensor]
+    spent: float
+    limit: float
+    tolerance: float
+
+    @property
+    def unused(self) -> bool:
+        """Whether more of the budget is left than is tolerable."""
+        return self.limit - self.spent > self.tolerance
+
+    def take(self, groups: Sequence[Units]) -> None:
+        """Add whole groups, best first, while they fit; then large ones that just did not fit, in exchange for small ones."""
+        for group in groups:
+            if self.spent + self._cost(group) <= self.limit:
+                self._set(group, True)
+        for group in groups:
+            if not self.unused:
+                return
+            self._exchange(group, groups)
+
+    def _exchange(self, group: Units, groups: Sequence[Units]) -> None:
+        """Let a group in for the worst cheaper ones, if something is gained and every site keeps a unit."""
+        cost, freed, out = self._cost(group), 0.0, list[Units]()
+        left = {name: int(keep.sum()) for name, keep in self.chosen.items()}
+        for other in reversed(groups):
+            price = sum(self.prices[site.name] for site, _ in other)
+            if self.spent + cost - freed <= self.limit:
+                break
+            if price < cost and all(self.chosen[site.name][unit] and left[site.name] > 1 for site, unit in other):
+                out.append(other)
+                freed += price
+                for site, _ in other:
+                    left[site.name] -= 1
+        if freed < cost and self.spent + cost - freed <= self.limit:
+            for other in out:
+                self._set(other, False)
+            self._set(group, True)
+
+    def _cost(self, group: Units) -> float:
+        return sum(self.prices[site.name] for site, unit in group if not self.chosen[site.name][unit])
+
+    def _set(self, group: Units, keep: bool) -> None:
+        for site, unit in group:
+            self.spent += self.prices[site.name] * (keep - int(self.chosen[site.name][unit]))
+            self.chosen[site.name][unit] = keep

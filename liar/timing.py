@@ -1,0 +1,157 @@
+"""Seconds as a cost: the layers of a model are timed at several widths, on the device where the model lies."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from scipy.optimize import isotonic_regression
+from torch import nn
+from torch.utils.benchmark import Timer
+from tqdm.auto import tqdm
+
+from liar import slim
+from liar.calibration import Calibration
+from liar.capture import Call, block_calls, preserved, run
+from liar.costs import Costs
+from liar.families import base_and_prefix, checked
+from liar.sites import Layout, Site
+
+logger = logging.getLogger(__name__)
+
+# Widths per site, and what they are multiples of where there are enough units.
+STEPS, MULTIPLE = 16, 8
+# Every width is timed once per round, for at least so many seconds.
+ROUNDS, SECONDS = 7, 0.05
+
+
+def latency(
+    model: nn.Module,
+    *,
+    batch_size: int = 1,
+    length: int = 128,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> Costs:
+    """Time the model and its layers at several widths, as a budget for `select`.
+
+    Each width is timed in a copy of a block in which only that site is cut, and layers of one shape are timed once. Times are
+    medians over rounds, relative to the whole block in the same round, and do not fall as a layer grows. That they add up is
+    an assumption; time the slim model to see.
+
+    Args:
+        model: a Hugging Face model of a known family, on the device and in the dtype it will run with; it is not changed.
+        batch_size: sequences in a batch.
+        length: tokens in a sequence.
+        cache: JSON file; read if it is there and fits model, device and batch, else written.
+        progress: show a bar.
+
+    Returns:
+        `Costs` in seconds per batch of the whole model. Sites may keep the widths that were timed.
+
+    Raises:
+        ModelError, BudgetError: with what was expected, what came, and what to do.
+
+    Example:
+        >>> costs = liar.latency(model, batch_size=2, length=16)
+        >>> liar.select(model, calib, keep=0.9, budget=costs).kept("heads.0") in costs.sites["heads.0"]
+        True
+    """
+    layout = checked(model)
+    about = _about(model, batch_size, length)
+    if cache is not None and Path(cache).exists():
+        found = Costs.load(cache)
+        if found.about == about:
+            found.check(layout)
+            return found
+        logger.info("%s was timed with %s, this is %s: timed anew", cache, dict(found.about), about)
+    with preserved(model):
+        costs = _timed(model, layout, about, progress)
+    if cache is not None:
+        costs.save(cache)
+    return costs
+
+
+def _about(model: nn.Module, batch_size: int, length: int) -> dict[str, Any]:
+    weight = next(model.parameters())
+    device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type
+    shape = {"batch_size": batch_size, "length": length}
+    return {
+        **shape,
+        "device": device,
+        "dtype": str(weight.dtype),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _timed(model: nn.Module, layout: Layout, about: Mapping[str, Any], progress: bool) -> Costs:
+    base, _ = base_and_prefix(model)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (about["batch_size"], about["length"]), generator=generator)  # type: ignore[union-attr, arg-type]
+    batch = Calibration.of([ids], model).batches[0]
+    blocks = [model.get_submodule(name) for name in layout.blocks]
+    (hidden,), calls = block_calls(base, blocks, [batch])
+
+    def runner(block: nn.Module, call: Call) -> Callable[[], Any]:
+        return lambda: run(block, hidden, call)
+
+    subjects: dict[tuple[str, int], Callable[[], Any]] = {("", 0): lambda: model(**batch)}
+    shapes: dict[tuple[Any, ...], Site] = {}
+    for site in layout.sites:
+        first = shapes.setdefault(_shape(layout, site), site)
+        if first is site:
+            number = layout.blocks.index(site.block)
+            for count in widths(site.units):
+                cut = slim.student(blocks[number])
+                slim.cut_site(cut, site, torch.arange(site.units) < count)
+                subjects[site.name, count] = runner(cut, calls[number][0])
+    seconds = _seconds(subjects, progress)
+    sites = {}
+    for site in layout.sites:
+        first = shapes[_shape(layout, site)]
+        measured = [seconds[first.name, count] for count in widths(site.units)]
+        smooth = isotonic_regression(measured).x
+        sites[site.name] = {n: float(value - smooth[-1]) for n, value in zip(widths(site.units), smooth, strict=True)}
+    return Costs("seconds", seconds["", 0], sites, about)
+
+
+def _shape(layout: Layout, site: Site) -> tuple[Any, ...]:
+    """What sites have in common that take equally long: their own sizes, and those of the rest of their block."""
+    return (site.kind, *((other.units, other.consumer.width, other.out) for other in layout.of_block(site.block)))
+
+
+def widths(units: int) -> list[int]:
+    """The numbers of units that are timed: a grid up to all of them."""
+    grid = {round(units * step / STEPS) for step in range(1, STEPS + 1)}
+    if units >= 2 * STEPS * MULTIPLE:
+        grid = {count // MULTIPLE * MULTIPLE for count in grid}
+    return sorted({*grid, units} - {0})
+
+
+def _seconds(subjects: Mapping[Any, Callable[[], Any]], progress: bool) -> dict[Any, float]:
+    """How long each takes: the median over rounds of its share in the round's sum, times the median sum.
+
+    Shares, since machines are slower in some rounds than in others.
+    """
+    threads = torch.get_num_threads()
+    timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in subjects.items()}
+    numbers = {name: max(1, math.ceil(SECONDS / timer.timeit(1).mean)) for name, timer in timers.items()}
+    rounds: list[dict[Any, float]] = []
+    with tqdm(total=ROUNDS * len(timers), desc="latency", unit="run", disable=not progress) as bar:
+        for _ in range(ROUNDS):
+            rounds.append({})
+            for name, timer in timers.items():
+                rounds[-1][name] = timer.timeit(numbers[name]).mean
+                bar.update()
+    sums = [sum(found.values()) for found in rounds]
+    return {name: median(_shares(rounds, sums, name)) * median(sums) for name in subjects}
+
+
+def _shares(rounds: Sequence[Mapping[Any, float]], sums: Sequence[float], name: Any) -> list[float]:
+    return [found[name] / whole for found, whole in zip(rounds, sums, strict=True)]
