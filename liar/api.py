@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,19 +15,18 @@ from liar.calibration import Calibration
 from liar.capture import preserved
 from liar.collect import Statistics, collect
 from liar.costs import Costs, flops, params
-from liar.criteria import CRITERIA, SCOPES, TOLERANCE, Units, allocate, scores
+from liar.criteria import CRITERIA, SCOPES, TOLERANCE, Budget, Units, allocate, scores
 from liar.errors import CalibrationError, choose
 from liar.families import checked
 from liar.mask import Mask
 from liar.rebuild import BIASES, TARGETS, Job, Options, rebuild
 from liar.report import Report
-from liar.sites import Layout
 from liar.solve import SOLVERS, check_ridge
 from liar.timing import latency
 
 logger = logging.getLogger(__name__)
 
-BUDGETS = ("params", "flops", "latency")
+BUDGETS: Mapping[str, Callable[[nn.Module], Costs]] = {"params": params, "flops": flops, "latency": latency}
 
 
 def select(
@@ -78,8 +77,11 @@ def select(
     choose("criterion", criterion, list(CRITERIA))
     choose("scope", scope, list(SCOPES))
     if not isinstance(budget, Costs):
-        choose("budget", budget, BUDGETS)
+        choose("budget", budget, list(BUDGETS))
     layout = checked(model)
+    costs = budget if isinstance(budget, Costs) else BUDGETS[budget](model)
+    possible = slim.stock_counts(model) if uniform else None
+    wanted = Budget.of(layout, costs, keep, round_to=round_to, possible=possible, protect=protect)
     known: Mapping[str, Mapping[str, Tensor]] = {site.name: {} for site in layout.sites}
     if CRITERIA[criterion].needs:
         if calib is None:
@@ -91,30 +93,11 @@ def select(
     for number, site in enumerate(layout.sites):
         block = model.get_submodule(site.block)
         found[site.name] = scores(criterion, Units.of(block, site, known[site.name], seed=seed + number))
-    costs = _costs(model, layout, budget, progress)
-    mask = allocate(
-        found,
-        layout,
-        costs,
-        keep,
-        scope,
-        comparable=CRITERIA[criterion].comparable,
-        round_to=round_to,
-        possible=slim.stock_counts(model) if uniform else None,
-        protect=protect,
-    )
+    mask = allocate(found, layout, wanted, scope, comparable=CRITERIA[criterion].comparable)
     got = costs.of({name: mask.kept(name) for name in mask.keep}) / costs.dense
     level = logging.WARNING if got < keep - TOLERANCE else logging.INFO
     logger.log(level, "asked to keep %.4f of the %s, got %.4f", keep, costs.name, got)
     return replace(mask, asked=keep) if budget == "params" else mask
-
-
-def _costs(model: nn.Module, layout: Layout, budget: str | Costs, progress: bool) -> Costs:
-    """The costs that a budget is a share of."""
-    if isinstance(budget, Costs):
-        budget.check(layout)
-        return budget
-    return latency(model, progress=progress) if budget == "latency" else flops(model) if budget == "flops" else params(model)
 
 
 def reconstruct(

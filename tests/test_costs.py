@@ -18,7 +18,8 @@ import liar
 from liar import slim
 from liar.calibration import Calibration
 from liar.costs import Costs, params
-from liar.criteria.levels import Choice, share
+from liar.criteria import Budget
+from liar.criteria.levels import share
 from liar.errors import BudgetError, OptionError
 from liar.families import discover
 from liar.testing import tiny_batches, tiny_model
@@ -145,9 +146,7 @@ def test_uniform_keeps_the_heads_that_a_class_cannot_do_without():
     assert mask.kept("neurons.0") == mask.kept("neurons.1") < 64
     slim.remove(model, mask)
     assert slim.uniform_sizes(model) is not None
-    with pytest.raises(
-        BudgetError, match=r"the least these options allow is 0\.\d+ of the parameters, with 4 heads, 1 neurons"
-    ):
+    with pytest.raises(BudgetError, match=r"keep=0.3 cannot be met: .* 0\.\d+ of the parameters, with 4 heads, 1 neurons in"):
         liar.select(tiny_model("bert"), tiny_batches(model), keep=0.3, uniform=True, progress=False)
 
 
@@ -174,10 +173,10 @@ def test_what_cannot_be_asked_for():
         liar.select(model, batches, keep=0.5, round_to=0, progress=False)
     with pytest.raises(OptionError, match="budget='time' is not known; expected one of 'params', 'flops', 'latency'"):
         liar.select(model, batches, keep=0.5, budget="time")
-    with pytest.raises(BudgetError, match="2 sites and 2 protected ones whole"):
+    with pytest.raises(BudgetError, match=r"is 0\.5\d+ of the parameters, with 4 heads, 64 neurons, 1 heads, 1 neurons in a"):
         liar.select(model, batches, keep=0.3, protect=[0], progress=False)
     liar.slim.remove(model, liar.Mask({**whole(model), "neurons.1": torch.arange(64) < 40}))
-    with pytest.raises(BudgetError, match=r"uniform: the heads of different layers .*heads\.0, heads\.1.*leave uniform out"):
+    with pytest.raises(BudgetError, match=r"uniform: heads of different layers .*heads\.0, heads\.1.*leave uniform out"):
         liar.select(model, batches, keep=0.5, uniform=True, progress=False)
 
 
@@ -188,25 +187,25 @@ def whole(model):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.3, 1.0))
 def test_shared_as_the_best_of_all_ways(seed, keep):
-    """The integer program against all ways to choose, on errors and costs of any form."""
+    """The integer program against all ways to choose, with costs of any form and losses of any size."""
     random = np.random.default_rng(seed)
-    layout = discover(tiny_model("bert"))
-    counts = [1, 2, 4]
-    made = [Choice((site,), counts, random.uniform(0, 1, 3), random.uniform(0, 1, 3)) for site in layout.sites]
-    costs = Costs("things", 1.0, {c.sites[0].name: dict(zip(counts, c.costs, strict=True)) for c in made})
-    ways = list(itertools.product(range(3), repeat=len(made)))
-    spent = {way: 1.0 + sum(c.costs[i] for c, i in zip(made, way, strict=True)) for way in ways}
-    lost = {way: sum(c.errors[i] for c, i in zip(made, way, strict=True)) for way in ways}
-    limit = keep * costs.dense
-    possible = [way for way in ways if spent[way] <= limit]
+    layout = discover(tiny_model("bert", intermediate_size=6))
+    sites = {site.name: dict.fromkeys([2, 3, site.units]) for site in layout.sites}
+    costs = Costs("things", 1.0, {name: {n: random.uniform() for n in counts} for name, counts in sites.items()})
+    losses = {site.name: torch.from_numpy(random.uniform(size=site.units)) for site in layout.sites}
+    ways = [dict(zip(sites, counts, strict=True)) for counts in itertools.product(*sites.values())]
+    possible = [way for way in ways if costs.of(way) <= keep * costs.dense]
     if not possible:
-        with pytest.raises(BudgetError, match="the budget cannot be met"):
-            share(made, costs, limit)
+        with pytest.raises(BudgetError, match="cannot be met"):
+            Budget.of(layout, costs, keep)
         return
-    kept = share(made, costs, limit)
-    way = tuple(counts.index(kept[c.sites[0].name]) for c in made)
-    assert spent[way] <= limit + 1e-6
-    assert lost[way] <= min(lost[other] for other in possible) + 1e-3
+
+    def lost(way):
+        return sum(float(losses[name].sort().values[: len(losses[name]) - count].sum()) for name, count in way.items())
+
+    kept = share(losses, Budget.of(layout, costs, keep))
+    assert costs.of(kept) <= keep * costs.dense * (1 + 1e-6)
+    assert lost(kept) <= min(map(lost, possible)) + 1e-3
 
 
 def test_latency_is_a_budget(tmp_path):

@@ -8,7 +8,7 @@ from cases import MODELS
 
 import liar
 from liar.costs import params
-from liar.criteria import CRITERIA, SCOPES, Units, allocate, scores
+from liar.criteria import CRITERIA, SCOPES, Budget, Units, allocate, scores
 from liar.errors import BudgetError, OptionError
 from liar.families import discover
 from liar.statistics import ChannelMoments
@@ -110,7 +110,9 @@ def test_the_least_budget_leaves_one_unit_everywhere(criterion, scope):
     floor = layout.kept_parameters({site.name: 1 for site in layout.sites}) / layout.parameters
     mask = liar.select(model, batches, keep=floor + 1e-9, criterion=criterion, scope=scope, progress=False)
     assert [mask.kept(site.name) for site in layout.sites] == [1] * 4
-    with pytest.raises(BudgetError, match=f"a single unit left in each of 4 sites {floor:.4f}"):
+    with pytest.raises(
+        BudgetError, match=f"the least that is possible is {floor:.4f} of the parameters, with 1 heads, 1 neurons, 1"
+    ):
         liar.select(model, batches, keep=floor - 1e-3, criterion=criterion, scope=scope, progress=False)
 
 
@@ -126,15 +128,16 @@ def test_layer_scope_keeps_equal_shares(criterion):
 def test_global_scope_lets_sites_compete():
     """A site whose units are all alike but for a few keeps few of them."""
     model = tiny_model("bert")
-    layout, costs = discover(model), params(model)
+    layout = discover(model)
+    budget = Budget.of(layout, params(model), 0.5)
     generator = torch.Generator().manual_seed(0)
     found = {site.name: torch.rand(site.units, generator=generator, dtype=torch.float64) for site in layout.sites}
     found["neurons.0"][:] = 0.1
     found["neurons.0"][:3] = 5.0
-    mask = allocate(found, layout, costs, 0.5, "global")
+    mask = allocate(found, layout, budget, "global")
     assert mask.kept("neurons.0") < mask.kept("neurons.1")
     assert bool(mask["neurons.0"][:3].all())
-    level = allocate(found, layout, costs, 0.5, "layer")
+    level = allocate(found, layout, budget, "layer")
     assert abs(level.kept("neurons.0") - level.kept("neurons.1")) <= 1
 
 
@@ -143,7 +146,7 @@ def test_equal_scores_are_no_trouble(scope):
     model = tiny_model("bert")
     layout = discover(model)
     equal = {site.name: torch.ones(site.units, dtype=torch.float64) for site in layout.sites}
-    mask = allocate(equal, layout, params(model), 0.5, scope)
+    mask = allocate(equal, layout, Budget.of(layout, params(model), 0.5), scope)
     assert 0.49 < mask.parameters(layout) / layout.parameters <= 0.5
 
 

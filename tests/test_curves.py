@@ -12,7 +12,7 @@ from cases import MODELS
 import liar
 from liar.calibration import Calibration
 from liar.costs import params
-from liar.criteria import Units, allocate, scores
+from liar.criteria import Budget, Units, allocate, scores
 from liar.curves import RIDGE, error_curves
 from liar.errors import CalibrationError
 from liar.families import discover
@@ -96,7 +96,7 @@ def test_the_budget_is_shared_as_the_best_of_all_ways_would(seed):
     generator = np.random.default_rng(seed)
     steps = {site.name: np.sort(generator.exponential(size=site.units)) for site in layout.sites}
     made = {site.name: scores("reconstruction", units_of(steps[site.name].tolist(), site.parameters)) for site in layout.sites}
-    mask = allocate(made, layout, params(model), 0.6, "global", comparable=True)
+    mask = allocate(made, layout, Budget.of(layout, params(model), 0.6), "global", comparable=True)
 
     def lost(kept):
         return sum(steps[site.name][: site.units - kept[site.name]].sum() for site in layout.sites)

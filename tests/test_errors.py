@@ -253,7 +253,7 @@ SELECT = {
     "keep 1.5": Case(lambda m: select(m, keep=1.5), OptionError, r"keep=1.5 .*\(0, 1\]"),
     "keep -1": Case(lambda m: select(m, keep=-1.0), OptionError, "keep=-1.0"),
     "keep NaN": Case(lambda m: select(m, keep=float("nan")), OptionError, "keep=nan"),
-    "keep too little": Case(lambda m: select(m, keep=0.01), BudgetError, "met: with a single unit .* 0.0100 was asked for"),
+    "keep too little": Case(lambda m: select(m, keep=0.01), BudgetError, "keep=0.01 cannot be met: the least that is"),
     "criterion": Case(lambda m: select(m, criterion="luck"), OptionError, "criterion='luck'.*'wanda'"),
     "scope": Case(lambda m: select(m, scope="model"), OptionError, "scope='model'.*'layer', 'global'"),
     "no batches given": Case(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from liar.costs import Costs
+from liar.criteria.budget import Budget
 from liar.criteria.fill import fill
-from liar.criteria.levels import choices, counts, share
-from liar.errors import OptionError
+from liar.criteria.levels import share
 from liar.mask import Mask
-from liar.sites import Layout, Site
+from liar.sites import Layout
 
 
 def _ranks(scores: Tensor) -> Tensor:
@@ -28,72 +27,29 @@ def _standardised(scores: Tensor) -> Tensor:
 SCOPES: dict[str, Callable[[Tensor], Tensor]] = {"layer": _ranks, "global": _standardised}
 
 
-def allocate(
-    scores: Mapping[str, Tensor],
-    layout: Layout,
-    costs: Costs,
-    keep: float,
-    scope: str,
-    *,
-    comparable: bool = False,
-    round_to: int = 1,
-    possible: Mapping[str, Sequence[int]] | None = None,
-    protect: Sequence[str | int] = (),
-) -> Mask:
-    """Keep the best units until the share `keep` of the cost is reached.
+def allocate(scores: Mapping[str, Tensor], layout: Layout, budget: Budget, scope: str, *, comparable: bool = False) -> Mask:
+    """Keep the best units until the budget is reached.
 
     Args:
         scores: site name -> [units].
         layout: the model's sites.
-        costs: of the sites.
-        keep: share of the cost to keep, in (0, 1].
+        budget: what may stay.
         scope: `"layer"` (every layer keeps equally many, if that comes within 1 % of the budget) or `"global"` (all units
             compete).
         comparable: scores of all sites are in one unit, per parameter, and compete as they are.
-        round_to: a site keeps a multiple of so many channels, or all.
-        possible: kind -> numbers of units that every layer may keep; widths are then the same in all layers.
-        protect: names of sites, and numbers of layers, that stay whole.
-
-    Raises:
-        OptionError: `keep` outside (0, 1], `round_to` below 1, or something to protect that is not there.
-        BudgetError: the least that is possible is more than the share.
     """
-    if not 0 < keep <= 1:
-        raise OptionError(f"keep={keep} is the share of {costs.name} that stays; expected a number in (0, 1]")
-    if round_to < 1:
-        raise OptionError(f"round_to={round_to}: expected a number of channels, at least 1")
-    protected = _protected(layout, protect)
-    limit = keep * costs.dense
-    normal = {name: score if comparable else SCOPES[scope](score) for name, score in scores.items()}
-    if costs.prices is not None and round_to == 1 and possible is None:
+    worth = {name: score if comparable else SCOPES[scope](score) for name, score in scores.items()}
+    prices = budget.costs.prices
+    if budget.free and prices is not None:
         if comparable:
-            normal = {s.name: normal[s.name] * s.parameters / costs.prices[s.name] for s in layout.sites}
-        return Mask(fill(normal, layout, costs, limit, protected=protected, level=scope == "layer"))
-    allowed = {site.name: counts(site, costs, round_to) for site in layout.sites}
-    allowed |= {site.name: [site.units] for site in protected}
-    if possible is not None:
-        allowed = {s.name: [n for n in allowed[s.name] if n in set(possible[s.kind])] for s in layout.sites}
-    # What is lost with a unit: scores are per parameter, and cannot be negative.
-    losses = {s.name: (normal[s.name] - min(0.0, float(normal[s.name].min()))) * s.parameters for s in layout.sites}
-    kept = share(choices(losses, layout, costs, allowed, uniform=possible is not None), costs, limit)
-    return Mask({name: _best(scores[name], number) for name, number in kept.items()})
+            worth = {s.name: worth[s.name] * s.parameters / prices[s.name] for s in layout.sites}
+        return Mask(fill(worth, layout, budget, level=scope == "layer"))
+    # What is lost with a unit: scores are per parameter, and some are below 0.
+    losses = {s.name: (worth[s.name] - worth[s.name].min().clamp_max(0)) * s.parameters for s in layout.sites}
+    return Mask({name: _best(scores[name], count) for name, count in share(losses, budget).items()})
 
 
-def _best(scores: Tensor, number: int) -> Tensor:
+def _best(scores: Tensor, count: int) -> Tensor:
     """The units with the highest scores, bool [units]."""
-    best = scores.argsort(descending=True, stable=True)[:number]
+    best = scores.argsort(descending=True, stable=True)[:count]
     return torch.zeros(len(scores), dtype=torch.bool).index_fill_(0, best, True)
-
-
-def _protected(layout: Layout, names: Sequence[str | int]) -> list[Site]:
-    """The sites that were named, by their name or by the number of their layer."""
-    if isinstance(names, str):
-        raise OptionError(f"protect={names!r}: expected a list of names of sites and numbers of layers, got one string")
-    known = {key for site in layout.sites for key in (site.name, site.layer)}
-    if unknown := [name for name in names if name not in known]:
-        layers = max(site.layer for site in layout.sites)
-        raise OptionError(
-            f"protect: no such site or layer: {unknown[0]!r}; expected names such as {layout.sites[0].name!r} "
-            f"or numbers of layers from 0 to {layers}"
-        )
-    return [site for site in layout.sites if site.name in names or site.layer in names]

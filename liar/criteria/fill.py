@@ -9,8 +9,7 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from liar.costs import Costs
-from liar.errors import BudgetError
+from liar.criteria.budget import Budget
 from liar.sites import Layout, Site
 
 # Share of the cost that may stay unused; where it is more, a large unit is let in for small ones.
@@ -19,35 +18,23 @@ TOLERANCE = 0.01
 Units = list[tuple[Site, int]]
 
 
-def fill(
-    worth: Mapping[str, Tensor], layout: Layout, costs: Costs, limit: float, *, protected: Sequence[Site], level: bool
-) -> dict[str, Tensor]:
-    """The units to keep by site, bool [units]: the best ones until the limit is reached, at least one per site.
+def fill(worth: Mapping[str, Tensor], layout: Layout, budget: Budget, *, level: bool) -> dict[str, Tensor]:
+    """The units to keep by site, bool [units]: the best ones until the budget is reached, at least one per site.
 
     Args:
         worth: site name -> [units].
         layout: the model's sites.
-        costs: all units of a site cost the same.
-        limit: what all that is kept may cost.
-        protected: sites that stay whole.
-        level: every layer keeps equally many, if that comes within `TOLERANCE` of the limit.
-
-    Raises:
-        BudgetError: even with one unit per site it costs more.
+        budget: a free one.
+        level: every layer keeps equally many, if that comes within `TOLERANCE` of the budget.
     """
-    assert costs.prices is not None
-    free = [site for site in layout.sites if site not in protected]
+    costs = budget.costs
+    assert costs.prices is not None, "units of one site cost the same where a budget is free"
+    free = [site for site in layout.sites if site not in budget.protected]
     chosen = {site.name: torch.full([site.units], site not in free) for site in layout.sites}
     for site in free:
         chosen[site.name][worth[site.name].argmax()] = True
     spent = costs.of({name: int(keep.sum()) for name, keep in chosen.items()})
-    if spent > limit:
-        whole = f" and {len(protected)} protected ones whole" if protected else ""
-        raise BudgetError(
-            f"the budget cannot be met: with a single unit left in each of {len(free)} sites{whole} "
-            f"{spent / costs.dense:.4f} of the {costs.name} stay; {limit / costs.dense:.4f} was asked for"
-        )
-    filling = _Fill(costs.prices, chosen, spent, limit, TOLERANCE * costs.dense)
+    filling = _Fill(costs.prices, chosen, spent, budget.limit, TOLERANCE * costs.dense)
     if level:
         filling.take(_in_all_layers(worth, free))
     if not level or filling.unused:
