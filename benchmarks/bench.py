@@ -10,10 +10,12 @@ from typing import Any
 
 from cells import Cell, Setting
 from rivals import RULES
+from selections import SELECTIONS
 from tasks import Predictions, Task
 from torch import Tensor, nn
 
 import liar
+from liar.criteria import CRITERIA
 from liar.families import discover
 
 
@@ -67,11 +69,9 @@ class Shared:
         """The mask of the setting."""
         model, _ = self.bench.loaded
         setting = self.setting
-        # Elsewhere scores of different sites are not in one unit: every layer keeps the same share.
-        scope = "global" if setting.criterion == "reconstruction" else "layer"
-        statistics = self.bench.statistics(setting, self.calibration)
-        how = {"keep": setting.keep, "criterion": setting.criterion, "scope": scope, "seed": setting.seed}
-        return liar.select(model, statistics, **how, progress=False)  # type: ignore[arg-type]
+        shared = setting.criterion in CRITERIA
+        known = self.bench.statistics(setting, self.calibration) if shared else self.calibration
+        return SELECTIONS[setting.criterion](model, known, setting.keep, setting.seed)
 
 
 def run(cell: Cell, shared: Shared) -> dict[str, Any]:

@@ -4,6 +4,8 @@
     python benchmarks/ladder.py --task glue-sst2 --model SST2 --data-dir DATA --keep 0.5 --rules mask_only liar ours
     python benchmarks/ladder.py --task tinystories --model STORIES260K --data-dir DATA --keep 0.9 0.8 --plot ladder.png
 
+Masks are those of `--criterion`: a criterion of the library, or a whole selection of others (see selections/).
+
 One JSON per run in benchmarks/results/ladder; runs that are already there are skipped, so a killed ladder goes on. The mask is
 selected once per (seed, source, keep, tokens) and serves all rules. Seeds are samples of the calibration texts; one seed of
 everything is run before the next.
@@ -25,12 +27,11 @@ from figures import draw
 from results import kept
 from rich.console import Console
 from rivals import RULES
+from selections import SELECTIONS
 from summary import tables
 from tasks import SOURCES, TASKS
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-
-from liar.criteria import CRITERIA
 
 RESULTS = Path(__file__).parent / "results" / "ladder"
 
@@ -61,7 +62,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--keep", type=float, nargs="+", required=True, help="shares of the block parameters that stay")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16_000])
     parser.add_argument("--source", choices=SOURCES, nargs="+", default=["own"], help="calibration texts")
-    parser.add_argument("--criterion", choices=list(CRITERIA), default="fluctuation")
+    parser.add_argument("--criterion", choices=list(SELECTIONS), default="fluctuation", help="what selects the mask")
     parser.add_argument("--seeds", type=int, default=3, help="samples of the calibration texts")
     parser.add_argument("--rules", choices=list(RULES), nargs="+", default=list(RULES))
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")

@@ -18,6 +18,7 @@ from pathlib import Path
 import pandas
 from figures import published
 from rivals import RULES
+from selections import SELECTIONS
 from summary import SETTING, also, lined, markdown, runs
 
 ROOT = Path(__file__).parent.parent
@@ -49,12 +50,14 @@ def glue(criterion: str = CRITERION) -> str:
 
 
 def criteria() -> str:
-    """Masks of every criterion, after the default reconstruction: what each task is about, and the distance from dense."""
+    """Masks of every selection that was run, after the default reconstruction; only where two have the same texts.
+
+    Two numbers of every task: what it is about, and the distance from dense.
+    """
     frame = runs()
     frame = frame[(frame["rule"] == "ours") & (frame["source"] == "own") & (frame["tokens"] == TOKENS) & (frame["place"] < 2)]
-    names = sorted(frame["criterion"].unique(), reverse=True)
-    for name in names:
-        frame = also(frame, frame["criterion"] == name, ["task", "model", "seed", "keep"])
+    frame = frame[frame.groupby(["task", "model", "seed", "keep"])["criterion"].transform("nunique") > 1]
+    names = [name for name in SELECTIONS if name in set(frame["criterion"])]
     # What stands in the columns of the other tables is the rule.
     return markdown(frame.assign(rule=frame["criterion"]), ["task", "keep", "number"], names)
 

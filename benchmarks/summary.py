@@ -25,6 +25,7 @@ LABELS = {
     "osscar_update": "OSSCAR",
     "ours": "ours",
     "polish": "polish",
+    "kwon": "Kwon et al.",
 }
 HEADINGS = {"keep": "kept", "source": "texts"}
 # Whether more of a number is better.

@@ -198,11 +198,11 @@ def climb(benchmark, mrpc, classifier, tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench_module, "RULES", {name: spy(name, rule) for name, rule in bench_module.RULES.items()})
 
-    def climb(rules, seeds=2):
+    def climb(rules, seeds=2, criterion="fluctuation"):
         given.clear()
         bench = ladder.Bench(ladder.TASKS["glue-mrpc"], classifier, mrpc)
         settings = list(
-            ladder.settings("glue-mrpc", "model", "fluctuation", seeds=seeds, sources=["own"], keeps=[0.6], tokens=[300, 600])
+            ladder.settings("glue-mrpc", "model", criterion, seeds=seeds, sources=["own"], keeps=[0.6], tokens=[300, 600])
         )
         return ladder.climb(bench, settings, rules, tmp_path / "results"), given
 
@@ -235,6 +235,18 @@ def test_a_killed_ladder_goes_on(climb, tmp_path):
     timeless = lambda runs: [{key: value for key, value in run.items() if key != "seconds"} for run in runs]  # noqa: E731
     assert timeless(after) == timeless(before)
     assert climb(["mask_only", "liar"])[1] == []
+
+
+@pytest.mark.parametrize("criterion", ["kwon", "kprune", "fisher", "random"])
+def test_a_ladder_takes_any_selection(climb, tmp_path, criterion):
+    runs, given = climb(["mask_only", "liar"], seeds=1, criterion=criterion)
+    assert len(runs) == len(given) == 4
+    assert all(given[i][1] is given[i + 1][1] for i in (0, 2))
+    for run in runs:
+        assert run["criterion"] == criterion
+        assert 0.5 < run["got"] <= 0.6
+        name = f"glue-mrpc-model-{criterion}-keep0.6-tokens{run['tokens']}-own-{run['rule']}-seed0.json"
+        assert (tmp_path / "results" / name).is_file()
 
 
 def runs_of(values):
@@ -321,6 +333,21 @@ def test_pages_compare_what_was_run_on_both_sides(publish, tmp_path):
     ]
     assert [row[4] for row in body(publish.other_texts())] == ["c4", "own"]
     assert [row[3] for row in body(publish.few_tokens())] == ["1,000"]
+
+
+def test_selections_are_compared_where_two_have_the_same_texts(publish, tmp_path):
+    own = lambda *values: {("ours", keep, 16000, "own", seed): value for keep, seed, value in values}  # noqa: E731
+    files_of(tmp_path / "results", own((0.5, 0, 0.6), (0.5, 1, 0.8), (0.7, 0, 0.9)), criterion="random")
+    files_of(tmp_path / "results", own((0.5, 0, 0.65), (0.5, 2, 0.1)), criterion="kwon")
+    files_of(tmp_path / "results", own((0.5, 0, 0.7), (0.5, 1, 0.9)), criterion="reconstruction")
+    files_of(tmp_path / "results", {("liar", 0.7, 16000, "own", 0): 0.9}, criterion="wanda")
+    text = publish.criteria()
+    assert text.startswith("| task | kept | number | samples | dense | reconstruction | Kwon et al. | random |\n")
+    shared = ["glue-sst2", "50%"]
+    assert body(text) == [
+        [*shared, "accuracy ↑", "1-2", "0.950", "**0.800 ± 0.100**", "0.650", "0.700 ± 0.100"],
+        [*shared, "kl ↓", "1-2", "0.000", "**0.200 ± 0.100**", "0.350", "0.300 ± 0.100"],
+    ]
 
 
 def test_pages_without_a_run_have_headings_only(publish):
