@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas
+from elimination import rows as above_best
 from figures import published
 from rivals import RULES
 from selections import SELECTIONS
@@ -97,6 +98,45 @@ def speed() -> str:
     return lined(["model", "tokens", "target", "time", "where it goes", "peak memory of bound"], rows)
 
 
+def latency() -> str:
+    """Shares of the dense model's time: asked, and measured."""
+    rows = []
+    for path in sorted(RESULTS.glob("latency-*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        for share in run["shares"]:
+            numbers = [f"{share[key]:.1%}" for key in ("asked", "measured", "parameters")]
+            rows.append([run["model"], f"{run['batch_size']} x {run['length']}", *numbers, f"{1 / share['measured']:.2f}x"])
+    return lined(["model", "batch", "time asked", "time measured", "parameters left", "faster by"], rows)
+
+
+def elimination() -> str:
+    """How far from the best of all subsets elimination ends."""
+    (path,) = RESULTS.glob("elimination-*.json")
+    headings = ["small problems", "median", "mean", "mean after swaps"]
+    return lined(headings, above_best(json.loads(path.read_text(encoding="utf-8"))))
+
+
+def elimination_time() -> str:
+    """How long elimination takes, and what swaps add on real sites."""
+    (path,) = RESULTS.glob("elimination-*.json")
+    run = json.loads(path.read_text(encoding="utf-8"))
+    real, wide = run["real"], run["growth"]
+    sizes = ", ".join(f"{width:,}" for width in wide["widths"])
+    seconds = ", ".join(f"{each:.1f} s" for each in wide["seconds"])
+    left = min(site["error_ratio"] for site in real["sites"])
+    rows = [
+        [f"{real['units']:,} neurons, beside one dense pass over {run['tokens']:,} tokens", f"{real['ratio_median']:.2f}x"],
+        [f"{sizes} neurons", seconds],
+        [
+            f"{wide['wide']:,} neurons, extrapolated from the growth between the last two",
+            f"{wide['wide_seconds_extrapolated']:,.0f} s",
+        ],
+        [f"memory for {wide['wide']:,} neurons", f"{wide['wide_gigabytes']:.1f} GB"],
+        ["error that swaps take away at a site of all-MiniLM-L6-v2, at most", f"{1 - left:.1%}"],
+    ]
+    return lined(["elimination", ""], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "criteria": criteria,
     "ladder stsb reconstruction": lambda: ladder("stsb", "spearman", "reconstruction"),
@@ -113,6 +153,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "other texts": other_texts,
     "polish": polish,
     "speed": speed,
+    "latency": latency,
+    "elimination": elimination,
+    "elimination time": elimination_time,
 }
 BLOCK = re.compile(r"(<!-- results: (?P<name>[\w ]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
