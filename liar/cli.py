@@ -16,6 +16,8 @@ from rich.logging import RichHandler
 
 from liar import arguments as arg
 from liar import checkpoint, families
+from liar.api import BUDGETS
+from liar.costs import Costs
 from liar.errors import CheckpointError, LiarError, MaskError
 from liar.report import Report
 from liar.run import Run
@@ -54,7 +56,7 @@ def prune(
     calib: arg.Calib,
     criterion: arg.Criterion = Run.criterion,
     scope: arg.Scope = Run.scope,
-    budget: arg.Budget = Run.budget,
+    budget: arg.Budget = str(Run.budget),
     round_to: arg.RoundTo = Run.round_to,
     uniform: arg.Uniform = Run.uniform,
     protect: arg.Protect = [],  # noqa: B006 (typer reads it and never changes it)
@@ -213,11 +215,12 @@ def _run(command: str, options: Mapping[str, Any]) -> None:
             given["mask"] = _read_mask(given["mask"])
         if given["ridge"] != "auto":
             given["ridge"] = float(given["ridge"])
+        if given.get("budget") not in (None, *BUDGETS):
+            given["budget"] = json.loads(Costs.load(given["budget"]).to_json())
         if "protect" in given:
             given["protect"] = [int(name) if name.isdigit() else name for name in given["protect"]]
         # A run.json has to work from anywhere.
-        paths = [name for name in ("model", "calib", "budget") if Path(given.get(name, "")).exists()]
-        given |= {name: str(Path(given[name]).resolve()) for name in paths if name in given}
+        given |= {name: str(Path(given[name]).resolve()) for name in ("model", "calib") if Path(given[name]).exists()}
         _finish(Run(command=command, **{**given, "out": str(given["out"].resolve())}), force=force)
 
 

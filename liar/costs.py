@@ -75,9 +75,29 @@ class Costs:
                 f"one and {got.get(wrong[0], 0)} there; make them from this model"
             )
 
+    def to_json(self) -> str:
+        """JSON."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Costs:
+        """The inverse of `to_json`.
+
+        Raises:
+            BudgetError: the text is not such a JSON.
+        """
+        try:
+            content = json.loads(text)
+            sites = {
+                name: {int(number): float(cost) for number, cost in levels.items()} for name, levels in content["sites"].items()
+            }
+            return cls(str(content["name"]), float(content["fixed"]), sites, dict(content["about"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BudgetError(f"expected costs as Costs.save or `liar latency` writes them, got {error!r}") from error
+
     def save(self, path: str | Path) -> None:
-        """Write a JSON file."""
-        Path(path).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        """Write `to_json` to a file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Costs:
@@ -87,13 +107,9 @@ class Costs:
             BudgetError: it is not one.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            sites = {
-                name: {int(number): float(cost) for number, cost in levels.items()} for name, levels in content["sites"].items()
-            }
-            return cls(str(content["name"]), float(content["fixed"]), sites, dict(content["about"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BudgetError(f"{path}: expected a file that Costs.save wrote, got {error!r}") from error
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, BudgetError) as error:
+            raise BudgetError(f"{path}: {error}") from error
 
 
 def params(model: nn.Module) -> Costs:

@@ -51,7 +51,7 @@ class Run:
         pack: texts are joined and cut into full sequences.
         keep: share of the block parameters that stays (prune).
         criterion, scope, round_to, uniform, protect, seed: see `liar.select` (prune).
-        budget: likewise; or the path of a file with costs, as `liar latency` writes it.
+        budget: likewise; or the content of a file with costs, as `liar latency` writes it.
         mask: content of a mask file, in any form `Mask.of` takes or as `Mask.save` writes it (reconstruct).
         target, ridge, refit, solver, bias: see `liar.reconstruct`.
         dtype: of the loaded weights; `"auto"` is the stored one.
@@ -72,7 +72,7 @@ class Run:
     keep: float | None = None
     criterion: str = "reconstruction"
     scope: str = "global"
-    budget: str = "params"
+    budget: str | Mapping[str, Any] = "params"
     round_to: int = 1
     uniform: bool = False
     protect: Sequence[str | int] = ()
@@ -107,8 +107,7 @@ class Run:
             self._checked_mask()
         if self.ridge != "auto":
             check_ridge(self.ridge)
-        if self.budget not in BUDGETS:
-            Costs.load(self.budget)
+        self._checked_budget()
         for option in ("tokens", "max_length", "batch_size", "round_to"):
             value = getattr(self, option)
             if value is not None and value < 1:
@@ -141,7 +140,7 @@ class Run:
                 keep=self.keep,
                 criterion=self.criterion,
                 scope=self.scope,
-                budget=self.budget if self.budget in BUDGETS else Costs.load(self.budget),
+                budget=self._checked_budget(),
                 round_to=self.round_to,
                 uniform=self.uniform,
                 protect=self.protect,
@@ -156,6 +155,13 @@ class Run:
         extra = {"mask.json": mask.to_json(), "run.json": self.to_json()}
         checkpoint.save(model, self.out, tokenizer=tokenizer, mask=mask, report=report, extra=extra, overwrite=force)
         return report
+
+    def _checked_budget(self) -> str | Costs:
+        """The budget, by name or from what was measured."""
+        if isinstance(self.budget, Mapping):
+            return Costs.from_json(json.dumps(self.budget))
+        choose("budget", self.budget, list(BUDGETS))
+        return self.budget
 
     def _checked_mask(self) -> Mask | Mapping[str, Any]:
         """The mask that was given, as far as it can be understood without a model."""

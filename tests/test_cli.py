@@ -13,7 +13,14 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 import liar
@@ -176,6 +183,32 @@ def test_all_kinds_of_texts_are_one(home, tmp_path, texts):
     assert_same_result(tmp_path / "text", tmp_path / "other")
 
 
+def test_a_budget_in_time_is_measured_once_and_replayed(home, tmp_path):
+    file = tmp_path / "latency.json"
+    told = call("latency", home / "llama", file, "--batch-size", 2, "--length", 8).stdout
+    assert re.search(r"\d+\.\d ms per batch; written to", told)
+    costs = liar.Costs.load(file)
+    assert (costs.about["batch_size"], costs.about["length"]) == (2, 8)
+    arguments = ["--keep", 0.95, "--calib", home / "texts.txt", "--budget", file, "--protect", "heads.0", "--protect", 1]
+    call("prune", home / "llama", tmp_path / "first", *arguments)
+    mask = liar.Mask.load(tmp_path / "first" / "mask.json")
+    assert all(mask.whole(name) for name in ("heads.0", "heads.1", "neurons.1"))
+    assert costs.of({name: mask.kept(name) for name in mask.keep}) <= 0.95 * costs.dense
+    file.unlink()
+    call("replay", tmp_path / "first" / "run.json", "--out", tmp_path / "again")
+    assert_same_result(tmp_path / "first", tmp_path / "again")
+
+
+def test_uniform_and_rounded_widths(home, tmp_path):
+    arguments = ["--keep", 0.9, "--calib", home / "texts.txt", "--uniform", "--round-to", 8, "--budget", "flops"]
+    call("prune", home / "bert", tmp_path / "slim", *arguments)
+    mask = liar.Mask.load(tmp_path / "slim" / "mask.json")
+    (width,) = {mask.kept(name) for name in mask.keep if name.startswith("neurons")}
+    assert width % 8 == 0
+    assert all(mask.whole(name) for name in mask.keep if name.startswith("heads"))
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "slim").config.intermediate_size == width
+
+
 def test_relative_paths_replay_from_anywhere(home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
     call("prune", "bert", tmp_path / "one", "--keep", 0.5, "--calib", "texts.txt")
@@ -216,6 +249,8 @@ def test_out_must_not_be_the_model(home):
         ({"--calib": "broken.jsonl"}, r"datasets cannot read it"),
         ({"--calib": "texts.jsonl", "--column": "title"}, r"expected a column 'title' with texts, got text, body"),
         ({"--calib": "notes.md"}, r"expected a file that ends in .txt, .jsonl, .* rename or convert the file"),
+        ({"--budget": "notes.md"}, r"notes.md: expected costs as Costs.save or `liar latency` writes them"),
+        ({"--protect": "heads.7"}, r"no such site or layer: 'heads.7'"),
         ({"--device": "warp"}, r"device='warp': expected one torch can use here"),
     ],
 )
@@ -224,7 +259,7 @@ def test_unusable_input(home, tmp_path, change, message):
     (home / "broken.jsonl").write_text('{"text": "a"\n{')
     (home / "notes.md").write_text("# notes")
     options = {"model": "bert", "--keep": 0.5, "--calib": "texts.txt", **change}
-    options |= {name: home / options[name] for name in ("model", "--calib")}
+    options |= {name: home / options[name] for name in ("model", "--calib", "--budget") if name in options}
     model = options.pop("model")
     flat = [part for option in options.items() for part in option]
     assert re.search(message, refused("prune", model, tmp_path / "slim", *flat))

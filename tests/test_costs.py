@@ -250,7 +250,9 @@ def test_widths_that_are_timed(units, want):
 
 
 def test_a_file_that_is_something_else(tmp_path):
+    with pytest.raises(BudgetError, match=r"missing: .*No such file"):
+        Costs.load(tmp_path / "missing")
     for name, text in (("text", "no costs"), ("list", "[1]"), ("other", '{"name": 1}')):
         (tmp_path / name).write_text(text)
-        with pytest.raises(BudgetError, match=f"{name}: expected a file that Costs.save wrote"):
+        with pytest.raises(BudgetError, match=f"{name}: expected costs as Costs.save or `liar latency` writes them"):
             Costs.load(tmp_path / name)
