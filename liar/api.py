@@ -26,7 +26,11 @@ from liar.timing import latency
 
 logger = logging.getLogger(__name__)
 
-BUDGETS: Mapping[str, Callable[[nn.Module], Costs]] = {"params": params, "flops": flops, "latency": latency}
+BUDGETS: Mapping[str, Callable[[nn.Module, bool], Costs]] = {
+    "params": lambda model, _: params(model),
+    "flops": lambda model, _: flops(model),
+    "latency": lambda model, progress: latency(model, progress=progress),
+}
 
 
 def select(
@@ -76,19 +80,21 @@ def select(
     """
     choose("criterion", criterion, list(CRITERIA))
     choose("scope", scope, list(SCOPES))
-    if not isinstance(budget, Costs):
+    if isinstance(budget, str):
         choose("budget", budget, list(BUDGETS))
     layout = checked(model)
-    costs = budget if isinstance(budget, Costs) else BUDGETS[budget](model)
+    costs = BUDGETS[budget](model, progress) if isinstance(budget, str) else budget
     possible = slim.stock_counts(model) if uniform else None
     wanted = Budget.of(layout, costs, keep, round_to=round_to, possible=possible, protect=protect)
     known: Mapping[str, Mapping[str, Tensor]] = {site.name: {} for site in layout.sites}
     if CRITERIA[criterion].needs:
         if calib is None:
             raise CalibrationError(f"criterion={criterion!r} looks at activations: pass calibration batches")
-        statistics = calib if isinstance(calib, Statistics) else collect(model, calib, criteria=[criterion], progress=progress)
-        statistics.check(model, layout, criterion)
-        known = statistics.sites
+        if isinstance(calib, Statistics):
+            calib.check(model, layout, criterion)
+            known = calib.sites
+        else:
+            known = collect(model, calib, criteria=[criterion], progress=progress).sites
     found = {}
     for number, site in enumerate(layout.sites):
         block = model.get_submodule(site.block)

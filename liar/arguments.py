@@ -61,7 +61,7 @@ Tokens = Annotated[int | None, typer.Option(min=1, help="Calibration tokens; all
 MaxLength = Annotated[int, typer.Option(min=1, help="Tokens per sequence.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per batch.")]
 Pack = Annotated[bool, typer.Option("--pack", help="Join the texts and cut full sequences, as language models are trained.")]
-Keep = Annotated[float, typer.Option(callback=_share, help="Share of the block parameters that stays, above 0, at most 1.")]
+Keep = Annotated[float, typer.Option(callback=_share, help="Share of the --budget that stays, above 0, at most 1.")]
 Criterion = Annotated[str, _one_of(CRITERIA, "What makes a head or neuron worth keeping")]
 Scope = Annotated[str, _one_of(SCOPES, "Same share in every layer, or all compete")]
 Budget = Annotated[str, typer.Option(callback=_budget, help=f"What --keep is a share of: {_BUDGETS}.")]

@@ -17,7 +17,7 @@ from rich.logging import RichHandler
 from liar import arguments as arg
 from liar import checkpoint, families
 from liar.api import BUDGETS
-from liar.costs import Costs
+from liar.costs import LENGTH, Costs
 from liar.errors import CheckpointError, LiarError, MaskError
 from liar.report import Report
 from liar.run import Run
@@ -95,7 +95,7 @@ def time_widths(
     model: arg.Model,
     out: Annotated[Path, typer.Argument(help="JSON file to write, for --budget.")],
     batch_size: arg.TimedBatch = 1,
-    length: arg.Length = 128,
+    length: arg.Length = LENGTH,
     dtype: arg.Dtype = Run.dtype,
     device: arg.Device = Run.device,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class Statistics:
             CalibrationError: it does not, or the statistics are those of another model.
         """
         norms = consumer_norms(model, layout)
-        if norms.keys() != self.norms.keys() or any(abs(norms[name] / self.norms[name] - 1) > SAME for name in norms):
+        if norms.keys() != self.norms.keys() or not all(isclose(norms[name], self.norms[name], rel_tol=SAME) for name in norms):
             raise CalibrationError(
                 "the statistics were collected from another model, or this one has changed since: collect them anew"
             )

@@ -15,7 +15,7 @@ from liar.errors import BudgetError
 from liar.families import discover
 from liar.sites import Layout, Site, linear
 
-# Tokens per sequence where FLOPs are asked for by name.
+# Tokens per sequence where FLOPs or time are asked for by name.
 LENGTH = 128
 
 

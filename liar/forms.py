@@ -116,9 +116,7 @@ def _channels(indices: Any, total: int, where: str) -> Tensor:
     wrong = [v for v, times in Counter(indices).items() if times > 1 or not 0 <= v < total]
     if wrong:
         raise MaskError(f"{where}: expected removed indices, each once and from 0 to {total - 1}, got {abridged(wrong)}")
-    gone = torch.zeros(total, dtype=torch.bool)
-    gone[torch.tensor(list(indices), dtype=torch.int64)] = True
-    return gone
+    return _marked(indices, total)
 
 
 def _row(site: Site, value: Any) -> Tensor:
@@ -145,9 +143,14 @@ def _from_indices(site: Site, value: Sequence[Any], where: str) -> Tensor:
             f"{where}: a list of integers is read as kept indices, each once and from 0 to {site.units - 1}, "
             f"got {abridged(value)}; for a 0/1 mask pass a tensor or an array"
         )
-    keep = torch.zeros(site.units, dtype=torch.bool)
-    keep[torch.tensor(list(value), dtype=torch.int64)] = True
-    return keep
+    return _marked(value, site.units)
+
+
+def _marked(indices: Sequence[int], total: int) -> Tensor:
+    """Bool [total]: True at the indices."""
+    row = torch.zeros(total, dtype=torch.bool)
+    row[torch.tensor(list(indices), dtype=torch.int64)] = True
+    return row
 
 
 def _as_bool(row: Tensor, where: str) -> Tensor:

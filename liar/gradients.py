@@ -60,6 +60,16 @@ def unit_gradients(model: nn.Module, layout: Layout, calibration: Calibration, p
         return {part.site.name: part.found() for part in reversed(parts)}
 
 
+def by_channel(x: Tensor, slope: Tensor) -> Tensor:
+    """dL/dm of every sequence, with m = 1 a factor on a channel: [sequences, channels] float64.
+
+    Args:
+        x: what a consumer reads, [sequences, length, channels].
+        slope: dL/dx, likewise.
+    """
+    return (wide(x.detach()) * slope).sum(1, dtype=torch.float64)
+
+
 def _check(model: nn.Module, calibration: Calibration) -> None:
     """What can be said of the parameters and the labels before the first pass."""
     if any(parameter.is_inference() for parameter in model.parameters()):
@@ -125,8 +135,7 @@ class _Sums:
 
     def update(self, x: Tensor, slope: Tensor, slopes: Sequence[Tensor]) -> None:
         """Add a batch: what the consumer reads and dL of it, [sequences, length, channels] each, and dL of the weights."""
-        channels = (wide(x.detach()) * slope).sum(1, dtype=torch.float64)
-        units = channels.reshape(len(x), self.site.units, self.site.consumer.width).sum(2)
+        units = by_channel(x, slope).reshape(len(x), self.site.units, self.site.consumer.width).sum(2)
         self.gradient += units.sum(0)
         self.squared += units.square().sum(0)
         for total, part in zip(self.sums, slopes, strict=True):

@@ -134,27 +134,19 @@ class Run:
         model = checkpoint.load(self.model, dtype=self.dtype).to(self.device)  # type: ignore[arg-type]
         if self.command == "prune":
             assert self.keep is not None, "checked above"
-            mask = select(
-                model,
-                batches,
-                keep=self.keep,
-                criterion=self.criterion,
-                scope=self.scope,
-                budget=self._checked_budget(),
-                round_to=self.round_to,
-                uniform=self.uniform,
-                protect=self.protect,
-                seed=self.seed,
-                progress=progress,
-            )
+            how = self._options("criterion", "scope", "round_to", "uniform", "protect", "seed")
+            mask = select(model, batches, keep=self.keep, budget=self._checked_budget(), progress=progress, **how)
         else:
             mask = Mask.of(self._checked_mask(), discover(model))
-        names = ("target", "ridge", "refit", "solver", "bias")
-        options: dict[str, Any] = {name: getattr(self, name) for name in names}
-        report = reconstruct(model, mask, batches, progress=progress, **options)
+        how = self._options("target", "ridge", "refit", "solver", "bias")
+        report = reconstruct(model, mask, batches, progress=progress, **how)
         extra = {"mask.json": mask.to_json(), "run.json": self.to_json()}
         checkpoint.save(model, self.out, tokenizer=tokenizer, mask=mask, report=report, extra=extra, overwrite=force)
         return report
+
+    def _options(self, *names: str) -> dict[str, Any]:
+        """Some of the arguments, by name."""
+        return {name: getattr(self, name) for name in names}
 
     def _checked_budget(self) -> str | Costs:
         """The budget, by name or from what was measured."""

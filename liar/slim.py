@@ -68,10 +68,14 @@ def uniform_sizes(model: nn.Module) -> dict[str, int] | None:
         slim_units, stock_units = ({site.units for site in layout.of_kind(pattern.kind)} for layout in (now, built))
         if len(slim_units) != 1 or len(stock_units) != 1:
             return None
-        for key in pattern.sizes:
-            sizes[key] = getattr(model.config, key) * min(slim_units) // min(stock_units)
+        sizes |= scaled_sizes(model, pattern, min(slim_units), min(stock_units))
     again = skeleton(model, sizes)
     return sizes if again is not None and shapes(again) == shapes(model) else None
+
+
+def scaled_sizes(model: nn.Module, pattern: SitePattern, units: int, of: int) -> dict[str, int]:
+    """Entries of the configuration that go with the units of one kind, for `units` where they stand for `of` now."""
+    return {key: getattr(model.config, key) * units // of for key in pattern.sizes}
 
 
 def stock_counts(model: nn.Module) -> dict[str, list[int]]:
@@ -91,8 +95,7 @@ def stock_counts(model: nn.Module) -> dict[str, list[int]]:
 
 def _is_stock(model: nn.Module, layout: Layout, pattern: SitePattern, count: int) -> bool:
     """Whether the stock class with `count` units of one kind in every layer has such units, and else what it has now."""
-    sizes = {key: getattr(model.config, key) * count // layout.of_kind(pattern.kind)[0].units for key in pattern.sizes}
-    built = skeleton(model, sizes)
+    built = skeleton(model, scaled_sizes(model, pattern, count, layout.of_kind(pattern.kind)[0].units))
     if built is None:
         return False
     wanted = [(s.name, count if s.kind == pattern.kind else s.units, s.producers, s.consumer) for s in layout.sites]

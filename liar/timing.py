@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from liar import slim
 from liar.calibration import Calibration
 from liar.capture import Call, block_calls, preserved, run
-from liar.costs import Costs
+from liar.costs import LENGTH, Costs
 from liar.families import base_and_prefix, checked
 from liar.sites import Layout, Site
 
@@ -34,15 +34,15 @@ def latency(
     model: nn.Module,
     *,
     batch_size: int = 1,
-    length: int = 128,
+    length: int = LENGTH,
     cache: str | Path | None = None,
     progress: bool = True,
 ) -> Costs:
     """Time the model and its layers at several widths, as a budget for `select`.
 
     Each width is timed in a copy of a block in which only that site is cut, and layers of one shape are timed once. Times are
-    medians over rounds, relative to the whole block in the same round, and do not fall as a layer grows. That they add up is
-    an assumption; time the slim model to see.
+    medians over rounds, each relative to all that was timed in its round, and do not fall as a layer grows. That they add up
+    is an assumption; time the slim model to see.
 
     Args:
         model: a Hugging Face model of a known family, on the device and in the dtype it will run with; it is not changed.
@@ -80,9 +80,9 @@ def latency(
 def _about(model: nn.Module, batch_size: int, length: int) -> dict[str, Any]:
     weight = next(model.parameters())
     device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type
-    shape = {"batch_size": batch_size, "length": length}
     return {
-        **shape,
+        "batch_size": batch_size,
+        "length": length,
         "device": device,
         "dtype": str(weight.dtype),
         "threads": torch.get_num_threads(),
@@ -114,10 +114,9 @@ def _timed(model: nn.Module, layout: Layout, about: Mapping[str, Any], progress:
     seconds = _seconds(subjects, progress)
     sites = {}
     for site in layout.sites:
-        first = shapes[_shape(layout, site)]
-        measured = [seconds[first.name, count] for count in widths(site.units)]
-        smooth = isotonic_regression(measured).x
-        sites[site.name] = {n: float(value - smooth[-1]) for n, value in zip(widths(site.units), smooth, strict=True)}
+        first, counts = shapes[_shape(layout, site)], widths(site.units)
+        smooth = isotonic_regression([seconds[first.name, count] for count in counts]).x
+        sites[site.name] = {count: float(value - smooth[-1]) for count, value in zip(counts, smooth, strict=True)}
     return Costs("seconds", seconds["", 0], sites, about)
 
 
@@ -150,8 +149,5 @@ def _seconds(subjects: Mapping[Any, Callable[[], Any]], progress: bool) -> dict[
                 rounds[-1][name] = timer.timeit(numbers[name]).mean
                 bar.update()
     sums = [sum(found.values()) for found in rounds]
-    return {name: median(_shares(rounds, sums, name)) * median(sums) for name in subjects}
-
-
-def _shares(rounds: Sequence[Mapping[Any, float]], sums: Sequence[float], name: Any) -> list[float]:
-    return [found[name] / whole for found, whole in zip(rounds, sums, strict=True)]
+    shares = {name: [found[name] / whole for found, whole in zip(rounds, sums, strict=True)] for name in subjects}
+    return {name: median(values) * median(sums) for name, values in shares.items()}

@@ -54,6 +54,14 @@ def test_statistics_of_another_model_are_refused(subject):
         liar.select(model, statistics, keep=0.5)
 
 
+def test_a_layer_of_zeros_is_known_again():
+    model = tiny_model("bert")
+    model.encoder.layer[0].output.dense.weight.data.zero_()
+    batches = tiny_batches(model)
+    statistics = liar.collect(model, batches, progress=False)
+    assert liar.select(model, statistics, keep=0.7) == liar.select(model, batches, keep=0.7, progress=False)
+
+
 def test_a_file_that_is_something_else_is_refused(tmp_path):
     (tmp_path / "text").write_text("no statistics")
     for name in ("text", "missing"):

@@ -234,6 +234,12 @@ def test_latency_is_a_budget(tmp_path):
         liar.select(model, batches, keep=0.9, budget=costs, progress=False)
 
 
+def test_timing_without_a_bar(capsys):
+    model = tiny_model("bert", max_position_embeddings=128)
+    liar.select(model, keep=0.95, criterion="magnitude", budget="latency", progress=False)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("units", "want"), [(1, [1]), (4, [1, 2, 3, 4]), (172, None), (1536, [96 * i for i in range(1, 17)]), (300, None)]
 )

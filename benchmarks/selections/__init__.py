@@ -18,7 +18,7 @@ from torch import nn
 import liar
 from liar.criteria import CRITERIA
 from selections import kprune, kwon
-from selections.library import select
+from selections.criterion import select
 
 Select = Callable[[nn.Module, Any, float, int], liar.Mask]
 

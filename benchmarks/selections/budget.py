@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from liar.costs import params
 from liar.errors import BudgetError
-from liar.families import discover
 from liar.sites import Site
 
 # Site and number of a unit.
@@ -37,7 +36,8 @@ class Budget:
             BudgetError: not even one unit of every site fits.
         """
         costs = params(model)
-        prices = {site.name: costs.sites[site.name][1] for site in discover(model).sites}
+        prices = costs.prices
+        assert prices is not None, "parameters are the same for all units of a site"
         left = keep * costs.dense - costs.fixed
         if sum(prices.values()) > left:
             least = (costs.fixed + sum(prices.values())) / costs.dense

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from liar.gradients import by_channel
 from liar.sites import Site, linear
-from liar.streams import wide
 
 
 def probe(model: nn.Module) -> nn.Module:
@@ -36,4 +36,4 @@ def slopes(loss: Tensor, reads: Sequence[Tensor]) -> list[Tensor]:
         reads: x, what the consumers read, [sequences, length, channels] each.
     """
     found = torch.autograd.grad(loss, list(reads), materialize_grads=True)
-    return [(wide(x.detach()) * slope).sum(1, dtype=torch.float64) for x, slope in zip(reads, found, strict=True)]
+    return [by_channel(x, slope) for x, slope in zip(reads, found, strict=True)]

@@ -39,10 +39,9 @@ def allocate(scores: Mapping[str, Tensor], layout: Layout, budget: Budget, scope
         comparable: scores of all sites are in one unit, per parameter, and compete as they are.
     """
     worth = {name: score if comparable else SCOPES[scope](score) for name, score in scores.items()}
-    prices = budget.costs.prices
-    if budget.free and prices is not None:
+    if budget.prices is not None:
         if comparable:
-            worth = {s.name: worth[s.name] * s.parameters / prices[s.name] for s in layout.sites}
+            worth = {s.name: worth[s.name] * s.parameters / budget.prices[s.name] for s in layout.sites}
         return Mask(fill(worth, layout, budget, level=scope == "layer"))
     # What is lost with a unit: scores are per parameter, and some are below 0.
     losses = {s.name: (worth[s.name] - worth[s.name].min().clamp_max(0)) * s.parameters for s in layout.sites}

@@ -37,14 +37,14 @@ class Budget:
         keep: share of the cost of the dense model that may stay.
         groups: all sites, each in one group.
         protected: sites that stay whole.
-        free: any number of units may stay at any other site, each at the same cost.
+        prices: cost of a unit by site, where any number of them may stay; None where widths come in steps.
     """
 
     costs: Costs
     keep: float
     groups: tuple[Group, ...]
     protected: tuple[Site, ...]
-    free: bool
+    prices: Mapping[str, float] | None
 
     @property
     def limit(self) -> float:
@@ -85,8 +85,7 @@ class Budget:
         allowed = {site.name: _rounded(site, costs, round_to) for site in layout.sites}
         allowed |= {site.name: [site.units] for site in protected}
         groups = _uniform(layout, allowed, possible) if possible else [Group((s,), allowed[s.name]) for s in layout.sites]
-        free = costs.prices is not None and round_to == 1 and not possible
-        made = cls(costs, keep, tuple(groups), protected, free)
+        made = cls(costs, keep, tuple(groups), protected, None if round_to > 1 or possible else costs.prices)
         made._check()
         return made
 

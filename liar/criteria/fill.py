@@ -24,17 +24,17 @@ def fill(worth: Mapping[str, Tensor], layout: Layout, budget: Budget, *, level: 
     Args:
         worth: site name -> [units].
         layout: the model's sites.
-        budget: a free one.
+        budget: one with `prices`.
         level: every layer keeps equally many, if that comes within `TOLERANCE` of the budget.
     """
     costs = budget.costs
-    assert costs.prices is not None, "units of one site cost the same where a budget is free"
+    assert budget.prices is not None, "a budget with steps is shared by `levels.share`"
     free = [site for site in layout.sites if site not in budget.protected]
     chosen = {site.name: torch.full([site.units], site not in free) for site in layout.sites}
     for site in free:
         chosen[site.name][worth[site.name].argmax()] = True
     spent = costs.of({name: int(keep.sum()) for name, keep in chosen.items()})
-    filling = _Fill(costs.prices, chosen, spent, budget.limit, TOLERANCE * costs.dense)
+    filling = _Fill(budget.prices, chosen, spent, budget.limit, TOLERANCE * costs.dense)
     if level:
         filling.take(_in_all_layers(worth, free))
     if not level or filling.unused:

@@ -132,7 +132,7 @@ def sizes(model: nn.Module, layout: Layout) -> None:
         units, wanted = sites[0].units, max(1, sites[0].units // 2)
         for key in pattern.sizes:
             expect(hasattr(model.config, key), f"{pattern.kind}: the configuration has no {key!r}; check sizes in the table")
-        stock = slim.skeleton(model, {key: getattr(model.config, key) * wanted // units for key in pattern.sizes})
+        stock = slim.skeleton(model, slim.scaled_sizes(model, pattern, wanted, units))
         # A class may refuse a configuration, in its own way.
         if stock is None or not pattern.sizes or wanted == units:
             continue
