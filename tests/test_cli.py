@@ -189,11 +189,14 @@ def test_a_budget_in_time_is_measured_once_and_replayed(home, tmp_path):
     assert re.search(r"\d+\.\d ms per batch; written to", told)
     costs = liar.Costs.load(file)
     assert (costs.about["batch_size"], costs.about["length"]) == (2, 8)
-    arguments = ["--keep", 0.95, "--calib", home / "texts.txt", "--budget", file, "--protect", "heads.0", "--protect", 1]
-    call("prune", home / "llama", tmp_path / "first", *arguments)
+    arguments = ["--calib", home / "texts.txt", "--budget", file, "--protect", "heads.0", "--protect", 1]
+    # How much of its time a tiny model can do without is chance; half-way to it is always possible.
+    least = costs.fixed + min(costs.sites["neurons.0"].values())
+    keep = (least + costs.dense) / 2 / costs.dense
+    call("prune", home / "llama", tmp_path / "first", "--keep", keep, *arguments)
     mask = liar.Mask.load(tmp_path / "first" / "mask.json")
     assert all(mask.whole(name) for name in ("heads.0", "heads.1", "neurons.1"))
-    assert costs.of({name: mask.kept(name) for name in mask.keep}) <= 0.95 * costs.dense
+    assert costs.of({name: mask.kept(name) for name in mask.keep}) <= keep * costs.dense * (1 + 1e-6)
     file.unlink()
     call("replay", tmp_path / "first" / "run.json", "--out", tmp_path / "again")
     assert_same_result(tmp_path / "first", tmp_path / "again")
