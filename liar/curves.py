@@ -20,17 +20,21 @@ from liar.streams import around, sums, token_weight, wide
 
 # Relative; the reconstruction looks for its own ridge per site, here one has to do for all levels.
 RIDGE = 1e-3
+# Share of a sensitivity that is spread over all directions at least: it is taken where the model is still whole.
+EVEN = 0.2
 
 
 def error_curves(model: nn.Module, layout: Layout, calibration: Calibration, progress: bool) -> dict[str, dict[str, Tensor]]:
     """By site: the `order` in which units go, int64 [units], and by how much each step `increases` the change of the output.
 
-    A site's own curve is the energy of what its reconstruction misses, over the energy of the residual stream after the
-    site; it is multiplied by the site's sensitivity, so that curves of all sites are in one unit.
+    A step is what the reconstruction of the site misses then, relative to the residual stream after the site, weighed by how
+    much that moves the model's output (see `sensitivities`); so curves of all sites are in one unit.
 
     Raises:
         CalibrationError: NaN or Inf in the activations of a site, which it names.
+        ModelError: parameters that gradients cannot be taken of.
     """
+    sensitivity, outputs = sensitivities(model, layout, calibration, progress)
     found: dict[str, Elimination] = {}
     base, _ = base_and_prefix(model)
     blocks = [model.get_submodule(name) for name in layout.blocks]
@@ -42,10 +46,9 @@ def error_curves(model: nn.Module, layout: Layout, calibration: Calibration, pro
             for batch, call in enumerate(calls[number]):
                 hidden[batch] = seen.update(hidden[batch], call, calibration.keep[batch])
             for site in sites:
-                found[site.name] = seen.curve(site)
+                found[site.name] = seen.curve(site, sensitivity.pop(site.name), outputs)
                 bar.update()
-    factors = sensitivities(model, layout, calibration, progress)
-    return {name: {"order": curve.order, "increases": curve.increases * factors[name]} for name, curve in found.items()}
+    return {name: {"order": curve.order, "increases": curve.increases} for name, curve in found.items()}
 
 
 class _Block:
@@ -73,10 +76,34 @@ class _Block:
             self.energy[site.name] += float(energy.sum(dtype=torch.float64))
         return output
 
-    def curve(self, site: Site) -> Elimination:
-        """The elimination of one site, relative to the energy of the stream after it."""
+    def curve(self, site: Site, sensitivity: Tensor, outputs: int) -> Elimination:
+        """The elimination of one site, in the unit of the sensitivities."""
         consumer = linear(self.block, site.consumer)
         with at_site(site.name, site.module):
             normal = self.moments.pop(site.name).normal(affine=consumer.bias is not None)
-        found = eliminate(normal.gram, consumer.weight.detach().double().T, site.units, RIDGE)
-        return replace(found, increases=found.increases / self.energy[site.name])
+        mean, root = directions(sensitivity.double(), outputs)
+        found = eliminate(normal.gram, consumer.weight.detach().double().T @ root, site.units, RIDGE)
+        return replace(found, increases=found.increases * mean * len(root) / self.energy[site.name])
+
+
+def directions(sensitivity: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
+    """(m, root) of a sensitivity F [out, out]: `m root root'` is F with a part of it spread evenly over all directions.
+
+    The error of a reconstruction times the root has the squares that count; m is the mean of F's diagonal. Gradients of a few
+    outputs are partly chance, so the fewer there were, the larger that part. Where the output is moved by nothing at all, m
+    is 0 and all directions count alike.
+    """
+    mean = sensitivity.diagonal().mean()
+    shape = sensitivity / mean if mean > 0 else sensitivity
+    part = max(EVEN, shrinkage(shape, outputs))
+    even = torch.eye(len(sensitivity)).to(sensitivity)
+    return mean, torch.linalg.cholesky((1 - part) * shape + part * even)
+
+
+def shrinkage(covariance: Tensor, samples: int) -> float:
+    """Part of a covariance, seen in so many samples, to be replaced by its mean variance (OAS, Chen et al. 2010, eq. 23)."""
+    size = len(covariance)
+    even = covariance.diagonal().mean().square()
+    power = covariance.square().mean()
+    spread = (samples + 1) * (power - even / size)
+    return float(((power + even) / spread).clamp_max(1)) if spread > 0 else 1.0

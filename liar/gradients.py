@@ -1,8 +1,8 @@
-"""Gradients by unit: one pass forward and back through the dense model, each sequence's loss by itself."""
+"""Passes forward and back through the dense model, and gradients by unit, each sequence's loss by itself."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -46,18 +46,76 @@ def unit_gradients(model: nn.Module, layout: Layout, calibration: Calibration, p
         CalibrationError: labels that do not fit, or NaN or Inf at a site, which it names.
         ModelError: parameters that gradients cannot be taken of.
     """
-    _check(model, calibration)
+    _check_labels(model, calibration)
+    blocks = [model.get_submodule(site.block) for site in layout.sites]
+    points = {site.name: Point(linear(block, site.consumer), 0) for block, site in zip(blocks, layout.sites, strict=True)}
+    weights = [weight for block, site in zip(blocks, layout.sites, strict=True) for weight in _weights(block, site)]
+    bar = tqdm(total=calibration.tokens, desc="gradients", unit="tok", unit_scale=True, disable=not progress)
+    with differentiable(model, calibration, weights) as ordinary, bar:
+        parts = [_Sums(block, site) for block, site in zip(blocks, layout.sites, strict=True)]
+        for number, keep in enumerate(calibration.keep):
+            seen, said = look(model, layout, ordinary, number, points)
+            reads = [seen[part.site.name] for part in parts]
+            slopes = gradients(_loss(model, ordinary, number, said), [*reads, *weights])
+            rest = iter(slopes[len(reads) :])
+            for part, x, slope in zip(parts, reads, slopes[: len(reads)], strict=True):
+                part.update(x, slope, [next(rest) for _ in part.weights])
+            bar.update(int(keep.sum()))
+    # From the last site to the first, as gradients flow: the one named is where NaN began.
+    return {part.site.name: part.found() for part in reversed(parts)}
+
+
+@contextmanager
+def differentiable(model: nn.Module, calibration: Calibration, weights: Sequence[Tensor]) -> Iterator[Calibration]:
+    """Record gradients of the given weights, and of all that is computed with them; the guest's state is restored.
+
+    Yields:
+        The calibration batches, as tensors that can be differentiated.
+
+    Raises:
+        ModelError: parameters that gradients cannot be taken of.
+    """
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ModelError(
+            f"{type(model).__name__}: expected parameters that gradients can be taken of, got some that were made inside "
+            "torch.inference_mode: load the model outside of it"
+        )
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     # The user may be in inference mode, where nothing can be differentiated.
-    with torch.inference_mode(False):
-        calibration = _ordinary(calibration)
-        parts = [_Sums(model.get_submodule(site.block), site) for site in layout.sites]
-        bar = tqdm(total=calibration.tokens, desc="gradients", unit="tok", unit_scale=True, disable=not progress)
-        with preserved(model), _differentiable(model, [weight for part in parts for weight in part.weights]), bar:
-            for number, keep in enumerate(calibration.keep):
-                _add(model, calibration, number, parts)
-                bar.update(int(keep.sum()))
-        # From the last site to the first, as gradients flow: the one named is where NaN began.
-        return {part.site.name: part.found() for part in reversed(parts)}
+    with torch.inference_mode(False), preserved(model):
+        try:
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            for weight in weights:
+                weight.requires_grad_(True)
+            with torch.enable_grad():
+                yield _ordinary(calibration)
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+
+def look(
+    model: nn.Module, layout: Layout, calibration: Calibration, number: int, points: Mapping[str, Point]
+) -> tuple[dict[str, Tensor], list[Output]]:
+    """Run one batch: what passes the points, among them one named after every site, and what the model says.
+
+    Raises:
+        CalibrationError: NaN or Inf at a site, which it names, or in what the model says.
+    """
+    with watching(points) as seen:
+        said = outputs(run_model(model, calibration.batches[number], number), calibration.keep[number])
+    for site in layout.sites:
+        with at_site(site.name, site.module):
+            check_finite(seen[site.name])
+    with at_site("output", type(model).__name__):
+        check_finite(*(output.rows for output in said))
+    return seen, said
+
+
+def gradients(loss: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Of a loss, never into the parameters' own `grad`; what the output does not look at has a gradient of zero."""
+    return torch.autograd.grad(loss, values, materialize_grads=True)
 
 
 def by_channel(x: Tensor, slope: Tensor) -> Tensor:
@@ -70,13 +128,8 @@ def by_channel(x: Tensor, slope: Tensor) -> Tensor:
     return (wide(x.detach()) * slope).sum(1, dtype=torch.float64)
 
 
-def _check(model: nn.Module, calibration: Calibration) -> None:
-    """What can be said of the parameters and the labels before the first pass."""
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise ModelError(
-            f"{type(model).__name__}: expected parameters that gradients can be taken of, got some that were made inside "
-            "torch.inference_mode: load the model outside of it"
-        )
+def _check_labels(model: nn.Module, calibration: Calibration) -> None:
+    """What can be said of the labels before the first pass."""
     given = [labels is not None for labels in calibration.labels]
     if not any(given):
         return
@@ -106,32 +159,20 @@ def _ordinary(calibration: Calibration) -> Calibration:
     return replace(calibration, batches=tuple(batches), keep=keep, labels=labels)
 
 
-@contextmanager
-def _differentiable(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
-    """Record gradients, and those of the given weights only; the flags of all parameters are restored whatever happens."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+def _weights(block: nn.Module, site: Site) -> list[Tensor]:
+    """What belongs to the units of a site: rows of weights and biases of the producers, last the consumer's weight."""
+    producers = [linear(block, edge) for edge in site.producers]
+    rows = [part for layer in producers for part in (layer.weight, layer.bias) if part is not None]
+    return [*rows, linear(block, site.consumer).weight]
 
 
 class _Sums:
     """Running sums over the data of the gradients at one site, float64."""
 
     def __init__(self, block: nn.Module, site: Site) -> None:
-        self.site, self.consumer = site, linear(block, site.consumer)
-        producers = [linear(block, edge) for edge in site.producers]
-        rows = [part for layer in producers for part in (layer.weight, layer.bias) if part is not None]
-        self.weights = [*rows, self.consumer.weight]
+        self.site, self.weights = site, _weights(block, site)
         self.sums = [torch.zeros_like(weight, dtype=torch.float64) for weight in self.weights]
-        self.gradient, self.squared = self.consumer.weight.new_zeros(2, site.units, dtype=torch.float64)
+        self.gradient, self.squared = self.weights[-1].new_zeros(2, site.units, dtype=torch.float64)
 
     def update(self, x: Tensor, slope: Tensor, slopes: Sequence[Tensor]) -> None:
         """Add a batch: what the consumer reads and dL of it, [sequences, length, channels] each, and dL of the weights."""
@@ -150,25 +191,6 @@ class _Sums:
         with at_site(self.site.name, self.site.module):
             check_finite(self.gradient, self.squared, by_weight, what="gradients")
         return {"gradient": self.gradient, "squared_gradient": self.squared, "weight_gradient": by_weight}
-
-
-def _add(model: nn.Module, calibration: Calibration, number: int, parts: Sequence[_Sums]) -> None:
-    """Run one batch forward and back, and add what comes to the sums of all sites."""
-    with watching({part.site.name: Point(part.consumer, 0) for part in parts}) as seen:
-        said = outputs(run_model(model, calibration.batches[number], number), calibration.keep[number])
-    for part in parts:
-        with at_site(part.site.name, part.site.module):
-            check_finite(seen[part.site.name])
-    with at_site("output", type(model).__name__):
-        check_finite(*(output.rows for output in said))
-    reads = [seen[part.site.name] for part in parts]
-    weights = [weight for part in parts for weight in part.weights]
-    loss = _loss(model, calibration, number, said)
-    # Never into the parameters' own `grad`; what the output does not look at has a gradient of zero.
-    slopes = torch.autograd.grad(loss, [*reads, *weights], materialize_grads=True)
-    rest = iter(slopes[len(reads) :])
-    for part, x, slope in zip(parts, reads, slopes[: len(reads)], strict=True):
-        part.update(x, slope, [next(rest) for _ in part.weights])
 
 
 def _loss(model: nn.Module, calibration: Calibration, number: int, said: Sequence[Output]) -> Tensor:

@@ -6,18 +6,24 @@ from itertools import product
 import numpy as np
 import pytest
 import reference
+import sklearn.covariance
 import torch
 from cases import MODELS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import liar
 from liar.calibration import Calibration
 from liar.costs import params
-from liar.criteria import Budget, Units, allocate, scores
-from liar.curves import RIDGE, error_curves
+from liar.criteria import Budget, Units, allocate, eliminate, scores
+from liar.curves import EVEN, RIDGE, directions, error_curves, shrinkage
 from liar.errors import CalibrationError
 from liar.families import discover
-from liar.sensitivity import NOISE_ENERGY, sensitivities
+from liar.gradients import SEED, STRIDE
+from liar.sensitivity import sensitivities
+from liar.streams import residual
 from liar.testing import tiny_batches, tiny_model
+from liar.testing.guest import assert_same_state, guest_state
 
 
 def prepared(name, **options):
@@ -28,10 +34,10 @@ def prepared(name, **options):
 
 @pytest.mark.parametrize("name", ["bert", "bert-classifier", "llama", "llama-8q-2kv", "llama-biases"])
 def test_curves_are_energies_missed_on_full_models(name):
-    """The whole curve's sum is the energy of all that a site writes (but for the ridge), relative to the stream."""
+    """The whole curve's sum is all that a site writes (but for the ridge), weighed by the sensitivity, over the stream."""
     model, layout, calibration, batches = prepared(name, dtype=torch.float64)
     curves = error_curves(model, layout, calibration, progress=False)
-    sensitivity = sensitivities(model, layout, calibration, progress=False)
+    sensitivity, outputs = sensitivities(model, layout, calibration, progress=False)
     for site in layout.sites:
         seen = reference.look(model, batches, site.layer, site.kind)
         total = seen["r"] + seen["y"]
@@ -41,45 +47,146 @@ def test_curves_are_energies_missed_on_full_models(name):
         mean = np.average(x, 0, counts) if affine else 0
         x = np.sqrt(counts)[:, None] * (x - mean)
         w = reference.numpy(consumer.weight).T
-        want = np.square(x @ w).sum() + RIDGE * np.square(x).sum(0).mean() * np.square(w).sum()
-        want *= sensitivity[site.name] / (counts[:, None] * np.square(total)).sum()
+        fisher = reference.numpy(sensitivity[site.name])
+        part = max(EVEN, shrinkage(sensitivity[site.name].double(), outputs))
+        fisher = (1 - part) * fisher + part * np.trace(fisher) / len(fisher) * np.eye(len(fisher))
+        want = np.trace(x @ w @ fisher @ w.T @ x.T) + RIDGE * np.square(x).sum(0).mean() * np.trace(w @ fisher @ w.T)
+        want *= len(fisher) / (counts[:, None] * np.square(total)).sum()
         assert float(curves[site.name]["increases"].sum()) == pytest.approx(want, rel=1e-6)
         assert sorted(curves[site.name]["order"].tolist()) == list(range(site.units))
 
 
-def test_sensitivity_is_what_noise_does():
-    """A head that looks at nothing is not moved; one that doubles its logits moves more."""
-    model, layout, calibration, _ = prepared("bert-classifier")
-    plain = sensitivities(model, layout, calibration, progress=False)
-    assert min(plain.values()) > 0
-    louder = copy.deepcopy(model)
-    louder.classifier.weight.data *= 3
-    assert all(value > plain[name] for name, value in sensitivities(louder, layout, calibration, progress=False).items())
-    deaf = copy.deepcopy(model)
-    deaf.classifier.weight.data.zero_()
-    assert max(sensitivities(deaf, layout, calibration, progress=False).values()) < 1e-6
+def by_hand(model, batches, name):
+    """Sum over tokens of mean(s^2) g g', per output: labels drawn as `drawn` does, the loss as a user would write it."""
+    layout = discover(model)
+    site = next(site for site in layout.sites if site.name == name)
+    consumer = model.get_submodule(site.module)
+    total = count = 0
+    for number, batch in enumerate(batches):
+        kept = {}
+
+        def note(_module, _args, output, kept=kept):
+            kept["out"] = output
+
+        handle = consumer.register_forward_hook(note)
+        said = model(**batch)
+        handle.remove()
+        keep = batch["attention_mask"].bool()
+        generator = torch.Generator().manual_seed(SEED + STRIDE * number)
+        if "logits" in said:
+            rows = said.logits if said.logits.ndim == 2 else said.logits[keep]
+            labels = torch.multinomial(rows.detach().softmax(-1), 1, generator=generator)[:, 0]
+            loss = torch.nn.functional.cross_entropy(rows, labels, reduction="sum")
+        else:
+            rows = torch.stack([row[there].mean(0) for row, there in zip(said[0], keep, strict=True)])
+            noise = torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
+            loss = (rows * noise / rows.detach().square().mean(1, keepdim=True).sqrt()).sum()
+        (slope,) = torch.autograd.grad(loss, [kept["out"]])
+        seen = reference.look(model, [batch], site.layer, site.kind)
+        stream, slope = seen["r"] + seen["y"], reference.numpy(slope[keep])
+        total = total + np.einsum("t,ti,tj->ij", np.square(stream).mean(1), slope, slope)
+        count += len(rows)
+    return total / count, count
+
+
+@pytest.mark.parametrize("name", ["bert", "bert-classifier", "llama", "llama-8q-2kv"])
+@pytest.mark.parametrize("site", ["heads.0", "neurons.1"])
+def test_sensitivities_are_second_moments_of_gradients(name, site):
+    model, layout, calibration, batches = prepared(name, dtype=torch.float64)
+    found, outputs = sensitivities(model, layout, calibration, progress=False)
+    want, count = by_hand(model, batches, site)
+    assert reference.numpy(found[site]) == pytest.approx(want, rel=1e-4, abs=1e-5 * np.abs(want).max())
+    assert outputs == count
+
+
+def test_they_foretell_what_an_error_does():
+    """Small errors, each token its own, the same in all directions: twice the divergence is the trace."""
+    model, layout, calibration, _ = prepared("bert-classifier", dtype=torch.float64)
+    batch = tiny_batches(model, batches=1, sequences=256, length=8)[0]
+    calibration = Calibration.of([batch], model)
+    found, _ = sensitivities(model, layout, calibration, progress=False)
+    size = 1e-3
+    with torch.no_grad():
+        before = model(**batch).logits.log_softmax(-1)
+        for site in layout.sites:
+            block, consumer = model.get_submodule(site.block), model.get_submodule(site.module)
+            stream = {}
+            module, argument = residual(block, site).module, residual(block, site).argument
+            noted = module.register_forward_pre_hook(lambda _m, args, s=stream, i=argument: s.update(r=args[i]))
+
+            def disturb(_module, _args, output, stream=stream):
+                noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=output.dtype)
+                return output + size * (stream["r"] + output).square().mean(-1, keepdim=True).sqrt() * noise
+
+            disturbed = consumer.register_forward_hook(disturb)
+            after = model(**batch).logits.log_softmax(-1)
+            noted.remove()
+            disturbed.remove()
+            divergence = float((before.exp() * (before - after)).sum(1).mean())
+            assert 2 * divergence / size**2 == pytest.approx(float(found[site.name].trace()), rel=0.25)
+
+
+@given(st.integers(2, 12), st.integers(2, 40))
+@settings(deadline=None, max_examples=30)
+def test_shrinkage_is_that_of_scikit_learn(out, samples):
+    rows = np.random.default_rng(out + samples).normal(size=(samples, out)) * np.arange(1, out + 1)
+    _, want = sklearn.covariance.oas(rows, assume_centered=True)
+    assert shrinkage(torch.from_numpy(rows.T @ rows / samples), samples) == pytest.approx(want)
+
+
+def test_few_outputs_count_for_little():
+    sensitivity = torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64))
+    _, root = directions(sensitivity, 1)
+    assert torch.equal(root, torch.eye(2, dtype=torch.float64))
+
+
+def test_a_loud_unit_that_moves_nothing_goes_first():
+    """Unit 0 writes twice as much, but where the output hardly looks."""
+    gram, weight = torch.eye(2, dtype=torch.float64), torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    for sensitivity, first in (([1.0, 1.0], 1), ([0.0, 1.0], 0), ([0.0, 0.0], 1)):
+        _, root = directions(torch.diag(torch.tensor(sensitivity, dtype=torch.float64)), 10**9)
+        assert int(eliminate(gram, weight @ root, 2, RIDGE).order[0]) == first
+
+
+def test_sensitivity_grows_with_what_the_head_says():
+    """Of a head that says little the divergence is quadratic in its logits; one that looks at nothing is not moved."""
+    model, layout, calibration, _ = prepared("bert-classifier", dtype=torch.float64)
+    head, found = model.classifier.weight.data.clone(), {}
+    for size in (0.0, 1e-3, 1e-2):
+        model.classifier.weight.data = size * head
+        found[size], _ = sensitivities(model, layout, calibration, progress=False)
+    for name, value in found[1e-3].items():
+        assert float(found[1e-2][name].trace()) == pytest.approx(100 * float(value.trace()), rel=0.02)
+        assert found[0.0][name].abs().max() == 0
 
 
 def test_a_model_that_says_nothing_has_no_sensitivity():
     model, layout, calibration, batches = prepared("llama")
     model.norm.weight.data.zero_()
-    assert set(sensitivities(model, layout, calibration, progress=False).values()) == {0.0}
+    assert all(value.abs().max() == 0 for value in sensitivities(model, layout, calibration, progress=False)[0].values())
     assert liar.select(model, batches, keep=0.5, progress=False).parameters(layout) <= 0.5 * layout.parameters
 
 
 @pytest.mark.parametrize("name", ["bert", "bert-classifier", "llama"])
 def test_sensitivity_repeats_and_leaves_the_model_alone(name):
     model, layout, calibration, _ = prepared(name)
-    before = copy.deepcopy(model.state_dict())
     model.train()
-    state = torch.get_rng_state()
-    first, second = (sensitivities(model, layout, calibration, progress=False) for _ in range(2))
-    assert first == second
-    assert model.training
-    assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert 0 < NOISE_ENERGY < 1
+    next(model.parameters()).requires_grad_(False)
+    before = guest_state(model)
+    first, second = (sensitivities(model, layout, calibration, progress=False)[0] for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_same_state(model, before)
+
+
+@given(st.integers(1, 12), st.integers(0, 8), st.floats(1e-6, 1e6))
+@settings(deadline=None, max_examples=30)
+def test_directions_make_up_the_sensitivity(out, rank, size):
+    rows = torch.randn(rank, out, dtype=torch.float64, generator=torch.Generator().manual_seed(out + rank)) * size
+    sensitivity = rows.T @ rows
+    mean, root = directions(sensitivity, 10**9)
+    assert float(mean) == pytest.approx(float(sensitivity.trace()) / out)
+    want = (1 - EVEN) * sensitivity + EVEN * mean * torch.eye(out, dtype=torch.float64)
+    assert reference.numpy(mean * root @ root.T) == pytest.approx(reference.numpy(want), abs=1e-9 * size**2 * out)
 
 
 def units_of(increases, parameters):
