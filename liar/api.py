@@ -15,7 +15,7 @@ from liar.calibration import Calibration
 from liar.capture import preserved
 from liar.collect import Statistics, collect
 from liar.costs import Costs, flops, params
-from liar.criteria import CRITERIA, SCOPES, TOLERANCE, Budget, Units, allocate, scores
+from liar.criteria import CRITERIA, SCOPES, TOLERANCE, Budget, Units, allocate, check_keep, scores
 from liar.errors import CalibrationError, choose
 from liar.families import checked
 from liar.mask import Mask
@@ -82,6 +82,7 @@ def select(
     choose("scope", scope, list(SCOPES))
     if isinstance(budget, str):
         choose("budget", budget, list(BUDGETS))
+    check_keep(keep)
     layout = checked(model)
     costs = BUDGETS[budget](model, progress) if isinstance(budget, str) else budget
     possible = slim.stock_counts(model) if uniform else None

@@ -18,7 +18,7 @@ from liar.api import BUDGETS, reconstruct, select
 from liar.atomic import check_target
 from liar.calibration import calibration
 from liar.costs import Costs
-from liar.criteria import CRITERIA, SCOPES
+from liar.criteria import CRITERIA, SCOPES, check_keep
 from liar.errors import CheckpointError, MaskError, OptionError, choose
 from liar.families import discover
 from liar.mask import Mask
@@ -101,8 +101,8 @@ class Run:
         }  # fmt: skip
         for option, values in possible.items():
             choose(option, getattr(self, option), list(values))
-        if self.command == "prune" and not (self.keep is not None and 0 < self.keep <= 1):
-            raise OptionError(f"keep={self.keep!r}: expected the share of parameters that stays, above 0 and at most 1")
+        if self.command == "prune":
+            check_keep(self.keep)
         if self.command == "reconstruct":
             self._checked_mask()
         if self.ridge != "auto":

@@ -293,7 +293,7 @@ def test_unusable_run_json(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"keep": 0}, "keep=0: expected the share of parameters that stays, above 0 and at most 1"),
+        ({"keep": 0}, "keep=0: expected the share that stays, above 0 and at most 1"),
         ({"keep": None}, "keep=None"),
         ({"criterion": "luck"}, "criterion='luck' is not known; expected one of"),
         ({"dtype": "int8"}, "dtype='int8' is not known; expected one of 'auto', 'float32'"),

@@ -244,6 +244,13 @@ def test_a_budget_in_time():
         liar.select(model, batches, keep=0.6, budget=costs, progress=False)
 
 
+@pytest.mark.parametrize("keep", [0, -0.5, 1.5, float("nan"), None])
+def test_an_impossible_share_is_refused_before_anything_is_timed(keep, capsys):
+    with pytest.raises(OptionError, match=f"keep={keep}: expected the share that stays, above 0 and at most 1"):
+        liar.select(tiny_model("bert"), keep=keep, budget="latency")
+    assert capsys.readouterr().err == ""
+
+
 def test_timing_without_a_bar(capsys):
     model = tiny_model("bert", max_position_embeddings=128, num_hidden_layers=1, intermediate_size=4)
     # A tiny model takes about as long whatever it keeps, so only all of it is sure to be within the budget.

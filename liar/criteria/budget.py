@@ -67,18 +67,16 @@ class Budget:
         Args:
             layout: the model's sites.
             costs: of these sites.
-            keep: share of the cost to keep, in (0, 1].
+            keep: share of the cost to keep (see `check_keep`).
             round_to: a site keeps a multiple of so many channels, or all.
             possible: kind -> numbers of units that every layer may keep; widths are then the same in all layers.
             protect: names of sites, and numbers of layers, that stay whole.
 
         Raises:
-            OptionError: `keep` outside (0, 1], `round_to` below 1, or something to protect that is not there.
+            OptionError: `round_to` below 1, or something to protect that is not there.
             BudgetError: the least that is possible costs more; or the costs are those of another model.
         """
         costs.check(layout)
-        if not 0 < keep <= 1:
-            raise OptionError(f"keep={keep} is the share of {costs.name} that stays; expected a number in (0, 1]")
         if round_to < 1:
             raise OptionError(f"round_to={round_to}: expected a number of channels, at least 1")
         protected = _protected(layout, protect)
@@ -99,6 +97,16 @@ class Budget:
                 f"{self.costs.name}, with {', '.join(shown[:4])}{', …' if len(shown) > 4 else ''} in a layer; ask for at "
                 "least that, or for fewer restrictions"
             )
+
+
+def check_keep(keep: float | None) -> None:
+    """Whether that is a share of a budget that may stay.
+
+    Raises:
+        OptionError: it is not.
+    """
+    if keep is None or not 0 < keep <= 1:
+        raise OptionError(f"keep={keep!r}: expected the share that stays, above 0 and at most 1")
 
 
 def _rounded(site: Site, costs: Costs, round_to: int) -> list[int]:
