@@ -15,8 +15,9 @@ from tasks import TASKS
 
 TITLES = {"stsb": "BERT encoder: all-MiniLM-L6-v2 on STS-B", "tinystories": "LLaMA: stories260K on TinyStories"}
 AXES = {"keep": "share of block parameters kept", "tokens": "calibration tokens"}
-# Our line is to be found at a glance.
-OURS = {"color": "black", "linewidth": 2.5, "markersize": 7, "zorder": 5}
+# The lines of the defaults are to be found at a glance.
+OURS = ("ours", "reconstruction")
+FRONT = {"color": "black", "linewidth": 2.5, "markersize": 7, "zorder": 5}
 OTHERS = {"linewidth": 1.2, "markersize": 4, "alpha": 0.8}
 
 
@@ -59,11 +60,11 @@ def published(parts: Mapping[str, pandas.DataFrame], along: str, rules: Sequence
 
 
 def lines(axes: Axes, frame: pandas.DataFrame, along: str, metric: str, rules: Sequence[str] = ()) -> None:
-    """A line with standard errors per rule: all of them as they come, or those named, with ours in front."""
+    """A line with standard errors per rule (or selection): all as they come, or those named, the default in front."""
     for rule in rules or dict.fromkeys(frame["rule"]):
         found = frame[frame["rule"] == rule].groupby(along)[metric].agg(["mean", "sem"])
-        style: dict[str, Any] = (OURS if rule == "ours" else OTHERS) if rules else {}
-        label = LABELS[rule] if rules else rule
+        style: dict[str, Any] = (FRONT if rule in OURS else OTHERS) if rules else {}
+        label = LABELS.get(rule, rule) if rules else rule
         axes.errorbar(found.index, found["mean"], found["sem"].fillna(0), marker="o", capsize=3, label=label, **style)
 
 

@@ -50,17 +50,25 @@ def glue(criterion: str = CRITERION) -> str:
     return markdown(frame, ["task", "keep", "number"], CLOSED_FORM)
 
 
-def criteria() -> str:
-    """Masks of every selection that was run, after the default reconstruction; only where two have the same texts.
+def selections() -> pandas.DataFrame:
+    """Masks of all selections that were run, after the default reconstruction; they stand where rules do elsewhere.
 
-    Two numbers of every task: what it is about, and the distance from dense.
+    Of each cell, only the samples of texts that most selections had, and at least two.
     """
     frame = runs()
-    frame = frame[(frame["rule"] == "ours") & (frame["source"] == "own") & (frame["tokens"] == TOKENS) & (frame["place"] < 2)]
-    frame = frame[frame.groupby(["task", "model", "seed", "keep"])["criterion"].transform("nunique") > 1]
-    names = [name for name in SELECTIONS if name in set(frame["criterion"])]
-    # What stands in the columns of the other tables is the rule.
-    return markdown(frame.assign(rule=frame["criterion"]), ["task", "keep", "number"], names)
+    frame = frame[(frame["rule"] == "ours") & (frame["source"] == "own") & (frame["tokens"] == TOKENS)]
+    cell = ["task", "model", "keep"]
+    several = frame.groupby([*cell, "seed"])["criterion"].transform("nunique")
+    most = several.groupby([frame[name] for name in cell]).transform("max")
+    frame = frame[(several > 1) & (several == most)]
+    return frame.assign(rule=frame["criterion"])
+
+
+def criteria() -> str:
+    """Two numbers of every task by selection: what it is about, and the distance from dense."""
+    frame = selections()
+    names = [name for name in SELECTIONS if name in set(frame["rule"])]
+    return markdown(frame[frame["place"] < 2], ["task", "keep", "number"], names)
 
 
 def few_tokens(criterion: str = CRITERION) -> str:
@@ -176,11 +184,14 @@ def stale() -> list[Path]:
 
 
 def draw(images: Path) -> None:
-    """Quality against the kept share, and against the calibration tokens."""
+    """Quality against the kept share, by rule and by selection, and against the calibration tokens."""
     kept = {task: part("reconstruction", task=task, source="own", tokens=TOKENS, place=0) for task in ("stsb", "tinystories")}
     published(kept, "keep", CLOSED_FORM, images / "quality.png")
     tokens = {task: part(task=task, source="own", keep=keep, place=0) for task, keep in (("stsb", 0.5), ("tinystories", 0.8))}
     published(tokens, "tokens", CLOSED_FORM, images / "tokens.png")
+    frame = selections()
+    masks = {task: frame[(frame["task"] == task) & (frame["place"] == 0)] for task in ("stsb", "tinystories")}
+    published(masks, "keep", list(SELECTIONS), images / "criteria.png")
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from liar import slim
 from liar.calibration import Calibration
 from liar.capture import Call, block_calls, preserved, run
 from liar.costs import LENGTH, Costs
+from liar.errors import OptionError
 from liar.families import base_and_prefix, checked
 from liar.sites import Layout, Site
 
@@ -55,7 +56,7 @@ def latency(
         `Costs` in seconds per batch of the whole model. Sites may keep the widths that were timed.
 
     Raises:
-        ModelError, BudgetError: with what was expected, what came, and what to do.
+        ModelError, OptionError, BudgetError: with what was expected, what came, and what to do.
 
     Example:
         >>> costs = liar.latency(model, batch_size=2, length=16)
@@ -63,6 +64,7 @@ def latency(
         ('seconds', 16)
     """
     layout = checked(model)
+    _check_batch(model, batch_size, length)
     about = _about(model, batch_size, length)
     if cache is not None and Path(cache).exists():
         found = Costs.load(cache)
@@ -75,6 +77,18 @@ def latency(
     if cache is not None:
         costs.save(cache)
     return costs
+
+
+def _check_batch(model: nn.Module, batch_size: int, length: int) -> None:
+    """Whether the model takes such a batch."""
+    if batch_size < 1 or length < 1:
+        raise OptionError(f"batch_size={batch_size}, length={length}: expected at least 1 sequence of at least 1 token")
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise OptionError(
+            f"length={length}: {type(model).__name__} takes at most {most} tokens in a sequence; give a smaller length, as in "
+            f"budget=liar.latency(model, length={most})"
+        )
 
 
 def _about(model: nn.Module, batch_size: int, length: int) -> dict[str, Any]:

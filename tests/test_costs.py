@@ -244,6 +244,19 @@ def test_a_budget_in_time():
         liar.select(model, batches, keep=0.6, budget=costs, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"length": 33}, "length=33: BertModel takes at most 32 tokens in a sequence; give a smaller length"),
+        ({"length": 0}, "batch_size=1, length=0: expected at least 1 sequence of at least 1 token"),
+        ({"batch_size": -1}, "batch_size=-1, length=128: expected at least 1 sequence"),
+    ],
+)
+def test_a_batch_that_cannot_be_timed(batch, message):
+    with pytest.raises(OptionError, match=message):
+        liar.latency(tiny_model("bert", max_position_embeddings=32), **batch)
+
+
 @pytest.mark.parametrize("keep", [0, -0.5, 1.5, float("nan"), None])
 def test_an_impossible_share_is_refused_before_anything_is_timed(keep, capsys):
     with pytest.raises(OptionError, match=f"keep={keep}: expected the share that stays, above 0 and at most 1"):
