@@ -8,9 +8,11 @@ from tqdm.auto import tqdm
 
 from liar.calibration import Calibration
 from liar.capture import Point
+from liar.errors import at_site
 from liar.gradients import SEED, STRIDE, differentiable, gradients, look
 from liar.loss import drawn
 from liar.sites import Layout, linear
+from liar.statistics.normal import check_finite
 from liar.streams import residual, wide
 
 
@@ -45,7 +47,8 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
     first = consumers[layout.sites[0].name].weight
     bar = tqdm(total=calibration.tokens, desc="sensitivity", unit="tok", unit_scale=True, disable=not progress)
     with differentiable(model, calibration, [first]) as ordinary, bar:
-        found = {name: _square(layer.weight) for name, layer in consumers.items()}
+        sizes = {name: (layer.out_features, layer.out_features) for name, layer in consumers.items()}
+        found = {name: torch.zeros(size, device=consumers[name].weight.device) for name, size in sizes.items()}
         count = 0
         for number, keep in enumerate(ordinary.keep):
             seen, said = look(model, layout, ordinary, number, points)
@@ -56,9 +59,8 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
                 found[name].addmm_(scaled.T.float(), scaled.float())
             count += len(said[0].rows)
             bar.update(int(keep.sum()))
+    # As in `unit_gradients`: the one named is where NaN began.
+    for site in reversed(layout.sites):
+        with at_site(site.name, site.module):
+            check_finite(found[site.name], what="gradients")
     return {name: value / count for name, value in found.items()}, count
-
-
-def _square(weight: Tensor) -> Tensor:
-    """Zeros [out, out] for a weight [out, in], on its device."""
-    return torch.zeros(len(weight), len(weight), device=weight.device)

@@ -15,6 +15,7 @@ from liar.families import discover
 from liar.gradients import SEED, STRIDE, unit_gradients
 from liar.loss import IGNORED, drawn, labelled
 from liar.outputs import Output, outputs
+from liar.sensitivity import sensitivities
 from liar.testing import tiny_batches, tiny_model
 from liar.testing.guest import assert_same_state, guest_state
 
@@ -47,8 +48,8 @@ def with_labels(model, data, seed=5):
     return made
 
 
-def found(model, batches):
-    return unit_gradients(model, discover(model), Calibration.of(batches, model), progress=False)
+def found(model, batches, passes=unit_gradients):
+    return passes(model, discover(model), Calibration.of(batches, model), progress=False)
 
 
 def seeded(number, output=0):
@@ -413,25 +414,27 @@ def test_labels_without_a_head():
         found(model, [{**batch, "labels": torch.zeros(4, dtype=torch.int64)} for batch in batches])
 
 
-def test_damage_is_named():
+@pytest.mark.parametrize("passes", [unit_gradients, sensitivities])
+def test_damage_is_named(passes):
     model, batches = prepared("bert-classifier")
     model.bert.encoder.layer[1].intermediate.dense.weight.data[3, 3] = float("nan")
     before = guest_state(model)
     with pytest.raises(CalibrationError, match=r"neurons\.1 \(bert\.encoder\.layer\.1\.output\.dense\): NaN or Inf in the act"):
-        found(model, batches)
+        found(model, batches, passes)
     assert_same_state(model, before)
     model, batches = prepared("bert-classifier")
     model.classifier.weight.data[0, 0] = float("inf")
     with pytest.raises(CalibrationError, match=r"output \(BertForSequenceClassification\): NaN or Inf"):
-        found(model, batches)
+        found(model, batches, passes)
 
 
-def test_gradients_that_overflow_are_named():
+@pytest.mark.parametrize("passes", [unit_gradients, sensitivities])
+def test_gradients_that_overflow_are_named(passes):
     """It begins after the last site, and spreads to all that stand before it."""
     model, batches = prepared("bert-classifier")
     handle = model.bert.encoder.layer[1].output.register_forward_hook(lambda _module, _args, y: Overflow.apply(y))
     with pytest.raises(CalibrationError, match=r"neurons\.1 \(bert\.encoder\.layer\.1\.output\.dense\): NaN .* the gradients"):
-        found(model, batches)
+        found(model, batches, passes)
     handle.remove()
 
 
@@ -445,15 +448,17 @@ class Overflow(torch.autograd.Function):
         return slope * float("inf")
 
 
-def test_parameters_made_in_inference_mode():
+@pytest.mark.parametrize("passes", [unit_gradients, sensitivities])
+def test_parameters_made_in_inference_mode(passes):
     with torch.inference_mode():
         model = tiny_model("bert", head="sequence-classification")
     with pytest.raises(ModelError, match=r"made inside torch\.inference_mode: load the model outside of it"):
-        found(model, tiny_batches(model))
+        found(model, tiny_batches(model), passes)
 
 
-def test_batches_the_head_does_not_take():
+@pytest.mark.parametrize("passes", [unit_gradients, sensitivities])
+def test_batches_the_head_does_not_take(passes):
     model, batches = prepared("llama-classifier")
     model.config.pad_token_id = None
     with pytest.raises(CalibrationError, match="LlamaForSequenceClassification does not take calibration batch 0"):
-        found(model, batches)
+        found(model, batches, passes)
