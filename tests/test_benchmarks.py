@@ -335,7 +335,7 @@ def test_pages_compare_what_was_run_on_both_sides(publish, tmp_path):
     assert [row[3] for row in body(publish.few_tokens())] == ["1,000"]
 
 
-def test_selections_are_compared_where_two_have_the_same_texts(publish, tmp_path):
+def test_selections_are_compared_on_the_texts_that_most_have_had(publish, tmp_path):
     own = lambda *values: {("ours", keep, 16000, "own", seed): value for keep, seed, value in values}  # noqa: E731
     files_of(tmp_path / "results", own((0.5, 0, 0.6), (0.5, 1, 0.8), (0.7, 0, 0.9)), criterion="random")
     files_of(tmp_path / "results", own((0.5, 0, 0.65), (0.5, 2, 0.1)), criterion="kwon")
@@ -343,10 +343,21 @@ def test_selections_are_compared_where_two_have_the_same_texts(publish, tmp_path
     files_of(tmp_path / "results", {("liar", 0.7, 16000, "own", 0): 0.9}, criterion="wanda")
     text = publish.criteria()
     assert text.startswith("| task | kept | number | samples | dense | reconstruction | Kwon et al. | random |\n")
+    # Sample 0 has three selections, sample 1 two, and sample 2 nothing to compare with; nor has the other share.
     shared = ["glue-sst2", "50%"]
     assert body(text) == [
-        [*shared, "accuracy ↑", "1-2", "0.950", "**0.800 ± 0.100**", "0.650", "0.700 ± 0.100"],
-        [*shared, "kl ↓", "1-2", "0.000", "**0.200 ± 0.100**", "0.350", "0.300 ± 0.100"],
+        [*shared, "accuracy ↑", "1", "0.950", "**0.700**", "0.650", "0.600"],
+        [*shared, "kl ↓", "1", "0.000", "**0.300**", "0.350", "0.400"],
+    ]
+    files_of(tmp_path / "results", own((0.5, 1, 0.55)), criterion="kwon")
+    assert body(publish.criteria())[0] == [
+        *shared,
+        "accuracy ↑",
+        "2",
+        "0.950",
+        "**0.800 ± 0.100**",
+        "0.600 ± 0.050",
+        "0.700 ± 0.100",
     ]
 
 
