@@ -47,16 +47,16 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
     first = consumers[layout.sites[0].name].weight
     bar = tqdm(total=calibration.tokens, desc="sensitivity", unit="tok", unit_scale=True, disable=not progress)
     with differentiable(model, calibration, [first]) as ordinary, bar:
-        sizes = {name: (layer.out_features, layer.out_features) for name, layer in consumers.items()}
-        found = {name: torch.zeros(size, device=consumers[name].weight.device) for name, size in sizes.items()}
+        weights = {name: consumer.weight for name, consumer in consumers.items()}
+        found = {name: weight.new_zeros(len(weight), len(weight), dtype=torch.float32) for name, weight in weights.items()}
         count = 0
         for number, keep in enumerate(ordinary.keep):
             seen, said = look(model, layout, ordinary, number, points)
             slopes = gradients(drawn(said, SEED + STRIDE * number), [seen[name] for name in found])
             for name, slope in zip(found, slopes, strict=True):
                 total = wide((seen[name] + seen[f"{name} residual"]).detach()[keep])
-                scaled = total.square().mean(1, keepdim=True).sqrt() * slope[keep]
-                found[name].addmm_(scaled.T.float(), scaled.float())
+                scaled = (total.square().mean(1, keepdim=True).sqrt() * slope[keep]).float()
+                found[name].addmm_(scaled.T, scaled)
             count += len(said[0].rows)
             bar.update(int(keep.sum()))
     # As in `unit_gradients`: the one named is where NaN began.

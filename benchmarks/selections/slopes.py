@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from liar.gradients import by_channel
+from liar.gradients import by_channel, gradients
 from liar.sites import Site, linear
 
 
@@ -35,5 +34,4 @@ def slopes(loss: Tensor, reads: Sequence[Tensor]) -> list[Tensor]:
         loss: summed over sequences, a scalar.
         reads: x, what the consumers read, [sequences, length, channels] each.
     """
-    found = torch.autograd.grad(loss, list(reads), materialize_grads=True)
-    return [by_channel(x, slope) for x, slope in zip(reads, found, strict=True)]
+    return [by_channel(x, slope) for x, slope in zip(reads, gradients(loss, reads), strict=True)]
