@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from math import sqrt
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +15,10 @@ from liar.capture import Call, Point, block_calls, preserved, run, watching
 from liar.criteria.elimination import Elimination, eliminate
 from liar.errors import at_site
 from liar.families import base_and_prefix
-from liar.sensitivity import sensitivities
+from liar.sensitivity import Sensitivity, sensitivities
 from liar.sites import Layout, Site, linear
 from liar.statistics import Moments
-from liar.streams import around, sums, token_weight, wide
+from liar.streams import by_sequence, wide
 
 # Relative; the reconstruction looks for its own ridge per site, here one has to do for all levels.
 RIDGE = 1e-3
@@ -27,14 +29,14 @@ EVEN = 0.2
 def error_curves(model: nn.Module, layout: Layout, calibration: Calibration, progress: bool) -> dict[str, dict[str, Tensor]]:
     """By site: the `order` in which units go, int64 [units], and by how much each step `increases` the change of the output.
 
-    A step is what the reconstruction of the site misses then, relative to the residual stream after the site, weighed by how
-    much that moves the model's output (see `sensitivities`); so curves of all sites are in one unit.
+    A step is what the reconstruction of the site misses then, weighed by how much that moves the model's output (see
+    `Sensitivity`); so curves of all sites are in one unit, that of twice a Kullback-Leibler divergence per output.
 
     Raises:
         CalibrationError: NaN or Inf in the activations of a site, which it names.
         ModelError: parameters that gradients cannot be taken of.
     """
-    sensitivity, outputs = sensitivities(model, layout, calibration, progress)
+    known = sensitivities(model, layout, calibration, progress)
     found: dict[str, Elimination] = {}
     base, _ = base_and_prefix(model)
     blocks = [model.get_submodule(name) for name in layout.blocks]
@@ -42,48 +44,53 @@ def error_curves(model: nn.Module, layout: Layout, calibration: Calibration, pro
         hidden, calls = block_calls(base, blocks, calibration.batches)
         for number, (name, block) in enumerate(zip(layout.blocks, blocks, strict=True)):
             sites = layout.of_block(name)
-            seen = _Block(block, sites)
+            seen = _Block(block, sites, {site.name: known.pop(site.name) for site in sites})
             for batch, call in enumerate(calls[number]):
                 hidden[batch] = seen.update(hidden[batch], call, calibration.keep[batch])
             for site in sites:
-                found[site.name] = seen.curve(site, sensitivity.pop(site.name), outputs)
+                found[site.name] = seen.curve(site, calibration.tokens)
                 bar.update()
     return {name: {"order": curve.order, "increases": curve.increases} for name, curve in found.items()}
 
 
 class _Block:
-    """Statistics of one dense block: moments of what each consumer reads, energy of the stream after each site."""
+    """One dense block: moments of what each consumer reads."""
 
-    def __init__(self, block: nn.Module, sites: tuple[Site, ...]) -> None:
-        self.block, self.sites = block, sites
+    def __init__(self, block: nn.Module, sites: tuple[Site, ...], sensitivity: Mapping[str, Sensitivity]) -> None:
+        self.block, self.sites, self.sensitivity = block, sites, sensitivity
         self.moments = {site.name: Moments() for site in sites}
-        self.energy = dict.fromkeys(self.moments, 0.0)
-        self.points = around(block, sites)
-        for site in sites:
-            self.points[f"{site.name} in"] = Point(linear(block, site.consumer), 0)
+        self.points = {site.name: Point(linear(block, site.consumer), 0) for site in sites}
 
     def update(self, hidden: Tensor, call: Call, keep: Tensor) -> Tensor:
         """Run the block on one batch; what it hands on."""
         with watching(self.points) as seen:
             output = run(self.block, hidden, call)
-        totals, grows = sums(seen, self.sites, output)
         for site in self.sites:
-            total = wide(totals[site.name][keep])
-            weight = token_weight(total) if grows else None
-            rows = seen[f"{site.name} in"][keep]
-            self.moments[site.name].update(rows, rows[:, :0], weight)
-            energy = total.square().sum(1) if weight is None else weight * total.square().sum(1)
-            self.energy[site.name] += float(energy.sum(dtype=torch.float64))
+            rows = raised(wide(seen[site.name][keep]), keep, self.sensitivity[site.name].coherence)
+            self.moments[site.name].update(rows, rows[:, :0])
         return output
 
-    def curve(self, site: Site, sensitivity: Tensor, outputs: int) -> Elimination:
+    def curve(self, site: Site, tokens: int) -> Elimination:
         """The elimination of one site, in the unit of the sensitivities."""
+        sensitivity = self.sensitivity[site.name]
         consumer = linear(self.block, site.consumer)
         with at_site(site.name, site.module):
             normal = self.moments.pop(site.name).normal(affine=consumer.bias is not None)
-        mean, root = directions(sensitivity.double(), outputs)
+        mean, root = directions(sensitivity.fisher.double(), sensitivity.outputs)
         found = eliminate(normal.gram, consumer.weight.detach().double().T @ root, site.units, RIDGE)
-        return replace(found, increases=found.increases * mean * len(root) / self.energy[site.name])
+        return replace(found, increases=found.increases * mean / tokens)
+
+
+def raised(rows: Tensor, keep: Tensor, coherence: float) -> Tensor:
+    """Rows in whose squares the mean over a sequence counts `coherence` times, and what differs from it once.
+
+    Args:
+        rows: [tokens, channels].
+        keep: which places they have, bool [sequences, length].
+        coherence: see `Sensitivity`.
+    """
+    mean = by_sequence(rows, keep) / keep.sum(1, keepdim=True).clamp_min(1)
+    return rows + (sqrt(coherence) - 1) * mean[keep.nonzero()[:, 0]]
 
 
 def directions(sensitivity: Tensor, outputs: int) -> tuple[Tensor, Tensor]:

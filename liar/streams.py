@@ -53,6 +53,11 @@ def token_weight(total: Tensor) -> Tensor:
     return 1 / (total.square().mean(1) + EPSILON)
 
 
+def by_sequence(rows: Tensor, keep: Tensor) -> Tensor:
+    """Sums over the tokens of each sequence: [tokens, channels] and bool [sequences, length] -> [sequences, channels]."""
+    return rows.new_zeros(len(keep), rows.shape[1]).index_add_(0, keep.nonzero()[:, 0], rows)
+
+
 def wide(value: Tensor) -> Tensor:
     """Differences and squares of streams: 16-bit streams are computed with in float32."""
     return value.to(torch.promote_types(value.dtype, torch.float32))

@@ -52,7 +52,7 @@ def pairs(count, seed):
 
 @pytest.fixture
 def mrpc(write):
-    write("c4/sample.jsonl.gz", [{"text": words(np.random.default_rng(7), 5, 30)} for _ in range(9)])
+    write("c4/sample.jsonl.gz", [{"text": f"It is {number}. Is it? It\n is v1.{number}!"} for number in range(9)])
     write("mrpc/train.jsonl.gz", pairs(90, 0))
     return write("mrpc/dev.jsonl.gz", pairs(70, 1))
 
@@ -157,6 +157,9 @@ def test_calibration_texts_follow_source_and_seed(benchmark, mrpc):
     assert own == task.texts(mrpc, "own", 0) != task.texts(mrpc, "own", 1)
     assert sorted(own) == sorted((row["sentence1"], row["sentence2"]) for row in pairs(90, 0))
     assert len(task.texts(mrpc, "c4", 0)) == 9
+    sentences = task.texts(mrpc, "c4-sentences", 0)
+    assert len(sentences) == 36
+    assert {"It is 3.", "Is it?", "It", "is v1.3!"} <= {text.strip() for text in sentences}
 
 
 def test_files_carry_all_coordinates_and_seeds_come_last(benchmark):
@@ -325,13 +328,16 @@ def test_pages_show_mean_and_standard_error_and_leave_out_what_is_missing(publis
 def test_pages_compare_what_was_run_on_both_sides(publish, tmp_path):
     own = {("ours", keep, 16000, "own", seed): keep + seed / 10 for keep in (0.5, 0.7) for seed in (0, 1, 2)}
     trained = {("polish", 0.5, 16000, "own", seed): 0.9 for seed in (0, 2)}
-    files_of(tmp_path / "results", own | trained | {("ours", 0.7, 16000, "c4", 0): 0.4, ("ours", 0.7, 1000, "own", 0): 0.3})
+    other = {("ours", 0.7, 16000, "c4-sentences", 0): 0.4, ("ours", 0.7, 1000, "own", 0): 0.3}
+    files_of(tmp_path / "results", own | trained | other)
     assert body(publish.polish()) == [
         ["glue-sst2", "50%", "16,000", "accuracy ↑", "2", "0.950", "0.600 ± 0.100", "**0.900 ± 0.000**"],
         ["glue-sst2", "50%", "16,000", "kl ↓", "2", "0.000", "0.400 ± 0.100", "**0.100 ± 0.000**"],
         ["glue-sst2", "50%", "16,000", "seconds ↓", "2", "", "7.0", "10.0"],
     ]
-    assert [row[4] for row in body(publish.other_texts())] == ["c4", "own"]
+    assert [row[1:5] for row in body(publish.other_texts())] == [
+        ["70%", "16,000", source, number] for source in ("c4-sentences", "own") for number in ("accuracy ↑", "kl ↓")
+    ]
     assert [row[3] for row in body(publish.few_tokens())] == ["1,000"]
 
 

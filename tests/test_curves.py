@@ -16,12 +16,11 @@ import liar
 from liar.calibration import Calibration
 from liar.costs import params
 from liar.criteria import Budget, Units, allocate, eliminate, scores
-from liar.curves import EVEN, RIDGE, directions, error_curves, shrinkage
+from liar.curves import EVEN, RIDGE, directions, error_curves, raised, shrinkage
 from liar.errors import CalibrationError
 from liar.families import discover
 from liar.gradients import SEED, STRIDE
 from liar.sensitivity import sensitivities
-from liar.streams import residual
 from liar.testing import tiny_batches, tiny_model
 from liar.testing.guest import assert_same_state, guest_state
 
@@ -34,34 +33,49 @@ def prepared(name, **options):
 
 @pytest.mark.parametrize("name", ["bert", "bert-classifier", "llama", "llama-8q-2kv", "llama-biases"])
 def test_curves_are_energies_missed_on_full_models(name):
-    """The whole curve's sum is all that a site writes (but for the ridge), weighed by the sensitivity, over the stream."""
+    """The whole curve's sum is all that a site writes (but for the ridge), weighed by the sensitivity, per token."""
     model, layout, calibration, batches = prepared(name, dtype=torch.float64)
     curves = error_curves(model, layout, calibration, progress=False)
-    sensitivity, outputs = sensitivities(model, layout, calibration, progress=False)
+    known = sensitivities(model, layout, calibration, progress=False)
+    sequence = np.concatenate([np.nonzero(reference.numpy(keep))[0] + 100 * i for i, keep in enumerate(calibration.keep)])
     for site in layout.sites:
-        seen = reference.look(model, batches, site.layer, site.kind)
-        total = seen["r"] + seen["y"]
+        seen, sensitivity = reference.look(model, batches, site.layer, site.kind), known[site.name]
         consumer = model.get_submodule(site.module)
-        counts = 1 / (np.square(total).mean(1) + 1e-6) if model.config.model_type == "llama" else np.ones(len(total))
-        x, affine = seen["x"], consumer.bias is not None
-        mean = np.average(x, 0, counts) if affine else 0
-        x = np.sqrt(counts)[:, None] * (x - mean)
+        x = seen["x"] - (seen["x"].mean(0) if consumer.bias is not None else 0)
+        common = np.stack([x[sequence == one].mean(0) for one in sequence])
         w = reference.numpy(consumer.weight).T
-        fisher = reference.numpy(sensitivity[site.name])
-        part = max(EVEN, shrinkage(sensitivity[site.name].double(), outputs))
+        fisher = reference.numpy(sensitivity.fisher)
+        part = max(EVEN, shrinkage(sensitivity.fisher.double(), sensitivity.outputs))
         fisher = (1 - part) * fisher + part * np.trace(fisher) / len(fisher) * np.eye(len(fisher))
-        want = np.trace(x @ w @ fisher @ w.T @ x.T) + RIDGE * np.square(x).sum(0).mean() * np.trace(w @ fisher @ w.T)
-        want *= len(fisher) / (counts[:, None] * np.square(total)).sum()
+        gram = (x - common).T @ (x - common) + sensitivity.coherence * common.T @ common
+        want = np.trace(w.T @ (gram + RIDGE * np.diag(gram).mean() * np.eye(len(w))) @ w @ fisher) / len(x)
         assert float(curves[site.name]["increases"].sum()) == pytest.approx(want, rel=1e-6)
         assert sorted(curves[site.name]["order"].tolist()) == list(range(site.units))
 
 
+@given(st.integers(1, 5), st.integers(1, 6), st.floats(0, 30))
+@settings(deadline=None, max_examples=30)
+def test_raised_rows_have_the_squares_that_count(sequences, length, coherence):
+    generator = torch.Generator().manual_seed(sequences + 10 * length)
+    keep = torch.rand(sequences, length, generator=generator) < 0.7
+    rows = torch.randn(int(keep.sum()), 3, dtype=torch.float64, generator=generator)
+    found = raised(rows, keep, coherence)
+    want, start = torch.zeros(3, 3, dtype=torch.float64), 0
+    for size in keep.sum(1).tolist():
+        part, start = rows[start : start + size], start + size
+        if size:
+            common = part.mean(0)
+            want += (part - common).T @ (part - common) + coherence * size * torch.outer(common, common)
+    assert torch.allclose(found.T @ found, want, atol=1e-9)
+    assert torch.equal(raised(rows, keep, 1.0), rows)
+
+
 def by_hand(model, batches, name):
-    """Sum over tokens of mean(s^2) g g', per output: labels drawn as `drawn` does, the loss as a user would write it."""
+    """Sums of g g' over tokens, and of squares of g summed over sequences: labels drawn as `drawn` does, per output."""
     layout = discover(model)
     site = next(site for site in layout.sites if site.name == name)
     consumer = model.get_submodule(site.module)
-    total = count = 0
+    total = together = count = 0
     for number, batch in enumerate(batches):
         kept = {}
 
@@ -82,48 +96,46 @@ def by_hand(model, batches, name):
             noise = torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
             loss = (rows * noise / rows.detach().square().mean(1, keepdim=True).sqrt()).sum()
         (slope,) = torch.autograd.grad(loss, [kept["out"]])
-        seen = reference.look(model, [batch], site.layer, site.kind)
-        stream, slope = seen["r"] + seen["y"], reference.numpy(slope[keep])
-        total = total + np.einsum("t,ti,tj->ij", np.square(stream).mean(1), slope, slope)
+        slope, keep = reference.numpy(slope), reference.numpy(keep)
+        total = total + np.einsum("sti,stj,st->ij", slope, slope, keep)
+        together = together + np.square(np.einsum("sti,st->si", slope, keep)).sum()
         count += len(rows)
-    return total / count, count
+    return total / count, together / np.trace(total), count
 
 
 @pytest.mark.parametrize("name", ["bert", "bert-classifier", "llama", "llama-8q-2kv"])
 @pytest.mark.parametrize("site", ["heads.0", "neurons.1"])
 def test_sensitivities_are_second_moments_of_gradients(name, site):
     model, layout, calibration, batches = prepared(name, dtype=torch.float64)
-    found, outputs = sensitivities(model, layout, calibration, progress=False)
-    want, count = by_hand(model, batches, site)
-    assert reference.numpy(found[site]) == pytest.approx(want, rel=1e-4, abs=1e-5 * np.abs(want).max())
-    assert outputs == count
+    found = sensitivities(model, layout, calibration, progress=False)[site]
+    fisher, coherence, outputs = by_hand(model, batches, site)
+    assert reference.numpy(found.fisher) == pytest.approx(fisher, rel=1e-4, abs=1e-5 * np.abs(fisher).max())
+    assert found.coherence == pytest.approx(coherence, rel=1e-4)
+    assert found.outputs == outputs
 
 
-def test_they_foretell_what_an_error_does():
-    """Small errors, each token its own, the same in all directions: twice the divergence is the trace."""
+@pytest.mark.parametrize("alike", [False, True])
+def test_they_foretell_what_an_error_does(alike):
+    """Small errors in all directions, of each token its own or of all tokens of a sequence alike: twice the divergence."""
     model, layout, calibration, _ = prepared("bert-classifier", dtype=torch.float64)
-    batch = tiny_batches(model, batches=1, sequences=256, length=8)[0]
+    batch = tiny_batches(model, batches=1, sequences=512, length=8)[0]
     calibration = Calibration.of([batch], model)
-    found, _ = sensitivities(model, layout, calibration, progress=False)
+    found = sensitivities(model, layout, calibration, progress=False)
     size = 1e-3
+
+    def disturb(_module, _args, output):
+        noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=output.dtype)
+        return output + size * (noise[:, :1] if alike else noise)
+
     with torch.no_grad():
         before = model(**batch).logits.log_softmax(-1)
         for site in layout.sites:
-            block, consumer = model.get_submodule(site.block), model.get_submodule(site.module)
-            stream = {}
-            module, argument = residual(block, site).module, residual(block, site).argument
-            noted = module.register_forward_pre_hook(lambda _m, args, s=stream, i=argument: s.update(r=args[i]))
-
-            def disturb(_module, _args, output, stream=stream):
-                noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=output.dtype)
-                return output + size * (stream["r"] + output).square().mean(-1, keepdim=True).sqrt() * noise
-
-            disturbed = consumer.register_forward_hook(disturb)
+            disturbed = model.get_submodule(site.module).register_forward_hook(disturb)
             after = model(**batch).logits.log_softmax(-1)
-            noted.remove()
             disturbed.remove()
             divergence = float((before.exp() * (before - after)).sum(1).mean())
-            assert 2 * divergence / size**2 == pytest.approx(float(found[site.name].trace()), rel=0.25)
+            want = found[site.name].fisher.trace() * (found[site.name].coherence if alike else 1)
+            assert 2 * divergence / size**2 == pytest.approx(float(want), rel=0.25)
 
 
 @given(st.integers(2, 12), st.integers(2, 40))
@@ -154,16 +166,18 @@ def test_sensitivity_grows_with_what_the_head_says():
     head, found = model.classifier.weight.data.clone(), {}
     for size in (0.0, 1e-3, 1e-2):
         model.classifier.weight.data = size * head
-        found[size], _ = sensitivities(model, layout, calibration, progress=False)
+        found[size] = sensitivities(model, layout, calibration, progress=False)
     for name, value in found[1e-3].items():
-        assert float(found[1e-2][name].trace()) == pytest.approx(100 * float(value.trace()), rel=0.02)
-        assert found[0.0][name].abs().max() == 0
+        assert float(found[1e-2][name].fisher.trace()) == pytest.approx(100 * float(value.fisher.trace()), rel=0.02)
+        assert found[0.0][name].fisher.abs().max() == 0
+        assert found[0.0][name].coherence == 1
 
 
 def test_a_model_that_says_nothing_has_no_sensitivity():
     model, layout, calibration, batches = prepared("llama")
     model.norm.weight.data.zero_()
-    assert all(value.abs().max() == 0 for value in sensitivities(model, layout, calibration, progress=False)[0].values())
+    found = sensitivities(model, layout, calibration, progress=False)
+    assert all(value.fisher.abs().max() == 0 for value in found.values())
     assert liar.select(model, batches, keep=0.5, progress=False).parameters(layout) <= 0.5 * layout.parameters
 
 
@@ -173,8 +187,9 @@ def test_sensitivity_repeats_and_leaves_the_model_alone(name):
     model.train()
     next(model.parameters()).requires_grad_(False)
     before = guest_state(model)
-    first, second = (sensitivities(model, layout, calibration, progress=False)[0] for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    first, second = (sensitivities(model, layout, calibration, progress=False) for _ in range(2))
+    assert all(torch.equal(first[name].fisher, second[name].fisher) for name in first)
+    assert all(first[name].coherence == second[name].coherence for name in first)
     assert_same_state(model, before)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +16,8 @@ from transformers import PreTrainedModel
 
 Text = str | tuple[str, str]
 Predictions = Mapping[str, Tensor]
-SOURCES = ("own", "c4")
+SOURCES = ("own", "c4", "c4-sentences")
+SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Task:
     max_length: int
 
     def texts(self, data_dir: Path, source: str, seed: int) -> list[Text]:
-        """Calibration texts in the order of a seed: of the task's own train split, or of C4."""
-        texts = self.own(data_dir) if source == "own" else list(read(data_dir, "c4/sample.jsonl.gz")["text"])
+        """Calibration texts in the order of a seed: of the task's own train split, or of C4, whole or sentence by sentence."""
+        texts = self.own(data_dir) if source == "own" else _c4(data_dir, sentences=source == "c4-sentences")
         return random.Random(seed).sample(texts, len(texts))
 
 
@@ -50,3 +52,8 @@ class Task:
 def read(data_dir: Path, file: str) -> Any:
     """A JSON-lines file of the data folder as a `datasets` dataset."""
     return load_dataset("json", data_files=str(data_dir / file), split="train")
+
+
+def _c4(data_dir: Path, *, sentences: bool) -> list[Text]:
+    texts: list[str] = list(read(data_dir, "c4/sample.jsonl.gz")["text"])
+    return [part for text in texts for part in SENTENCE_ENDS.split(text) if part] if sentences else [*texts]
