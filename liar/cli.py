@@ -18,7 +18,7 @@ from liar import arguments as arg
 from liar import checkpoint, families
 from liar.api import BUDGETS
 from liar.costs import LENGTH, Costs
-from liar.errors import CheckpointError, LiarError, MaskError
+from liar.errors import CheckpointError, LiarError, MaskError, OptionError
 from liar.report import Report
 from liar.run import Run
 from liar.timing import latency
@@ -98,6 +98,7 @@ def time_widths(
     length: arg.Length = LENGTH,
     dtype: arg.Dtype = Run.dtype,
     device: arg.Device = Run.device,
+    force: arg.Force = False,
 ) -> None:
     """Time the layers of a model at several widths on this machine, as a budget for prune.
 
@@ -106,6 +107,7 @@ def time_widths(
         liar latency bert-base-uncased latency.json --batch-size 8 --length 128
     """
     with _told():
+        _check_file(out, force=force)
         loaded = checkpoint.load(model, dtype=dtype).to(device)  # type: ignore[arg-type]
         costs = latency(loaded, batch_size=batch_size, length=length)
         costs.save(out)
@@ -227,6 +229,14 @@ def _run(command: str, options: Mapping[str, Any]) -> None:
 def _finish(run: Run, *, force: bool) -> None:
     typer.echo(str(run.carry_out(force=force)))
     typer.echo(f"written to {run.out}")
+
+
+def _check_file(path: Path, *, force: bool) -> None:
+    """Check, before any work is done, that a file may be written to a place."""
+    if path.is_dir() or (path.exists() and not force):
+        raise OptionError(f"{path} is there already; choose another OUT, or replace a file with --force")
+    if not path.parent.is_dir():
+        raise OptionError(f"{path}: there is no folder {path.parent}; make it, or choose another OUT")
 
 
 def _read_mask(path: Path) -> Any:

@@ -187,6 +187,9 @@ def test_a_budget_in_time_is_measured_once_and_replayed(home, tmp_path):
     file = tmp_path / "latency.json"
     told = call("latency", home / "llama", file, "--batch-size", 2, "--length", 8).stdout
     assert re.search(r"\d+\.\d ms per batch; written to", told)
+    again = ["latency", home / "llama", file, "--batch-size", 1, "--length", 4]
+    assert "latency.json is there already; choose another OUT, or replace a file with --force" in refused(*again)
+    assert "there is no folder" in refused("latency", home / "llama", tmp_path / "none" / "latency.json")
     costs = liar.Costs.load(file)
     assert (costs.about["batch_size"], costs.about["length"]) == (2, 8)
     arguments = ["--calib", home / "texts.txt", "--budget", file, "--protect", "heads.0", "--protect", 1]
@@ -197,6 +200,8 @@ def test_a_budget_in_time_is_measured_once_and_replayed(home, tmp_path):
     mask = liar.Mask.load(tmp_path / "first" / "mask.json")
     assert all(mask.whole(name) for name in ("heads.0", "heads.1", "neurons.1"))
     assert costs.of({name: mask.kept(name) for name in mask.keep}) <= keep * costs.dense
+    call(*again, "--force")
+    assert liar.Costs.load(file).about["batch_size"] == 1
     file.unlink()
     call("replay", tmp_path / "first" / "run.json", "--out", tmp_path / "again")
     assert_same_result(tmp_path / "first", tmp_path / "again")
