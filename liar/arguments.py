@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from liar.api import BUDGETS
-from liar.criteria import CRITERIA, SCOPES
+from liar.criteria import CRITERIA, SCOPES, check_keep
+from liar.errors import OptionError
 from liar.rebuild import BIASES, TARGETS
 from liar.run import DTYPES
-from liar.solve import SOLVERS
+from liar.solve import SOLVERS, check_ridge
 
 
 def _one_of(values: Iterable[str], text: str) -> Any:
@@ -27,9 +28,16 @@ def _one_of(values: Iterable[str], text: str) -> Any:
     return typer.Option(callback=check, help=f"{text}: {', '.join(possible)}.")
 
 
+def _checked(check: Callable[[Any], None], value: Any) -> None:
+    """What the library says of a value, as wrong usage."""
+    try:
+        check(value)
+    except OptionError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 def _share(value: float) -> float:
-    if not 0 < value <= 1:
-        raise typer.BadParameter(f"expected a share above 0 and at most 1, got {value}")
+    _checked(check_keep, value)
     return value
 
 
@@ -43,12 +51,13 @@ def _budget(value: str) -> str:
 
 
 def _ridge(value: str) -> str:
-    try:
-        if value == "auto" or 0 <= float(value) < float("inf"):
-            return value
-    except ValueError:
-        pass
-    raise typer.BadParameter(f"expected auto or a number >= 0, got {value!r}")
+    if value != "auto":
+        try:
+            number = float(value)
+        except ValueError as error:
+            raise typer.BadParameter(f"expected auto or a number >= 0, got {value!r}") from error
+        _checked(check_ridge, number)
+    return value
 
 
 Model = Annotated[str, typer.Argument(help="Model folder, or a name on the hub.")]
