@@ -71,6 +71,13 @@ def criteria() -> str:
     return markdown(frame[frame["place"] < 2], ["task", "keep", "number"], names)
 
 
+def dropping() -> str:
+    """Two numbers where whole sub-layers may go, and where every site keeps a unit."""
+    frame = runs(RESULTS / "dropping")
+    frame = frame[(frame["rule"] == "ours") & (frame["place"] < 2)]
+    return markdown(frame.assign(rule=frame["criterion"]), ["task", "keep", "number"], ["reconstruction", "dropping"])
+
+
 def few_tokens(criterion: str = CRITERION) -> str:
     """What each task is about, with little calibration data."""
     frame = part(criterion, source="own", place=0)
@@ -147,6 +154,7 @@ def elimination_time() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "criteria": criteria,
+    "dropping": dropping,
     "ladder stsb reconstruction": lambda: ladder("stsb", "spearman", "reconstruction"),
     "ladder stsb cosine reconstruction": lambda: ladder("stsb", "cosine", "reconstruction"),
     "ladder tinystories reconstruction": lambda: ladder("tinystories", "perplexity", "reconstruction"),

@@ -26,6 +26,7 @@ LABELS = {
     "ours": "ours",
     "polish": "polish",
     "kwon": "Kwon et al.",
+    "dropping": "`drop=True`",
 }
 HEADINGS = {"keep": "kept", "source": "texts"}
 # Whether more of a number is better.

@@ -44,6 +44,7 @@ def select(
     round_to: int = 1,
     uniform: bool = False,
     protect: Sequence[str | int] = (),
+    drop: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> Mask:
@@ -64,6 +65,8 @@ def select(
         round_to: heads and neurons of a layer keep a multiple of so many channels (or all), for hardware that likes it.
         uniform: the same numbers in every layer, and only those with which the stock class can load the model.
         protect: names of sites (`"heads.0"`) and numbers of layers that stay whole.
+        drop: a layer's attention or feed-forward part may go as a whole, where that loses least; the report names those that
+            did. Not with `uniform`; with measured times only if they say what a layer takes without it.
         seed: for `"random"`.
         progress: show a bar.
 
@@ -86,7 +89,7 @@ def select(
     layout = checked(model)
     costs = BUDGETS[budget](model, progress) if isinstance(budget, str) else budget
     possible = slim.stock_counts(model) if uniform else None
-    wanted = Budget.of(layout, costs, keep, round_to=round_to, possible=possible, protect=protect)
+    wanted = Budget.of(layout, costs, keep, round_to=round_to, possible=possible, protect=protect, drop=drop)
     known: Mapping[str, Mapping[str, Tensor]] = {site.name: {} for site in layout.sites}
     if CRITERIA[criterion].needs:
         if calib is None:
@@ -190,6 +193,7 @@ def prune(
     round_to: int = 1,
     uniform: bool = False,
     protect: Sequence[str | int] = (),
+    drop: bool = False,
     target: str = "dense_stream",
     ridge: float | str = "auto",
     refit: bool = True,
@@ -216,6 +220,7 @@ def prune(
         round_to=round_to,
         uniform=uniform,
         protect=protect,
+        drop=drop,
         seed=seed,
         progress=progress,
     )

@@ -130,6 +130,7 @@ def versions() -> dict[str, str]:
 
 def _record(layout: Layout, mask: Mask | None) -> str:
     sites: dict[str, dict[str, Any]] = {site.name: {"units": site.units} for site in layout.sites}
+    sites |= {name: {"units": 0} for name in layout.dropped}
     if mask is not None:
         cut = {name: mask.kept(name) for name in mask.keep}
         if cut != {name: site["units"] for name, site in sites.items()}:
@@ -150,11 +151,11 @@ def _sizes(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
         return dict(uniform)
     stock = slim.skeleton(model, {})
     assert stock is not None, "a model is built from its configuration"
-    dense = {site.name: site.units for site in discover(stock).sites}
+    units = {site.name: site.units for site in layout.sites}
     keys = {pattern.kind: pattern.sizes for pattern in family_of(model).patterns}
     layers: dict[str, dict[str, int]] = {}
-    for site in layout.sites:
-        sizes = {key: getattr(model.config, key) * site.units // dense[site.name] for key in keys[site.kind]}
+    for site in discover(stock).sites:
+        sizes = {key: getattr(model.config, key) * units.get(site.name, 0) // site.units for key in keys[site.kind]}
         layers.setdefault(str(site.layer), {}).update(sizes)
     return {"per_layer_config": layers}
 

@@ -60,6 +60,7 @@ def prune(
     round_to: arg.RoundTo = Run.round_to,
     uniform: arg.Uniform = Run.uniform,
     protect: arg.Protect = [],  # noqa: B006 (typer reads it and never changes it)
+    drop: arg.Drop = Run.drop,
     seed: arg.Seed = Run.seed,
     target: arg.Target = Run.target,
     ridge: arg.Ridge = str(Run.ridge),

@@ -26,7 +26,8 @@ class Costs:
     Attributes:
         name: what is counted, as messages say it.
         fixed: cost of what no mask changes.
-        sites: site name -> number of kept units -> cost. A site may keep just the numbers that stand here.
+        sites: site name -> number of kept units -> cost. A site may keep just the numbers that stand here (0: it may be
+            dropped, where that is wanted).
         about: how it was found, such as device, batch size and length.
 
     Example:
@@ -55,7 +56,7 @@ class Costs:
         found = {}
         for name, levels in self.sites.items():
             price = levels.get(1, 0.0)
-            if any(levels.get(number) != number * price for number in range(1, max(levels) + 1)):
+            if any(levels.get(number, 0.0) != number * price for number in range(max(levels) + 1)):
                 return None
             found[name] = price
         return found
@@ -147,4 +148,4 @@ def flops(model: nn.Module, *, length: int = LENGTH) -> Costs:
 def _steady(name: str, fixed: int, layout: Layout, price: Callable[[Site], int]) -> Costs:
     """Every unit of a site costs the same, and any number may stay."""
     prices = {site.name: price(site) for site in layout.sites}
-    return Costs(name, fixed, {s.name: {n: n * prices[s.name] for n in range(1, s.units + 1)} for s in layout.sites})
+    return Costs(name, fixed, {s.name: {n: n * prices[s.name] for n in range(s.units + 1)} for s in layout.sites})

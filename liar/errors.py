@@ -66,6 +66,7 @@ class Verdict(str, Enum):
     TOO_FEW_TOKENS = "too_few_tokens"
     KEPT_BASELINE = "kept_baseline"
     UNTOUCHED = "untouched"
+    DROPPED = "dropped"
 
     @property
     def text(self) -> str:
@@ -80,6 +81,7 @@ _TEXTS = {
     Verdict.TOO_FEW_TOKENS: "fewer calibration tokens than kept channels: the answer leans on the ridge; use more text",
     Verdict.KEPT_BASELINE: "no update was better on held-out tokens: the kept weights stay, at most the bias moves",
     Verdict.UNTOUCHED: "everything is kept and nothing before it changed: the layer stays as it is",
+    Verdict.DROPPED: "the whole sub-layer went: what is left of it is the consumer's bias, where there is one",
 }
 
 

@@ -19,8 +19,13 @@ FORMS = (
 )
 
 
-def read_kept(entries: Mapping[str, Any], layout: Layout) -> dict[str, Tensor]:
+def read_kept(entries: Mapping[str, Any], layout: Layout, *, drop: bool) -> dict[str, Tensor]:
     """Read entries that say what stays: site name -> bool [units]; sites without an entry stay whole.
+
+    Args:
+        entries: see `Mask.of`.
+        layout: the model's sites.
+        drop: whether a site may keep nothing.
 
     Raises:
         MaskError: see `Mask.of`.
@@ -35,16 +40,21 @@ def read_kept(entries: Mapping[str, Any], layout: Layout) -> dict[str, Tensor]:
             if rows != len(sites):
                 raise MaskError(f"mask[{name!r}]: expected one row for each of {len(sites)} layers, got {rows}")
             for site, row in zip(sites, value, strict=True):
-                keep[site.name] = _row(site, row)
+                keep[site.name] = _row(site, row, drop=drop)
         elif name in by_name:
-            keep[by_name[name].name] = _row(by_name[name], value)
+            keep[by_name[name].name] = _row(by_name[name], value, drop=drop)
         else:
             raise MaskError(f"mask[{name!r}]: no such site in this model; {FORMS}. Sites: {abridged(by_name)}")
     return keep
 
 
-def read_removed(entries: Mapping[str, Sequence[int]], layout: Layout) -> dict[str, Tensor]:
+def read_removed(entries: Mapping[str, Sequence[int]], layout: Layout, *, drop: bool) -> dict[str, Tensor]:
     """Read index lists that say what goes: site name -> bool [units], True stays; sites without an entry stay whole.
+
+    Args:
+        entries: see `Mask.from_removed`.
+        layout: the model's sites.
+        drop: whether a site may keep nothing.
 
     Raises:
         MaskError: see `Mask.from_removed`.
@@ -62,6 +72,7 @@ def read_removed(entries: Mapping[str, Sequence[int]], layout: Layout) -> dict[s
             )
         site, width = widths[name]
         row = _without(site, width, indices, f"removed[{name!r}]")
+        _check_left(site, row, f"removed[{name!r}]", drop=drop)
         before = first.setdefault(site.name, name)
         if before != name and not torch.equal(row, keep[site.name]):
             raise MaskError(
@@ -102,9 +113,22 @@ def _without(site: Site, width: int, indices: Any, where: str) -> Tensor:
             f"{unit * width} to {unit * width + width - 1} of this layer, got {int(gone[unit].sum())} of them"
             + (f"; units {abridged(mixed)} are mixed" if len(mixed) > 1 else "")
         )
-    if bool(gone.all()):
-        raise MaskError(f"{where}: nothing is kept at {site.name}; keep at least one of {site.units} units")
     return ~gone[:, 0]
+
+
+def _check_left(site: Site, keep: Tensor, where: str, *, drop: bool) -> None:
+    """Whether a site may keep no more than this."""
+    if keep.any():
+        return
+    if not drop:
+        raise MaskError(
+            f"{where}: nothing is kept at {site.name}; keep at least one of {site.units} units, or, if the whole sub-layer is "
+            "meant to go, make the mask with drop=True (Mask.of, Mask.from_removed)"
+        )
+    if not site.droppable:
+        raise MaskError(
+            f"{where}: {site.name} cannot be dropped: the family's table has no mixer for it; keep at least one unit"
+        )
 
 
 def _channels(indices: Any, total: int, where: str) -> Tensor:
@@ -119,7 +143,7 @@ def _channels(indices: Any, total: int, where: str) -> Tensor:
     return _marked(indices, total)
 
 
-def _row(site: Site, value: Any) -> Tensor:
+def _row(site: Site, value: Any, *, drop: bool) -> Tensor:
     """The kept units of one site from a bool or 0/1 tensor or array, a list of bools, or a list of kept indices."""
     where = f"mask of {site.name} ({site.module})"
     if isinstance(value, Sequence) and not (value and all(isinstance(v, (bool, np.bool_)) for v in value)):
@@ -130,8 +154,7 @@ def _row(site: Site, value: Any) -> Tensor:
         except (TypeError, ValueError, RuntimeError) as error:
             raise MaskError(f"{where}: expected a bool tensor or a list of kept indices, got {type(value).__name__}") from error
         keep = _ungrouped(site, _as_bool(row, where), where)
-    if not keep.any():
-        raise MaskError(f"{where}: nothing is kept; keep at least one of {site.units} units")
+    _check_left(site, keep, where, drop=drop)
     return keep
 
 

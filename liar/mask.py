@@ -21,7 +21,7 @@ class Mask:
     """The kept units of every site: site name -> bool [units], True stays.
 
     Attributes:
-        keep: by site name.
+        keep: by site name. A site that keeps nothing is dropped: `select(..., drop=True)`, `Mask.of(..., drop=True)`.
         asked: the share of parameters that was asked for, where a budget made the mask; not part of equality.
 
     Make one with `liar.select`, or with `Mask.of` from tensors, arrays, lists or dicts made elsewhere.
@@ -54,18 +54,18 @@ class Mask:
         """The units that both masks keep; `asked` is None.
 
         Raises:
-            MaskError: the masks are not of the same sites and units, or keep nothing together at a site.
+            MaskError: the masks are not of the same sites and units, or both keep something at a site but nothing together.
 
         Example:
             >>> some, more = Mask({"heads.0": torch.tensor([True, False])}), Mask({"heads.0": torch.tensor([True, True])})
             >>> some & more == some, some | more == more
             (True, True)
         """
-        keep = {name: a & b for name, (a, b) in self._beside(other).items()}
-        empty = [name for name, row in keep.items() if not row.any()]
+        pairs = self._beside(other)
+        empty = [name for name, (a, b) in pairs.items() if a.any() and b.any() and not (a & b).any()]
         if empty:
             raise MaskError(f"mask & mask keeps nothing at {abridged(empty)}; keep at least one unit of every site in both")
-        return Mask(keep)
+        return Mask({name: a & b for name, (a, b) in pairs.items()})
 
     def __or__(self, other: Mask) -> Mask:
         """The units that at least one of the masks keeps; `asked` is None.
@@ -112,6 +112,11 @@ class Mask:
         """Whether nothing of a site is removed."""
         return bool(self.keep[name].all())
 
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Names of the sites that keep nothing."""
+        return tuple(name for name in self.keep if not self.kept(name))
+
     def parameters(self, layout: Layout) -> int:
         """Parameters left in the model's blocks."""
         return layout.kept_parameters({name: self.kept(name) for name in self.keep})
@@ -148,7 +153,7 @@ class Mask:
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
     @classmethod
-    def of(cls, mask: Mask | Mapping[str, Any], layout: Layout) -> Mask:
+    def of(cls, mask: Mask | Mapping[str, Any], layout: Layout, *, drop: bool = False) -> Mask:
         """Check a mask of any accepted form against the sites of a model; sites it does not name stay whole.
 
         For attention with shared key and value heads `heads` may have one column per key/value head, or one per query
@@ -156,6 +161,11 @@ class Mask:
 
         The `head_mask` [layers, heads] and `neuron_mask` [layers, neurons] of Kwon et al., floats that are 0 or 1, are the
         entries `heads` and `neurons`. Tuned masks hold scales; give `head_mask != 0`.
+
+        Args:
+            mask: a `Mask`, or entries by kind, site or module.
+            layout: the sites of the model, see `liar.families.discover`.
+            drop: a site that keeps nothing is no mistake: the whole sub-layer goes. In a `Mask` it never is one.
 
         Raises:
             MaskError: wrong shape, name or dtype, or a site that keeps nothing; names the site and what was expected.
@@ -168,13 +178,13 @@ class Mask:
             >>> mask["heads.0"].tolist()
             [True, False, True, True]
         """
-        entries, asked = (mask.keep, mask.asked) if isinstance(mask, Mask) else (mask, None)
+        entries, asked, drop = (mask.keep, mask.asked, True) if isinstance(mask, Mask) else (mask, None, drop)
         if not isinstance(entries, Mapping):
             raise MaskError(f"{FORMS}; got a {type(mask).__name__}")
-        return cls(read_kept(entries, layout), asked)
+        return cls(read_kept(entries, layout, drop=drop), asked)
 
     @classmethod
-    def from_removed(cls, removed: Mapping[str, Sequence[int]], layout: Layout) -> Mask:
+    def from_removed(cls, removed: Mapping[str, Sequence[int]], layout: Layout, *, drop: bool = False) -> Mask:
         """Make a mask from index lists of what goes, as Torch-Pruning has them; sites they do not name stay whole.
 
         Args:
@@ -182,6 +192,7 @@ class Mask:
                 of channels: output channels of a producer, input channels of the consumer. All channels of a unit must be
                 there, or none. Layers of one site may all have a list, if the lists agree.
             layout: the sites of the model, see `liar.families.discover`.
+            drop: as for `of`.
 
         Raises:
             MaskError: no such site or layer; an index that is out of range or repeated; part of a unit; lists of one site
@@ -193,4 +204,4 @@ class Mask:
             >>> mask.kept("heads.0"), mask.kept("neurons.1")
             (3, 62)
         """
-        return cls(read_removed(removed, layout))
+        return cls(read_removed(removed, layout, drop=drop))

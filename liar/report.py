@@ -86,6 +86,11 @@ class Report:
         """Site name -> verdict."""
         return {site.site: site.verdict for site in self.sites}
 
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Names of the sites that kept nothing: sub-layers that are gone."""
+        return tuple(site.site for site in self.sites if not site.kept)
+
     def to_json(self) -> str:
         """JSON text; NaN and infinity become strings, since JSON has no such numbers."""
         content = asdict(self)
@@ -139,5 +144,7 @@ class Report:
         console.print(self.table())
         for verdict in sorted({site.verdict for site in self.sites}):
             console.print(f"{verdict.value}: {verdict.text}")
+        if self.dropped:
+            console.print(f"sub-layers that are gone: {', '.join(self.dropped)}")
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue()

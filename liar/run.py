@@ -50,7 +50,7 @@ class Run:
         batch_size: sequences per batch.
         pack: texts are joined and cut into full sequences.
         keep: share of the block parameters that stays (prune).
-        criterion, scope, round_to, uniform, protect, seed: see `liar.select` (prune).
+        criterion, scope, round_to, uniform, protect, drop, seed: see `liar.select` (prune).
         budget: likewise; or the content of a file with costs, as `liar latency` writes it.
         mask: content of a mask file, in any form `Mask.of` takes or as `Mask.save` writes it (reconstruct).
         target, ridge, refit, solver, bias: see `liar.reconstruct`.
@@ -76,6 +76,7 @@ class Run:
     round_to: int = 1
     uniform: bool = False
     protect: Sequence[str | int] = ()
+    drop: bool = False
     seed: int = 0
     mask: Mapping[str, Any] | None = None
     target: str = "dense_stream"
@@ -134,7 +135,7 @@ class Run:
         model = checkpoint.load(self.model, dtype=self.dtype).to(self.device)  # type: ignore[arg-type]
         if self.command == "prune":
             assert self.keep is not None, "checked above"
-            how = self._options("criterion", "scope", "round_to", "uniform", "protect", "seed")
+            how = self._options("criterion", "scope", "round_to", "uniform", "protect", "drop", "seed")
             mask = select(model, batches, keep=self.keep, budget=self._checked_budget(), progress=progress, **how)
         else:
             mask = Mask.of(self._checked_mask(), discover(model))

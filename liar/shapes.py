@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +106,11 @@ def _units(model: nn.Module, site: Site, shapes: Shapes, where: str) -> int | No
             units.add(shape[0 if edge.axis == "out" else 1] / edge.width)
     if not any(found.values()):
         return None
-    count = units.pop() if len(units) == 1 and all(found.values()) else 0.0
-    if not (count.is_integer() and 1 <= count <= site.units):
+    count = units.pop() if len(units) == 1 and all(found.values()) else nan
+    if not (count.is_integer() and 0 <= count <= site.units):
         listed = ", ".join(f"{name} {'missing' if shape is None else list(shape)}" for name, shape in found.items())
         raise CheckpointError(
-            f"{where}, {site.name}: expected tensors with one number of units, from 1 to {site.units}, got {listed}. "
+            f"{where}, {site.name}: expected tensors with one number of units, from 0 to {site.units}, got {listed}. "
             "Weights and config.json do not belong together, or the folder is damaged: save it again"
         )
     return int(count)

@@ -69,12 +69,19 @@ class Site:
         """Full name of the consumer inside the model."""
         return f"{self.block}.{self.consumer.module}"
 
+    @property
+    def droppable(self) -> bool:
+        """Whether all units may go: attention without heads needs a stand-in for its mixer, so the mixer must be known."""
+        return self.kind != "heads" or self.mixer is not None
+
 
 @dataclass(frozen=True)
 class Layout:
     """All sites of one model, in the order in which data passes them.
 
     Attributes:
+        sites: those that have units; a sub-layer that was dropped is no site any more.
+        dropped: names of the others (`"heads.3"`).
         blocks: full names of the transformer blocks, in order.
         parameters: parameters in all blocks together (the base that budgets refer to).
         uncovered: linear layers inside the blocks that belong to no site, so are never cut.
@@ -84,6 +91,7 @@ class Layout:
     blocks: tuple[str, ...]
     parameters: int
     uncovered: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Site:
         return next(site for site in self.sites if site.name == name)
@@ -99,6 +107,11 @@ class Layout:
     def kept_parameters(self, kept: Mapping[str, int]) -> int:
         """Parameters left in the blocks when `kept` units remain per site name."""
         return self.parameters - sum(site.parameters * (site.units - kept[site.name]) for site in self.sites)
+
+
+def site_name(kind: str, layer: int) -> str:
+    """What the site of a kind and layer is called."""
+    return f"{kind}.{layer}"
 
 
 def linear(block: nn.Module, edge: Edge) -> nn.Linear:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from liar.dropped import without_heads
 from liar.families import SitePattern, discover, family_of
 from liar.mask import Mask
 from liar.sites import Axis, Layout, Site, linear
@@ -28,9 +29,15 @@ def cut(layer: nn.Linear, axis: Axis, channels: Tensor) -> None:
 
 
 def cut_site(block: nn.Module, site: Site, keep: Tensor) -> None:
-    """Cut the producers and the consumer of a site to the kept units, and correct the sizes its modules remember."""
+    """Cut the producers and the consumer of a site to the kept units, and correct the sizes its modules remember.
+
+    Where nothing is kept, layers stay in place without channels; attention, which cannot run like that, gets a stand-in.
+    """
     for edge in (*site.producers, site.consumer):
         cut(linear(block, edge), edge.axis, edge.channels(keep))
+    if site.kind == "heads" and not keep.any():
+        assert site.mixer is not None, site.name
+        without_heads(block.get_submodule(site.mixer), site)
     for path in site.counts:
         owner, _, name = path.rpartition(".")
         module = block.get_submodule(owner)
@@ -46,6 +53,8 @@ def student(block: nn.Module) -> nn.Module:
 def adopt(block: nn.Module, other: nn.Module) -> None:
     """Give the layers of a block the (new) parameters and sizes of its cut copy; modules and their hooks stay."""
     for module, cut_module in zip(block.modules(), other.modules(), strict=True):
+        if type(module) is not type(cut_module):
+            module.__class__ = type(cut_module)
         for name, parameter in cut_module.named_parameters(recurse=False):
             setattr(module, name, parameter)
         for name, value in vars(cut_module).items():
@@ -59,11 +68,11 @@ def uniform_sizes(model: nn.Module) -> dict[str, int] | None:
     There are some where every layer keeps equally many units of each kind and the class can express the number. Nothing is
     assumed about the class: it is built on the meta device, and its shapes are compared with the model's.
     """
-    stock = skeleton(model, {})
-    if stock is None:
+    stock, now = skeleton(model, {}), discover(model)
+    if stock is None or now.dropped:
         return None
     sizes: dict[str, int] = {}
-    now, built = discover(model), discover(stock)
+    built = discover(stock)
     for pattern in family_of(model).patterns:
         slim_units, stock_units = ({site.units for site in layout.of_kind(pattern.kind)} for layout in (now, built))
         if len(slim_units) != 1 or len(stock_units) != 1:
@@ -85,6 +94,9 @@ def stock_counts(model: nn.Module) -> dict[str, list[int]]:
     of heads is tried; of neurons, if one fewer can be had, so can any number.
     """
     layout, found = discover(model), dict[str, list[int]]()
+    if layout.dropped:
+        # No stock class leaves a sub-layer out.
+        return {pattern.kind: [] for pattern in family_of(model).patterns}
     for pattern in family_of(model).patterns:
         units = max(site.units for site in layout.of_kind(pattern.kind))
         tried = range(1, units + 1) if pattern.unit_width else [max(1, units - 1)]

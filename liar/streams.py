@@ -37,6 +37,8 @@ def sums(seen: Mapping[str, Tensor], sites: Sequence[Site], output: Tensor) -> t
     Such a sum takes no memory of its own: it is the block's output. Where the stream grows like this from block to block,
     tokens are to be weighted by `token_weight`; a post-norm block normalises its sums itself.
     """
+    if not sites:
+        return {}, False
     found = {site.name: seen[f"{site.name} residual"] + seen[f"{site.name} out"] for site in sites}
     last = sites[-1].name
     same = torch.equal(found[last], output)

@@ -121,14 +121,14 @@ def _timed(model: nn.Module, layout: Layout, about: Mapping[str, Any], progress:
         first = shapes.setdefault(_shape(layout, site), site)
         if first is site:
             number = layout.blocks.index(site.block)
-            for count in widths(site.units):
+            for count in _counts(site):
                 cut = slim.student(blocks[number])
                 slim.cut_site(cut, site, torch.arange(site.units) < count)
                 subjects[site.name, count] = runner(cut, calls[number][0])
     seconds = _seconds(subjects, progress)
     sites = {}
     for site in layout.sites:
-        first, counts = shapes[_shape(layout, site)], widths(site.units)
+        first, counts = shapes[_shape(layout, site)], _counts(site)
         smooth = isotonic_regression([seconds[first.name, count] for count in counts]).x
         sites[site.name] = {count: float(value - smooth[-1]) for count, value in zip(counts, smooth, strict=True)}
     return Costs("seconds", seconds["", 0], sites, about)
@@ -139,12 +139,17 @@ def _shape(layout: Layout, site: Site) -> tuple[Any, ...]:
     return (site.kind, *((other.units, other.consumer.width, other.out) for other in layout.of_block(site.block)))
 
 
+def _counts(site: Site) -> list[int]:
+    """The numbers of units with which a site is timed."""
+    return [count for count in widths(site.units) if count or site.droppable]
+
+
 def widths(units: int) -> list[int]:
-    """The numbers of units that are timed: a grid up to all of them."""
-    grid = {round(units * step / STEPS) for step in range(1, STEPS + 1)}
+    """A grid of numbers of units, from none to all of them."""
+    grid = {round(units * step / STEPS) for step in range(STEPS + 1)}
     if units >= 2 * STEPS * MULTIPLE:
         grid = {count // MULTIPLE * MULTIPLE for count in grid}
-    return sorted({*grid, units} - {0})
+    return sorted({*grid, units})
 
 
 def _seconds(subjects: Mapping[Any, Callable[[], Any]], progress: bool) -> dict[Any, float]:

@@ -497,7 +497,7 @@ def test_load_of_shapes_that_do_not_belong_together(tmp_path):
     model, _ = cut(make(LlamaForCausalLM), {"heads": 1, "neurons": 24})
     model.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 25, bias=False)
     model.save_pretrained(tmp_path)
-    message = r"neurons.1: expected tensors with one number of units, from 1 to \d+, got .*up_proj.weight \[25, 32\]"
+    message = r"neurons.1: expected tensors with one number of units, from 0 to \d+, got .*up_proj.weight \[25, 32\]"
     with pytest.raises(CheckpointError, match=message):
         liar.load(tmp_path)
 
@@ -506,7 +506,7 @@ def test_load_of_more_units_than_configured(tmp_path):
     liar.save(make(BertModel), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 8}))
-    with pytest.raises(CheckpointError, match=r"from 1 to 8, got .* do not belong together"):
+    with pytest.raises(CheckpointError, match=r"from 0 to 8, got .* do not belong together"):
         liar.load(tmp_path)
 
 

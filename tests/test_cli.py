@@ -217,6 +217,28 @@ def test_uniform_and_rounded_widths(home, tmp_path):
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "slim").config.intermediate_size == width
 
 
+def test_sub_layers_that_are_dropped(home, tmp_path):
+    """Of so little, not even one unit of every site can stay."""
+    arguments = ["prune", home / "bert", tmp_path / "slim", "--keep", 0.04, "--calib", home / "texts.txt"]
+    assert "cannot be met" in refused(*arguments)
+    printed = call(*arguments, "--drop").stdout
+    mask = liar.Mask.load(tmp_path / "slim" / "mask.json")
+    assert mask.dropped
+    assert f"sub-layers that are gone: {', '.join(mask.dropped)}" in printed
+    call(
+        "reconstruct",
+        home / "bert",
+        tmp_path / "again",
+        "--mask",
+        tmp_path / "slim" / "mask.json",
+        "--calib",
+        home / "texts.txt",
+    )
+    call("replay", tmp_path / "slim" / "run.json", "--out", tmp_path / "replayed")
+    assert_same_result(tmp_path / "slim", tmp_path / "replayed")
+    assert liar.families.discover(liar.load(tmp_path / "again")).dropped == mask.dropped
+
+
 def test_relative_paths_replay_from_anywhere(home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
     call("prune", "bert", tmp_path / "one", "--keep", 0.5, "--calib", "texts.txt")

@@ -274,14 +274,14 @@ def test_timing_without_a_bar(capsys):
 
 
 @pytest.mark.parametrize(
-    ("units", "want"), [(1, [1]), (4, [1, 2, 3, 4]), (172, None), (1536, [96 * i for i in range(1, 17)]), (300, None)]
+    ("units", "want"), [(1, [0, 1]), (4, [0, 1, 2, 3, 4]), (172, None), (1536, [96 * i for i in range(17)]), (300, None)]
 )
 def test_widths_that_are_timed(units, want):
     found = widths(units)
     assert found[-1] == units
     assert found == sorted(set(found))
-    assert found[0] >= 1
-    assert len(found) <= 17
+    assert found[0] == 0
+    assert len(found) <= 18
     if want is not None:
         assert found == want
     if units >= 256:

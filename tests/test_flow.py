@@ -39,6 +39,7 @@ ORDER = (
     "solve",
     "interpolation",
     "fold",
+    "dropped",
     "slim",
     "timing",
     "report",

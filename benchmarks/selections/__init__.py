@@ -3,8 +3,9 @@
     from selections import SELECTIONS
     mask = SELECTIONS["kwon"](model, batches, 0.5, 0)
 
-Every criterion of the library and, one file each, whole procedures of others. The ladder's batches have no labels, and the
-procedures of others would not look at them. A criterion of the library also takes what `liar.collect` made of the batches.
+Every criterion of the library (`dropping` is the default one with `drop=True`) and, one file each, whole procedures of others.
+The ladder's batches have no labels, and the procedures of others would not look at them. A criterion of the library also takes
+what `liar.collect` made of the batches.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ SELECTIONS: dict[str, Select] = {
     "kwon": kwon.select,
     "kprune": kprune.select,
     **{name: made for name, made in CRITERIA_ONLY.items() if not CRITERIA[name].needs},
+    "dropping": partial(select, criterion="reconstruction", drop=True),
 }
 
 __all__ = ["SELECTIONS", "Select"]

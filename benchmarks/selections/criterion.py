@@ -11,7 +11,15 @@ import liar
 from liar.criteria import CRITERIA
 
 
-def select(model: nn.Module, batches: Sequence[Any] | liar.Statistics, keep: float, seed: int, *, criterion: str) -> liar.Mask:
+def select(
+    model: nn.Module,
+    batches: Sequence[Any] | liar.Statistics,
+    keep: float,
+    seed: int,
+    *,
+    criterion: str,
+    drop: bool = False,
+) -> liar.Mask:
     """One budget for all sites where their scores are in one unit; elsewhere every layer keeps the same share."""
     scope = "global" if CRITERIA[criterion].comparable else "layer"
-    return liar.select(model, batches, keep=keep, criterion=criterion, scope=scope, seed=seed, progress=False)
+    return liar.select(model, batches, keep=keep, criterion=criterion, scope=scope, drop=drop, seed=seed, progress=False)

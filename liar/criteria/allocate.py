@@ -1,4 +1,4 @@
-"""From scores and a budget to a mask: never over the budget, at least one unit per site."""
+"""From scores and a budget to a mask: never over the budget, and no site keeps less than it must."""
 
 from __future__ import annotations
 

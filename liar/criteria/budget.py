@@ -51,6 +51,11 @@ class Budget:
         """What all that is kept may cost."""
         return self.keep * self.costs.dense
 
+    @property
+    def least(self) -> Mapping[str, int]:
+        """The number of units that a site keeps at least, by its name."""
+        return {site.name: min(group.counts) for group in self.groups for site in group.sites}
+
     @classmethod
     def of(
         cls,
@@ -61,6 +66,7 @@ class Budget:
         round_to: int = 1,
         possible: Mapping[str, Sequence[int]] | None = None,
         protect: Sequence[str | int] = (),
+        drop: bool = False,
     ) -> Budget:
         """Check what is wanted.
 
@@ -71,16 +77,21 @@ class Budget:
             round_to: a site keeps a multiple of so many channels, or all.
             possible: kind -> numbers of units that every layer may keep; widths are then the same in all layers.
             protect: names of sites, and numbers of layers, that stay whole.
+            drop: a site may keep nothing, if its costs say what that is like; not together with `possible`.
 
         Raises:
-            OptionError: `round_to` below 1, or something to protect that is not there.
+            OptionError: `round_to` below 1, something to protect that is not there, or `drop` with `possible`.
             BudgetError: the least that is possible costs more; or the costs are those of another model.
         """
         costs.check(layout)
         if round_to < 1:
             raise OptionError(f"round_to={round_to}: expected a number of channels, at least 1")
+        if drop and possible is not None:
+            raise OptionError(
+                "drop and uniform: a sub-layer that goes leaves layers of different widths; choose one of the two"
+            )
         protected = _protected(layout, protect)
-        allowed = {site.name: _rounded(site, costs, round_to) for site in layout.sites}
+        allowed = {site.name: _rounded(site, costs, round_to, drop=drop) for site in layout.sites}
         allowed |= {site.name: [site.units] for site in protected}
         groups = _uniform(layout, allowed, possible) if possible else [Group((s,), allowed[s.name]) for s in layout.sites]
         made = cls(costs, keep, tuple(groups), protected, None if round_to > 1 or possible else costs.prices)
@@ -109,10 +120,11 @@ def check_keep(keep: float | None) -> None:
         raise OptionError(f"keep={keep!r}: expected the share that stays, above 0 and at most 1")
 
 
-def _rounded(site: Site, costs: Costs, round_to: int) -> list[int]:
+def _rounded(site: Site, costs: Costs, round_to: int, *, drop: bool) -> list[int]:
     """The numbers of units with which a site has a multiple of so many channels, and its whole number."""
     step = round_to // gcd(round_to, site.consumer.width)
-    return [count for count in sorted(costs.sites[site.name]) if count % step == 0 or count == site.units]
+    least = 0 if drop and site.droppable else 1
+    return [count for count in sorted(costs.sites[site.name]) if count >= least and (count % step == 0 or count == site.units)]
 
 
 def _uniform(layout: Layout, allowed: Mapping[str, Sequence[int]], possible: Mapping[str, Sequence[int]]) -> list[Group]:

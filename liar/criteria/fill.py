@@ -19,7 +19,7 @@ Units = list[tuple[Site, int]]
 
 
 def fill(worth: Mapping[str, Tensor], layout: Layout, budget: Budget, *, level: bool) -> dict[str, Tensor]:
-    """The units to keep by site, bool [units]: the best ones until the budget is reached, at least one per site.
+    """The units to keep by site, bool [units]: the best ones until the budget is reached, in each site those it must keep.
 
     Args:
         worth: site name -> [units].
@@ -32,9 +32,9 @@ def fill(worth: Mapping[str, Tensor], layout: Layout, budget: Budget, *, level: 
     free = [site for site in layout.sites if site not in budget.protected]
     chosen = {site.name: torch.full([site.units], site not in free) for site in layout.sites}
     for site in free:
-        chosen[site.name][worth[site.name].argmax()] = True
+        chosen[site.name][worth[site.name].topk(budget.least[site.name]).indices] = True
     spent = costs.of({name: int(keep.sum()) for name, keep in chosen.items()})
-    filling = _Fill(budget.prices, chosen, spent, budget.limit, TOLERANCE * costs.dense)
+    filling = _Fill(budget, budget.prices, chosen, spent)
     if level:
         filling.take(_in_all_layers(worth, free))
     if not level or filling.unused:
@@ -67,21 +67,20 @@ def _one_by_one(worth: Mapping[str, Tensor], sites: Sequence[Site]) -> list[Unit
 class _Fill:
     """Units being added to `chosen` while the budget lasts."""
 
+    budget: Budget
     prices: Mapping[str, float]
     chosen: dict[str, Tensor]
     spent: float
-    limit: float
-    tolerance: float
 
     @property
     def unused(self) -> bool:
         """Whether more of the budget is left than is tolerable."""
-        return self.limit - self.spent > self.tolerance
+        return self.budget.limit - self.spent > TOLERANCE * self.budget.costs.dense
 
     def take(self, groups: Sequence[Units]) -> None:
         """Add whole groups, best first, while they fit; then large ones that just did not fit, in exchange for small ones."""
         for group in groups:
-            if self.spent + self._cost(group) <= self.limit:
+            if self.spent + self._cost(group) <= self.budget.limit:
                 self._set(group, True)
         for group in groups:
             if not self.unused:
@@ -89,19 +88,21 @@ class _Fill:
             self._exchange(group, groups)
 
     def _exchange(self, group: Units, groups: Sequence[Units]) -> None:
-        """Let a group in for the worst cheaper ones, if something is gained and every site keeps a unit."""
+        """Let a group in for the worst cheaper ones, if something is gained and every site keeps what it must."""
         cost, freed, out = self._cost(group), 0.0, list[Units]()
         left = {name: int(keep.sum()) for name, keep in self.chosen.items()}
         for other in reversed(groups):
             price = sum(self.prices[site.name] for site, _ in other)
-            if self.spent + cost - freed <= self.limit:
+            if self.spent + cost - freed <= self.budget.limit:
                 break
-            if price < cost and all(self.chosen[site.name][unit] and left[site.name] > 1 for site, unit in other):
+            if price < cost and all(
+                self.chosen[site.name][unit] and left[site.name] > self.budget.least[site.name] for site, unit in other
+            ):
                 out.append(other)
                 freed += price
                 for site, _ in other:
                     left[site.name] -= 1
-        if freed < cost and self.spent + cost - freed <= self.limit:
+        if freed < cost and self.spent + cost - freed <= self.budget.limit:
             for other in out:
                 self._set(other, False)
             self._set(group, True)

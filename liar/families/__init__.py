@@ -16,7 +16,7 @@ from liar.errors import ModelError
 from liar.families.bert import BERT
 from liar.families.llama import LLAMA
 from liar.families.table import Family, SitePattern
-from liar.sites import Edge, Layout, Site
+from liar.sites import Edge, Layout, Site, site_name
 
 __all__ = ["Family", "SitePattern", "base_and_prefix", "checked", "discover", "family_of", "register", "registered"]
 
@@ -68,14 +68,17 @@ def checked(model: nn.Module) -> Layout:
     """The sites of a model whose weights are there to be worked on.
 
     Raises:
-        ModelError: as `discover`; or the model is on the meta device.
+        ModelError: as `discover`; or the model is on the meta device, or all of its sub-layers were dropped.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(
             "the model is on the meta device: its weights are not there; load it with real weights (without "
             'device_map="auto" offloading, or with enough memory)'
         )
-    return discover(model)
+    layout = discover(model)
+    if not layout.sites:
+        raise ModelError(f"{type(model).__name__}: every sub-layer was dropped, nothing is left to work on")
+    return layout
 
 
 def discover(model: nn.Module) -> Layout:
@@ -88,14 +91,16 @@ def discover(model: nn.Module) -> Layout:
     base, prefix = base_and_prefix(model)
     try:
         blocks = [f"{prefix}{family.blocks}.{i}" for i in range(len(base.get_submodule(family.blocks)))]  # type: ignore[arg-type]
-        sites = tuple(_site(model, block, layer, pattern) for layer, block in enumerate(blocks) for pattern in family.patterns)
+        places = [(block, layer, pattern) for layer, block in enumerate(blocks) for pattern in family.patterns]
+        dropped = [place for place in places if _is_dropped(model, *place)]
+        sites = tuple(_site(model, *place) for place in places if place not in dropped)
     except (AttributeError, TypeError, ZeroDivisionError) as error:
         raise ModelError(
             f"the table of family {family.model_type!r} does not fit this {type(model).__name__}: {error}"
         ) from error
     if len({id(model.get_submodule(block)) for block in blocks}) < len(blocks):
         raise ModelError(f"{type(model).__name__} uses one block for several layers; shared blocks cannot be cut one by one")
-    covered = {f"{site.block}.{edge.module}" for site in sites for edge in (*site.producers, site.consumer)}
+    covered = {f"{block}.{name}" for block, _, pattern in places for name in (*pattern.producers, pattern.consumer)}
     return Layout(
         sites=sites,
         blocks=tuple(blocks),
@@ -106,7 +111,12 @@ def discover(model: nn.Module) -> Layout:
             for name, module in model.get_submodule(block).named_modules()
             if isinstance(module, nn.Linear) and f"{block}.{name}" not in covered
         ),
+        dropped=tuple(site_name(pattern.kind, layer) for _, layer, pattern in dropped),
     )
+
+
+def _is_dropped(model: nn.Module, block_name: str, _layer: int, pattern: SitePattern) -> bool:
+    return _linear(model.get_submodule(block_name), block_name, pattern.consumer).in_features == 0
 
 
 def _site(model: nn.Module, block_name: str, layer: int, pattern: SitePattern) -> Site:
@@ -122,7 +132,7 @@ def _site(model: nn.Module, block_name: str, layer: int, pattern: SitePattern) -
         edge.width * (layer.in_features + (layer.bias is not None)) for edge, layer in zip(out_edges, producers, strict=True)
     )
     return Site(
-        name=f"{pattern.kind}.{layer}",
+        name=site_name(pattern.kind, layer),
         kind=pattern.kind,
         layer=layer,
         units=units,

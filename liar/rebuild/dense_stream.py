@@ -64,7 +64,7 @@ def on_pruned_stream(job: Job, pair: Pair, dense: list[Tensor], pruned: list[Ten
             continue
         job.changed = True
         inputs, totals = known.inputs.pop(site.name), known.sums.pop(site.name)
-        if job.options.refit and drifted:
+        if job.options.refit and drifted and job.mask.kept(site.name):
             _refit(job, pair, site, passes, inputs)
         del inputs
         _repair(job, pair, site, passes, totals, known)

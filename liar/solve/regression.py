@@ -201,6 +201,8 @@ def fit_drift(
 
 def _verdict(tokens: int, solved: Solved, ridge: float) -> Verdict:
     channels = len(solved.change)
+    if not channels:
+        return Verdict.DROPPED
     if ridge == inf:
         return Verdict.KEPT_BASELINE
     if tokens <= channels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import nan
 
 import torch
 from torch import Tensor
@@ -72,6 +73,8 @@ def solve(normal: Normal, start: Tensor, ridges: Tensor, solver: str) -> Solved:
     `auto` and `cholesky` try a Cholesky factorisation and turn to `eigh` when the Gram matrix is numerically singular;
     `Solved.rank` then tells. `lstsq` needs a `Normal` that was streamed as a `Factor`.
     """
+    if not len(start):
+        return Solved(start.expand(*ridges.shape, *start.shape), 0, nan)
     if solver == "lstsq":
         return lstsq(normal, start, ridges)
     rest = normal.cross - normal.gram @ start

@@ -13,7 +13,7 @@ from liar.mask import Mask
 from liar.sites import Layout
 from liar.testing.guest import expect
 from liar.testing.run_checks import error, keep_all, repair, replay
-from liar.testing.table_checks import cut, shapes, sizes, streams
+from liar.testing.table_checks import cut, drop, shapes, sizes, streams
 from liar.testing.tiny import tiny_batches
 
 
@@ -22,8 +22,8 @@ def check_family(model: nn.Module, batches: Sequence[Mapping[str, Tensor]] | Non
 
     It checks that the table names layers of consistent shapes in the order of the data; that consumer outputs are added to
     the named residual streams; that cutting equals zeroing, with the right sizes on modules and in the configuration; that
-    keeping everything changes no bit; that reconstruction brings the output nearer to the dense model's on new tokens; and
-    that an error in the middle leaves the model as it was.
+    keeping everything changes no bit; that dropping a whole sub-layer equals zeroing too; that reconstruction brings the
+    output nearer to the dense model's on new tokens; and that an error in the middle leaves the model as it was.
 
     Args:
         model: of a registered family; not changed. Several layers, heads and random biases make the check sharp.
@@ -56,6 +56,7 @@ def check_family(model: nn.Module, batches: Sequence[Mapping[str, Tensor]] | Non
         sizes(model, layout)
         keep_all(model, layout, batches)
         replay(model, layout, mask, batches)
+        drop(model, layout, batches)
         repair(model, layout, mask, batches)
     error(model, mask, batches)
     return layout

@@ -23,6 +23,7 @@ def guest_state(model: nn.Module) -> dict[str, Any]:
             name: {key: value for key, value in vars(module).items() if isinstance(value, (int, str))}
             for name, module in modules.items()
         },
+        "classes": {name: type(module) for name, module in modules.items()},
         "hooks": {
             name: [list(hooks) for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)]
             for name, module in modules.items()

@@ -92,10 +92,7 @@ def _swapped(block: nn.Module, site: Site, hidden: Tensor, call: Call) -> Tensor
 
 def cut(model: nn.Module, layout: Layout, mask: Mask, batches: Sequence[Mapping[str, Tensor]]) -> None:
     """Cutting units off equals zeroing the weights that read them, and leaves the right sizes behind."""
-    masked, cut = copy.deepcopy(model), copy.deepcopy(model)
-    for site in layout.sites:
-        weight = linear(masked.get_submodule(site.block), site.consumer).weight
-        weight[:, site.consumer.channels(~mask[site.name])] = 0
+    cut = copy.deepcopy(model)
     without(cut, layout, mask)
     for name, module in cut.named_modules():
         if isinstance(module, nn.Linear):
@@ -116,13 +113,40 @@ def cut(model: nn.Module, layout: Layout, mask: Mask, batches: Sequence[Mapping[
             expect(before * kept == after * old.units, f"{old.name}: {path} went from {before} to {after}, not with the units")
     left = mask.parameters(layout)
     expect(found.parameters == left, f"expected {left} parameters in the cut blocks, found {found.parameters}")
+    _as_zeroed(model, cut, layout, mask, batches, "cutting")
+
+
+def drop(model: nn.Module, layout: Layout, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """Removing all units of a site equals zeroing all that its consumer reads, and leaves the other sites in place."""
+    for gone in layout.sites:
+        if not gone.droppable:
+            continue
+        mask = Mask({site.name: torch.full([site.units], site != gone) for site in layout.sites})
+        without_one = copy.deepcopy(model)
+        without(without_one, layout, mask)
+        found = discover(without_one)
+        expect(found.dropped == (gone.name,), f"{gone.name} was dropped, the model says that {found.dropped} were")
+        expect(len(found.sites) == len(layout.sites) - 1, f"{gone.name} was dropped, and left {len(found.sites)} sites")
+        _as_zeroed(model, without_one, layout, mask, batches[:1], f"dropping {gone.name}")
+
+
+def _as_zeroed(
+    model: nn.Module, cut: nn.Module, layout: Layout, mask: Mask, batches: Sequence[Mapping[str, Tensor]], what: str
+) -> None:
+    """A cut model says what the whole one does if the consumers' weights of all that went are zero."""
+    zeroed = copy.deepcopy(model)
+    for site in layout.sites:
+        weight = linear(zeroed.get_submodule(site.block), site.consumer).weight
+        weight[:, site.consumer.channels(~mask[site.name])] = 0
     for batch in batches[:2]:
         kept_tokens = Calibration.of([batch], model).keep[0]
         try:
             output = last_hidden(cut, batch)
-        except RuntimeError as error:
-            raise AssertionError(f"the cut model does not run: {error}; check producers in the family's table") from error
-        close(output, last_hidden(masked, batch), kept_tokens, "cutting differs from zeroing the weights")
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise AssertionError(
+                f"{what}: the cut model does not run: {error}; check producers and mixer in the family's table"
+            ) from error
+        close(output, last_hidden(zeroed, batch), kept_tokens, f"{what} differs from zeroing the weights")
 
 
 def sizes(model: nn.Module, layout: Layout) -> None:
