@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from math import nan, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,12 @@ HEADINGS = {"keep": "kept", "source": "texts"}
 # Whether more of a number is better.
 MORE = {"seconds": False} | {number: more for task in TASKS.values() for number, more in task.metrics.items()}
 DIGITS = {"perplexity": 2, "seconds": 1}
+# Standard error of a score over the examples it is taken from: of a share, and of a rank correlation (by way of Fisher's z,
+# Bonett and Wright 2000, eq. 3).
+CHANCE: dict[str, Callable[[float, int], float]] = {
+    "accuracy": lambda share, examples: sqrt(share * (1 - share) / examples),
+    "spearman": lambda rho, examples: (1 - rho**2) * sqrt((1 + rho**2 / 2) / (examples - 3)),
+}
 
 
 def tables(runs: Sequence[Mapping[str, Any]], dense: Mapping[str, float], metrics: Mapping[str, bool]) -> list[Table]:
@@ -77,6 +84,7 @@ def spread(mean: float, error: float, digits: int) -> str:
 def runs(folder: Path = RESULTS) -> pandas.DataFrame:
     """One row per run and number (with its seconds): coordinates, `number`, its `place` in the task, `value`, `dense`.
 
+    `chance` is the standard error of the dense score over the examples, NaN where none is known.
     They come in the order of the tables: tasks as they are listed, most kept first, fewest tokens first.
     """
     dense = {path.stem: read(path) for path in folder.glob("*-dense.json")}
@@ -84,11 +92,13 @@ def runs(folder: Path = RESULTS) -> pandas.DataFrame:
     for run in map(read, folder.glob("*-seed*.json")):
         whole = dense.get(f"{run['task']}-{run['model']}-dense", {})
         for place, number in enumerate((*TASKS[run["task"]].metrics, "seconds")):
-            measured = {"number": number, "place": place, "value": run[number], "dense": whole.get(number)}
+            known = number in CHANCE and "examples" in whole
+            chance = CHANCE[number](whole[number], whole["examples"]) if known else nan
+            measured = {"number": number, "place": place, "value": run[number], "dense": whole.get(number), "chance": chance}
             rows.append({**{name: run[name] for name in (*SETTING, "rule")}, **measured})
     order = list(TASKS)
     rows.sort(key=lambda row: (order.index(row["task"]), -row["keep"], row["tokens"], row["source"], row["place"]))
-    return pandas.DataFrame(rows, columns=[*SETTING, "rule", "number", "place", "value", "dense"])
+    return pandas.DataFrame(rows, columns=[*SETTING, "rule", "number", "place", "value", "dense", "chance"])
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -105,7 +115,8 @@ def also(frame: pandas.DataFrame, wanted: pandas.Series, coordinates: Sequence[s
 def markdown(frame: pandas.DataFrame, by: Sequence[str], rules: Sequence[str]) -> str:
     """A Markdown table: a row per `by`, a column per rule; empty where there is no run.
 
-    Numbers are means ± standard errors over the samples of the calibration texts, seconds are medians.
+    Numbers are means ± standard errors over the samples of the calibration texts, the dense model's over the examples; seconds
+    are medians.
     """
     frame = frame[frame["rule"].isin(rules)]
     several = frame.groupby("task")["model"].nunique().gt(1).any()
@@ -113,13 +124,13 @@ def markdown(frame: pandas.DataFrame, by: Sequence[str], rules: Sequence[str]) -
     headings = [*(HEADINGS.get(name, name) for name in by), "samples", "dense"]
     rows = []
     for cell, group in frame.groupby(by, sort=False):
-        number, dense = group["number"].iloc[0], group["dense"].iloc[0]
+        number, dense, chance = (group[name].iloc[0] for name in ("number", "dense", "chance"))
         digits = DIGITS.get(number, 3)
         shown, samples = summed(group, "value", MORE[number], digits, "**{}**")
         if number == "seconds":
             shown = {rule: f"{median:.{digits}f}" for rule, median in group.groupby("rule")["value"].median().items()}
         named = (written(name, value) for name, value in zip(by, cell, strict=True))
-        whole = "" if pandas.isna(dense) else f"{dense:.{digits}f}"
+        whole = "" if pandas.isna(dense) else spread(dense, chance, digits)
         rows.append([*named, samples, whole, *(shown.get(rule, "") for rule in rules)])
     return lined([*headings, *("**ours**" if rule == "ours" else LABELS.get(rule, rule) for rule in rules)], rows)
 

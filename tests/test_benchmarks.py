@@ -130,7 +130,7 @@ def test_embeddings_of_different_sentences_only(benchmark, write):
     assert numbers.tolist() == [[0, 1], [1, 0], [0, 0]]
     dense, turned = torch.eye(2), torch.tensor([[0.6, 0.8], [0.0, 1.0]])
     found = task.score({"embeddings": turned}, {"embeddings": dense}, data)
-    assert found == {"spearman": pytest.approx(1), "cosine": pytest.approx(0.8)}
+    assert found == {"spearman": pytest.approx(1), "cosine": pytest.approx(0.8), "examples": 3}
 
 
 def test_perplexity_of_stories(benchmark, write, plain_tokenizer):
@@ -281,6 +281,33 @@ def test_the_figure_shows_every_rule(benchmark, tmp_path):
     benchmark("figures").draw(runs, {"accuracy": 0.95}, "accuracy", tmp_path / "deep" / "figure.svg")
     drawn = (tmp_path / "deep" / "figure.svg").read_text()
     assert {"bias", "liar", "dense", "accuracy"} <= set(re.findall(r"<!-- (\w+) -->", drawn))
+
+
+@pytest.mark.parametrize("number", ["accuracy", "spearman"])
+def test_what_chance_does_to_a_score(number, benchmark):
+    """The formulas against resampling the examples."""
+    generator = np.random.default_rng(0)
+    labels = generator.normal(size=400)
+    said = labels + 0.6 * generator.normal(size=400)
+    if number == "accuracy":
+        labels, said = labels > 0, said > 0
+
+    def score(said, labels):
+        return np.mean(said == labels) if number == "accuracy" else scipy.stats.spearmanr(said, labels).statistic
+
+    resampled = scipy.stats.bootstrap(
+        (said, labels), score, paired=True, vectorized=False, n_resamples=800, method="percentile", rng=generator
+    )
+    error = benchmark("summary").CHANCE[number](score(said, labels), 400)
+    assert error == pytest.approx(resampled.standard_error, rel=0.15)
+
+
+def test_chance_stands_beside_the_dense_score(publish, tmp_path):
+    folder = files_of(tmp_path / "results", {("ours", 0.5, 16_000, "own", 0): 0.7, ("liar", 0.5, 16_000, "own", 0): 0.6})
+    (file,) = folder.glob("*-dense.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "examples": 475}))
+    rows = body(publish.glue())
+    assert [row[4] for row in rows] == ["0.950 ± 0.010", "0.000", "1.000"]
 
 
 def files_of(folder, values, **coordinates):

@@ -60,12 +60,12 @@ def predict(model: nn.Module, tokenizer: Any, data_dir: Path) -> Predictions:
 
 
 def score(predictions: Predictions, dense: Predictions, data_dir: Path) -> dict[str, float]:
-    """Rank correlation of cosine similarities with the labels, and the mean cosine with the dense model's embeddings."""
+    """Rank correlation of the pairs' cosines with the labels, mean cosine with the dense model's embeddings, number of pairs."""
     found, pairs = predictions["embeddings"], sentences(data_dir)[1]
     similarity = (found[pairs[:, 0]] * found[pairs[:, 1]]).sum(1)
     labels = read(data_dir, "stsb/dev.jsonl.gz")["label"]
     ranks = metric("spearman").compute(predictions=similarity.tolist(), references=list(labels))
-    return {**ranks, "cosine": float((found * dense["embeddings"]).sum(1).mean())}
+    return {**ranks, "cosine": float((found * dense["embeddings"]).sum(1).mean()), "examples": len(pairs)}
 
 
 def own(data_dir: Path) -> list[str]:
