@@ -60,7 +60,7 @@ def predict(model: nn.Module, tokenizer: Any, data_dir: Path) -> Predictions:
 
 
 def score(predictions: Predictions, dense: Predictions, data_dir: Path) -> dict[str, float]:
-    """Rank correlation of the pairs' cosines with the labels, mean cosine with the dense model's embeddings, number of pairs."""
+    """Rank correlation of the pairs' cosines with the labels, mean cosine with the dense embeddings, number of pairs."""
     found, pairs = predictions["embeddings"], sentences(data_dir)[1]
     similarity = (found[pairs[:, 0]] * found[pairs[:, 1]]).sum(1)
     labels = read(data_dir, "stsb/dev.jsonl.gz")["label"]
