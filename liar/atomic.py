@@ -1,4 +1,4 @@
-"""Writing a model folder whole or not at all: it is filled beside its place and put there in one step."""
+"""Where files and folders may be written; and a folder whole or not at all, filled beside its place and put there in one step."""
 
 from __future__ import annotations
 
@@ -79,6 +79,18 @@ def check_target(folder: str | Path, *, overwrite: bool) -> None:
             f"{folder}: expected a folder with one model, got one that also holds {', '.join(inside)}. Saving replaces the "
             "whole folder and would remove that: choose another folder"
         )
+
+
+def check_file(path: Path, *, overwrite: bool) -> None:
+    """Check, before any work is done, that a file may be written to a place.
+
+    Raises:
+        CheckpointError: something is there that must not be replaced, or there is no folder to put it in.
+    """
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise CheckpointError(f"{path} is there already; choose another name, or allow to replace a file (--force)")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: there is no folder {path.parent}; make it, or choose another name")
 
 
 def _prefix(target: Path) -> str:

@@ -17,8 +17,9 @@ from rich.logging import RichHandler
 from liar import arguments as arg
 from liar import checkpoint, families
 from liar.api import BUDGETS
+from liar.atomic import check_file
 from liar.costs import LENGTH, Costs
-from liar.errors import CheckpointError, LiarError, MaskError, OptionError
+from liar.errors import LiarError, MaskError, reading
 from liar.report import Report
 from liar.run import Run
 from liar.timing import latency
@@ -108,7 +109,7 @@ def time_widths(
         liar latency bert-base-uncased latency.json --batch-size 8 --length 128
     """
     with _told():
-        _check_file(out, force=force)
+        check_file(out, overwrite=force)
         loaded = checkpoint.load(model, dtype=dtype).to(device)  # type: ignore[arg-type]
         costs = latency(loaded, batch_size=batch_size, length=length)
         costs.save(out)
@@ -179,7 +180,7 @@ def report(
         liar report slim/report.json --plot slim.png
     """
     with _told():
-        found = _read_report(source / "report.json" if source.is_dir() else source)
+        found = Report.load(source / "report.json" if source.is_dir() else source)
         if plot:
             from liar.plots import plot as draw  # noqa: PLC0415 (an extra)
 
@@ -232,28 +233,9 @@ def _finish(run: Run, *, force: bool) -> None:
     typer.echo(f"written to {run.out}")
 
 
-def _check_file(path: Path, *, force: bool) -> None:
-    """Check, before any work is done, that a file may be written to a place."""
-    if path.is_dir() or (path.exists() and not force):
-        raise OptionError(f"{path} is there already; choose another OUT, or replace a file with --force")
-    if not path.parent.is_dir():
-        raise OptionError(f"{path}: there is no folder {path.parent}; make it, or choose another OUT")
-
-
 def _read_mask(path: Path) -> Any:
-    try:
+    with reading(MaskError, "a JSON file with a mask, as Mask.save writes it", path):
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MaskError(f"{path}: expected a JSON file with a mask, as Mask.save writes it: {error}") from error
-
-
-def _read_report(path: Path) -> Report:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: expected a report.json that liar wrote, there is none; check the path")
-    try:
-        return Report.load(path)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: expected a report.json that liar wrote, got something else ({error!r})") from error
 
 
 if __name__ == "__main__":

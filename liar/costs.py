@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from liar.errors import BudgetError
+from liar.errors import BudgetError, reading
 from liar.families import discover
 from liar.sites import Layout, Site, linear
 
 # Tokens per sequence where FLOPs or time are asked for by name.
 LENGTH = 128
+WRITTEN = "costs as Costs.save or `liar latency` writes them"
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,12 @@ class Costs:
         Raises:
             BudgetError: the text is not such a JSON.
         """
-        try:
+        with reading(BudgetError, WRITTEN):
             content = json.loads(text)
             sites = {
                 name: {int(number): float(cost) for number, cost in levels.items()} for name, levels in content["sites"].items()
             }
             return cls(str(content["name"]), float(content["fixed"]), sites, dict(content["about"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BudgetError(f"expected costs as Costs.save or `liar latency` writes them, got {error!r}") from error
 
     def save(self, path: str | Path) -> None:
         """Write `to_json` to a file."""
@@ -107,10 +106,8 @@ class Costs:
         Raises:
             BudgetError: it is not one.
         """
-        try:
+        with reading(BudgetError, WRITTEN, path):
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, BudgetError) as error:
-            raise BudgetError(f"{path}: {error}") from error
 
 
 def params(model: nn.Module) -> Costs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
+from pathlib import Path
 
 
 class LiarError(ValueError):
@@ -38,6 +39,20 @@ def at_site(name: str, module: str) -> Iterator[None]:
         yield
     except CalibrationError as error:
         raise CalibrationError(f"{name} ({module}): {error}") from error
+
+
+@contextmanager
+def reading(kind: type[LiarError], expected: str, path: str | Path | None = None) -> Iterator[None]:
+    """Say what was expected of a text, or of the file it is in, if the content is something else."""
+    where = "" if path is None else f"{path}: "
+    try:
+        yield
+    except kind as error:
+        raise kind(f"{where}{error}") from error
+    except OSError as error:
+        raise kind(f"{where}expected {expected}, got {error.strerror or error}; check the path") from error
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise kind(f"{where}expected {expected}, got {error!r}") from error
 
 
 class BudgetError(LiarError):

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liar.errors import MaskError
+from liar.errors import MaskError, reading
 from liar.forms import FORMS, abridged, read_kept, read_removed
 from liar.sites import Layout
+
+WRITTEN = 'a JSON with {"mask": {site: {"units", "kept"}}}, as Mask.save writes it'
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,15 +135,13 @@ class Mask:
         Raises:
             MaskError: the text is not such a JSON.
         """
-        try:
+        with reading(MaskError, WRITTEN):
             content = json.loads(text)
             sites = content["mask"]
             keep = {name: torch.zeros(site["units"], dtype=torch.bool) for name, site in sites.items()}
             for name, site in sites.items():
                 keep[name][torch.tensor(site["kept"], dtype=torch.int64)] = True
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise MaskError(f'expected a JSON with {{"mask": {{site: {{"units", "kept"}}}}}}: {error!r}') from error
-        return cls(keep, content.get("asked"))
+            return cls(keep, content.get("asked"))
 
     def save(self, path: str | Path) -> None:
         """Write `to_json` to a file."""
@@ -149,8 +149,13 @@ class Mask:
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
-        """Read a file that `save` wrote."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        """Read a file that `save` wrote.
+
+        Raises:
+            MaskError: it is not one.
+        """
+        with reading(MaskError, WRITTEN, path):
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
     @classmethod
     def of(cls, mask: Mask | Mapping[str, Any], layout: Layout, *, drop: bool = False) -> Mask:

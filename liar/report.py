@@ -13,7 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from liar.errors import Verdict
+from liar.errors import CheckpointError, Verdict, reading
+
+WRITTEN = "a report.json that liar wrote"
 
 
 @dataclass(frozen=True)
@@ -102,17 +104,22 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """The inverse of `to_json`."""
-        content = json.loads(text)
-        sites = [
-            SiteReport(**{
-                **site,
-                **{name: float(site[name]) for name in ("before", "after", "ridge", "condition", "seconds")},
-                "verdict": Verdict(site["verdict"]),
-            })
-            for site in content.pop("sites")
-        ]  # fmt: skip
-        return cls(sites=tuple(sites), **{**content, "parameters": tuple(content["parameters"])})
+        """The inverse of `to_json`.
+
+        Raises:
+            CheckpointError: the text is not such a JSON.
+        """
+        with reading(CheckpointError, WRITTEN):
+            content = json.loads(text)
+            sites = [
+                SiteReport(**{
+                    **site,
+                    **{name: float(site[name]) for name in ("before", "after", "ridge", "condition", "seconds")},
+                    "verdict": Verdict(site["verdict"]),
+                })
+                for site in content.pop("sites")
+            ]  # fmt: skip
+            return cls(sites=tuple(sites), **{**content, "parameters": tuple(content["parameters"])})
 
     def save(self, path: str | Path) -> None:
         """Write `to_json` to a file."""
@@ -120,8 +127,13 @@ class Report:
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
-        """Read a file that `save` wrote."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        """Read a file that `save` wrote.
+
+        Raises:
+            CheckpointError: it is not one.
+        """
+        with reading(CheckpointError, WRITTEN, path):
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
     def table(self) -> Table:
         """A `rich` table; `print(report)` shows it."""

@@ -19,7 +19,7 @@ from liar.atomic import check_target
 from liar.calibration import calibration
 from liar.costs import Costs
 from liar.criteria import CRITERIA, SCOPES, check_keep
-from liar.errors import CheckpointError, MaskError, OptionError, choose
+from liar.errors import CheckpointError, MaskError, OptionError, choose, reading
 from liar.families import discover
 from liar.mask import Mask
 from liar.rebuild import BIASES, TARGETS
@@ -175,12 +175,10 @@ class Run:
         Raises:
             OptionError: the text is not such a JSON.
         """
-        try:
+        known = ", ".join(field.name for field in fields(cls))
+        with reading(OptionError, f'a run.json with {{"run": {{…}}}} of {known}'):
             content = json.loads(text)
             run = cls(**content["run"])
-        except (ValueError, KeyError, TypeError) as error:
-            known = ", ".join(field.name for field in fields(cls))
-            raise OptionError(f'expected a run.json with {{"run": {{…}}}} of {known}; got {error!r}') from error
         for name, now in json.loads(run.to_json())["versions"].items():
             then = content.get("versions", {}).get(name)
             if then != now:

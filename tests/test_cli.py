@@ -188,7 +188,7 @@ def test_a_budget_in_time_is_measured_once_and_replayed(home, tmp_path):
     told = call("latency", home / "llama", file, "--batch-size", 2, "--length", 8).stdout
     assert re.search(r"\d+\.\d ms per batch; written to", told)
     again = ["latency", home / "llama", file, "--batch-size", 1, "--length", 4]
-    assert "latency.json is there already; choose another OUT, or replace a file with --force" in refused(*again)
+    assert "latency.json is there already; choose another name, or allow to replace a file (--force)" in refused(*again)
     assert "there is no folder" in refused("latency", home / "llama", tmp_path / "none" / "latency.json")
     costs = liar.Costs.load(file)
     assert (costs.about["batch_size"], costs.about["length"]) == (2, 8)
@@ -367,9 +367,11 @@ def test_report(home, tmp_path):
 
 
 def test_report_of_something_else(home, tmp_path):
-    assert "expected a report.json that liar wrote, there is none; check the path" in refused("report", tmp_path)
+    assert "expected a report.json that liar wrote, got No such file or directory; check the path" in refused(
+        "report", tmp_path
+    )
     (tmp_path / "report.json").write_text('{"sites": 3}')
-    assert "expected a report.json that liar wrote, got something else" in refused("report", tmp_path)
+    assert "expected a report.json that liar wrote, got TypeError" in refused("report", tmp_path)
 
 
 def test_families():
