@@ -1,4 +1,4 @@
-"""Where files and folders may be written; and a folder whole or not at all, filled beside its place and put there in one step."""
+"""Where files and folders may be written, and a folder whole or not at all: filled beside its place, put there in one step."""
 
 from __future__ import annotations
 
