@@ -67,11 +67,11 @@ def table(frame: pandas.DataFrame, metric: str, dense: float | None, more: bool)
 
 
 def summed(group: pandas.DataFrame, metric: str, more: bool, digits: int, bold: str) -> tuple[dict[str, str], str]:
-    """One row of a table: rule -> text, the best mean in bold; and how many seeds there were."""
+    """One row of a table: rule -> text, the best mean in bold (all that have it); and how many seeds there were."""
     found = group.groupby("rule")[metric].agg(["mean", "sem", "count"])
-    best = found["mean"].idxmax() if more else found["mean"].idxmin()
+    best = found["mean"].max() if more else found["mean"].min()
     shown = {str(rule): spread(row["mean"], row["sem"], digits) for rule, row in found.iterrows()}
-    shown[best] = bold.format(shown[best])
+    shown |= {str(rule): bold.format(shown[str(rule)]) for rule in found.index[found["mean"] == best]}
     return shown, "-".join(str(number) for number in sorted({int(count) for count in found["count"]}))
 
 

@@ -15,8 +15,8 @@ from liar.calibration import Calibration
 from liar.capture import preserved
 from liar.collect import Statistics, collect
 from liar.costs import Costs, flops, params
-from liar.criteria import CRITERIA, SCOPES, TOLERANCE, Budget, Units, allocate, check_keep, scores
-from liar.errors import CalibrationError, choose
+from liar.criteria import CRITERIA, SCOPES, TOLERANCE, Budget, Units, allocate, check_drop, check_keep, scores
+from liar.errors import BudgetError, CalibrationError, choose
 from liar.families import checked
 from liar.mask import Mask
 from liar.rebuild import BIASES, TARGETS, Job, Options, rebuild
@@ -66,7 +66,8 @@ def select(
         uniform: the same numbers in every layer, and only those with which the stock class can load the model.
         protect: names of sites (`"heads.0"`) and numbers of layers that stay whole.
         drop: a layer's attention or feed-forward part may go as a whole, where that loses least; the report names those that
-            did. Not with `uniform`; with measured times only if they say what a layer takes without it.
+            did. Only with scope `"global"`, without `uniform`, and with a criterion that can compare units of different sites:
+            `"reconstruction"`, `"taylor"`, `"fisher"`, `"snip"`.
         seed: for `"random"`.
         progress: show a bar.
 
@@ -86,10 +87,18 @@ def select(
     if isinstance(budget, str):
         choose("budget", budget, list(BUDGETS))
     check_keep(keep)
+    if drop:
+        check_drop(criterion, scope, uniform=uniform)
     layout = checked(model)
+    if uniform and layout.dropped:
+        raise BudgetError(
+            f"uniform: no stock class leaves a sub-layer out, and this model has lost {', '.join(layout.dropped)}"
+        )
     costs = BUDGETS[budget](model, progress) if isinstance(budget, str) else budget
     possible = slim.stock_counts(model) if uniform else None
     wanted = Budget.of(layout, costs, keep, round_to=round_to, possible=possible, protect=protect, drop=drop)
+    if drop and not any(least == 0 for least in wanted.least.values()):
+        logger.warning("drop: the %s of no site without units are known, so none is dropped; measure them anew", costs.name)
     known: Mapping[str, Mapping[str, Tensor]] = {site.name: {} for site in layout.sites}
     if CRITERIA[criterion].needs:
         if calib is None:

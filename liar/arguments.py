@@ -77,7 +77,7 @@ Budget = Annotated[str, typer.Option(callback=_budget, help=f"What --keep is a s
 RoundTo = Annotated[int, typer.Option(min=1, help="Widths are multiples of so many channels, or whole.")]
 Uniform = Annotated[bool, typer.Option("--uniform", help="The same widths in every layer, which the stock class can load.")]
 Protect = Annotated[list[str], typer.Option(help="Site (heads.0) or number of a layer that stays whole; may be repeated.")]
-Drop = Annotated[bool, typer.Option("--drop", help="Whole attention or feed-forward parts may go, where that loses least.")]
+Drop = Annotated[bool, typer.Option("--drop", help="A layer's whole attention or feed-forward part may go.")]
 Length = Annotated[int, typer.Option(min=1, help="Tokens per sequence that is timed.")]
 TimedBatch = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences per batch that is timed.")]
 Seed = Annotated[int, typer.Option(help="For --criterion random.")]

@@ -132,7 +132,8 @@ def _record(layout: Layout, mask: Mask | None) -> str:
     sites: dict[str, dict[str, Any]] = {site.name: {"units": site.units} for site in layout.sites}
     sites |= {name: {"units": 0} for name in layout.dropped}
     if mask is not None:
-        cut = {name: mask.kept(name) for name in mask.keep}
+        # What an earlier cut dropped is no site of this mask.
+        cut = {**dict.fromkeys(layout.dropped, 0), **{name: mask.kept(name) for name in mask.keep}}
         if cut != {name: site["units"] for name, site in sites.items()}:
             wrong = sorted(name for name in cut.keys() | sites.keys() if cut.get(name) != sites.get(name, {}).get("units"))
             raise CheckpointError(

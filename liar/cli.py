@@ -122,6 +122,7 @@ def reconstruct(
     out: arg.Out,
     mask: arg.MaskFile,
     calib: arg.Calib,
+    drop: arg.Drop = Run.drop,
     target: arg.Target = Run.target,
     ridge: arg.Ridge = str(Run.ridge),
     refit: arg.Refit = Run.refit,

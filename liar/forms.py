@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from liar.errors import MaskError
-from liar.sites import Layout, Site
+from liar.sites import Layout, Site, told
 
 FORMS = (
     'expected {"heads": bool [layers, heads], "neurons": bool [layers, neurons]}, per-layer lists of kept indices, '
@@ -34,17 +34,17 @@ def read_kept(entries: Mapping[str, Any], layout: Layout, *, drop: bool) -> dict
     by_name = {name: site for site in layout.sites for name in (site.name, site.module)}
     for name, value in entries.items():
         if name in ("heads", "neurons"):
-            sites = layout.of_kind(name)
             sized = isinstance(value, Sequence) or getattr(value, "ndim", 0) > 0
             rows = len(value) if sized else type(value).__name__
-            if rows != len(sites):
-                raise MaskError(f"mask[{name!r}]: expected one row for each of {len(sites)} layers, got {rows}")
-            for site, row in zip(sites, value, strict=True):
-                keep[site.name] = _row(site, row, drop=drop)
+            if rows != len(layout.blocks):
+                raise MaskError(f"mask[{name!r}]: expected one row for each of {len(layout.blocks)} layers, got {rows}")
+            # Where a layer has lost this part already, its row says nothing.
+            for site in layout.of_kind(name):
+                keep[site.name] = _row(site, value[site.layer], drop=drop)
         elif name in by_name:
             keep[by_name[name].name] = _row(by_name[name], value, drop=drop)
         else:
-            raise MaskError(f"mask[{name!r}]: no such site in this model; {FORMS}. Sites: {abridged(by_name)}")
+            raise MaskError(f"mask[{name!r}]: no such site in this model; {FORMS}. Sites: {abridged(by_name)}{told(layout)}")
     return keep
 
 
@@ -68,11 +68,11 @@ def read_removed(entries: Mapping[str, Sequence[int]], layout: Layout, *, drop: 
         if name not in widths:
             raise MaskError(
                 f"removed[{name!r}]: expected the name of a site, or the full name of a layer that belongs to one, such as "
-                f"{', '.join(_widths(layout.sites[0]))}"
+                f"{', '.join(_widths(layout.sites[0]))}{told(layout)}"
             )
         site, width = widths[name]
         row = _without(site, width, indices, f"removed[{name!r}]")
-        _check_left(site, row, f"removed[{name!r}]", drop=drop)
+        _check_left(site, row, f"removed[{name!r}] of {site.name}", drop=drop)
         before = first.setdefault(site.name, name)
         if before != name and not torch.equal(row, keep[site.name]):
             raise MaskError(
@@ -122,13 +122,11 @@ def _check_left(site: Site, keep: Tensor, where: str, *, drop: bool) -> None:
         return
     if not drop:
         raise MaskError(
-            f"{where}: nothing is kept at {site.name}; keep at least one of {site.units} units, or, if the whole sub-layer is "
-            "meant to go, make the mask with drop=True (Mask.of, Mask.from_removed)"
+            f"{where}: nothing is kept; keep at least one of {site.units} units, or, if the whole sub-layer is meant to go, "
+            "say so: Mask.of(mask, layout, drop=True), Mask.from_removed(removed, layout, drop=True), or --drop"
         )
     if not site.droppable:
-        raise MaskError(
-            f"{where}: {site.name} cannot be dropped: the family's table has no mixer for it; keep at least one unit"
-        )
+        raise MaskError(f"{where}: it cannot be dropped, since the family's table has no mixer for it; keep at least one unit")
 
 
 def _channels(indices: Any, total: int, where: str) -> Tensor:

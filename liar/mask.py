@@ -161,6 +161,7 @@ class Mask:
     def of(cls, mask: Mask | Mapping[str, Any], layout: Layout, *, drop: bool = False) -> Mask:
         """Check a mask of any accepted form against the sites of a model; sites it does not name stay whole.
 
+        `heads` and `neurons` have a row for every layer, also for one that has lost this part already (it is not looked at).
         For attention with shared key and value heads `heads` may have one column per key/value head, or one per query
         head if all query heads of a group agree.
 
@@ -173,7 +174,8 @@ class Mask:
             drop: a site that keeps nothing is no mistake: the whole sub-layer goes. In a `Mask` it never is one.
 
         Raises:
-            MaskError: wrong shape, name or dtype, or a site that keeps nothing; names the site and what was expected.
+            MaskError: wrong shape, name or dtype, a site that keeps nothing without `drop`, or one that cannot be dropped (see
+                `SitePattern.mixer`); names the site and what was expected.
 
         Example:
             >>> layout = liar.families.discover(model)
@@ -201,7 +203,7 @@ class Mask:
 
         Raises:
             MaskError: no such site or layer; an index that is out of range or repeated; part of a unit; lists of one site
-                that do not agree; or a site that keeps nothing.
+                that do not agree; or a site that keeps nothing, without `drop` or where it cannot be dropped.
 
         Example:
             >>> layout = liar.families.discover(model)

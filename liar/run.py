@@ -18,7 +18,7 @@ from liar.api import BUDGETS, reconstruct, select
 from liar.atomic import check_target
 from liar.calibration import calibration
 from liar.costs import Costs
-from liar.criteria import CRITERIA, SCOPES, check_keep
+from liar.criteria import CRITERIA, SCOPES, check_drop, check_keep
 from liar.errors import CheckpointError, MaskError, OptionError, choose, reading
 from liar.families import discover
 from liar.mask import Mask
@@ -50,7 +50,8 @@ class Run:
         batch_size: sequences per batch.
         pack: texts are joined and cut into full sequences.
         keep: share of the block parameters that stays (prune).
-        criterion, scope, round_to, uniform, protect, drop, seed: see `liar.select` (prune).
+        criterion, scope, round_to, uniform, protect, seed: see `liar.select` (prune).
+        drop: whether whole sub-layers may go: see `liar.select`, and for a mask `Mask.of`.
         budget: likewise; or the content of a file with costs, as `liar latency` writes it.
         mask: content of a mask file, in any form `Mask.of` takes or as `Mask.save` writes it (reconstruct).
         target, ridge, refit, solver, bias: see `liar.reconstruct`.
@@ -104,6 +105,8 @@ class Run:
             choose(option, getattr(self, option), list(values))
         if self.command == "prune":
             check_keep(self.keep)
+            if self.drop:
+                check_drop(self.criterion, self.scope, uniform=self.uniform)
         if self.command == "reconstruct":
             self._checked_mask()
         if self.ridge != "auto":
@@ -138,7 +141,7 @@ class Run:
             how = self._options("criterion", "scope", "round_to", "uniform", "protect", "drop", "seed")
             mask = select(model, batches, keep=self.keep, budget=self._checked_budget(), progress=progress, **how)
         else:
-            mask = Mask.of(self._checked_mask(), discover(model))
+            mask = Mask.of(self._checked_mask(), discover(model), drop=self.drop)
         how = self._options("target", "ridge", "refit", "solver", "bias")
         report = reconstruct(model, mask, batches, progress=progress, **how)
         extra = {"mask.json": mask.to_json(), "run.json": self.to_json()}

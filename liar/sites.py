@@ -71,7 +71,7 @@ class Site:
 
     @property
     def droppable(self) -> bool:
-        """Whether all units may go: attention without heads needs a stand-in for its mixer, so the mixer must be known."""
+        """Whether all units may go: attention without heads gets a stand-in for its mixer, so the mixer must be known."""
         return self.kind != "heads" or self.mixer is not None
 
 
@@ -112,6 +112,11 @@ class Layout:
 def site_name(kind: str, layer: int) -> str:
     """What the site of a kind and layer is called."""
     return f"{kind}.{layer}"
+
+
+def told(layout: Layout) -> str:
+    """For errors about a name that is not there: what was there once."""
+    return f"; dropped earlier: {', '.join(layout.dropped)}" if layout.dropped else ""
 
 
 def linear(block: nn.Module, edge: Edge) -> nn.Linear:

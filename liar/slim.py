@@ -31,7 +31,7 @@ def cut(layer: nn.Linear, axis: Axis, channels: Tensor) -> None:
 def cut_site(block: nn.Module, site: Site, keep: Tensor) -> None:
     """Cut the producers and the consumer of a site to the kept units, and correct the sizes its modules remember.
 
-    Where nothing is kept, layers stay in place without channels; attention, which cannot run like that, gets a stand-in.
+    Where nothing is kept, layers stay in place without channels, and attention gets a stand-in.
     """
     for edge in (*site.producers, site.consumer):
         cut(linear(block, edge), edge.axis, edge.channels(keep))
@@ -94,9 +94,6 @@ def stock_counts(model: nn.Module) -> dict[str, list[int]]:
     of heads is tried; of neurons, if one fewer can be had, so can any number.
     """
     layout, found = discover(model), dict[str, list[int]]()
-    if layout.dropped:
-        # No stock class leaves a sub-layer out.
-        return {pattern.kind: [] for pattern in family_of(model).patterns}
     for pattern in family_of(model).patterns:
         units = max(site.units for site in layout.of_kind(pattern.kind))
         tried = range(1, units + 1) if pattern.unit_width else [max(1, units - 1)]

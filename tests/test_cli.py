@@ -225,6 +225,10 @@ def test_sub_layers_that_are_dropped(home, tmp_path):
     mask = liar.Mask.load(tmp_path / "slim" / "mask.json")
     assert mask.dropped
     assert f"sub-layers that are gone: {', '.join(mask.dropped)}" in printed
+    (tmp_path / "lists.json").write_text('{"heads.1": []}')
+    lists = ["reconstruct", home / "bert", tmp_path / "lists", "--mask", tmp_path / "lists.json", "--calib", home / "texts.txt"]
+    assert "say so: Mask.of(mask, layout, drop=True), " in refused(*lists)
+    assert "sub-layers that are gone: heads.1" in call(*lists, "--drop").stdout
     call(
         "reconstruct",
         home / "bert",

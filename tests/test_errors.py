@@ -122,7 +122,7 @@ RECONSTRUCT = {
     "nothing kept": Case(
         lambda m: reconstruct(m, {"neurons": torch.zeros(2, 64)}),
         MaskError,
-        r"neurons\.0 .*nothing is kept at neurons\.0; keep at least one of 64",
+        r"neurons\.0 .*nothing is kept; keep at least one of 64",
     ),
     "nothing kept in one layer": Case(
         lambda m: reconstruct(m, {"heads.1": torch.zeros(heads(m), dtype=torch.bool)}), MaskError, r"heads\.1 .*nothing is kept"

@@ -10,6 +10,8 @@ from torch import Tensor
 from liar.criteria.budget import Budget
 from liar.criteria.fill import fill
 from liar.criteria.levels import share
+from liar.criteria.scores import CRITERIA
+from liar.errors import OptionError
 from liar.mask import Mask
 from liar.sites import Layout
 
@@ -25,6 +27,22 @@ def _standardised(scores: Tensor) -> Tensor:
 
 
 SCOPES: dict[str, Callable[[Tensor], Tensor]] = {"layer": _ranks, "global": _standardised}
+
+
+def check_drop(criterion: str, scope: str, *, uniform: bool) -> None:
+    """Whether whole sub-layers may be dropped with these options.
+
+    Raises:
+        OptionError: they may not.
+    """
+    if uniform:
+        raise OptionError("drop and uniform: a sub-layer that goes leaves layers of different widths; choose one of the two")
+    able = [name for name, each in CRITERIA.items() if each.comparable]
+    if criterion not in able or scope != "global":
+        raise OptionError(
+            f"drop with criterion={criterion!r}, scope={scope!r}: expected scope='global' and one of {', '.join(able)}; others "
+            "rank the units of a site among themselves, and cannot say that none of them is worth its cost"
+        )
 
 
 def allocate(scores: Mapping[str, Tensor], layout: Layout, budget: Budget, scope: str, *, comparable: bool = False) -> Mask:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd
 
 from liar.costs import Costs
 from liar.errors import BudgetError, OptionError
-from liar.sites import Layout, Site
+from liar.sites import Layout, Site, told
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Budget:
         """What all that is kept may cost."""
         return self.keep * self.costs.dense
 
-    @property
+    @cached_property
     def least(self) -> Mapping[str, int]:
         """The number of units that a site keeps at least, by its name."""
         return {site.name: min(group.counts) for group in self.groups for site in group.sites}
@@ -77,19 +78,15 @@ class Budget:
             round_to: a site keeps a multiple of so many channels, or all.
             possible: kind -> numbers of units that every layer may keep; widths are then the same in all layers.
             protect: names of sites, and numbers of layers, that stay whole.
-            drop: a site may keep nothing, if its costs say what that is like; not together with `possible`.
+            drop: a site may keep nothing, if its costs say what that is like.
 
         Raises:
-            OptionError: `round_to` below 1, something to protect that is not there, or `drop` with `possible`.
+            OptionError: `round_to` below 1, or something to protect that is not there.
             BudgetError: the least that is possible costs more; or the costs are those of another model.
         """
         costs.check(layout)
         if round_to < 1:
             raise OptionError(f"round_to={round_to}: expected a number of channels, at least 1")
-        if drop and possible is not None:
-            raise OptionError(
-                "drop and uniform: a sub-layer that goes leaves layers of different widths; choose one of the two"
-            )
         protected = _protected(layout, protect)
         allowed = {site.name: _rounded(site, costs, round_to, drop=drop) for site in layout.sites}
         allowed |= {site.name: [site.units] for site in protected}
@@ -150,6 +147,6 @@ def _protected(layout: Layout, names: Sequence[str | int]) -> tuple[Site, ...]:
     if unknown := [name for name in names if name not in known]:
         raise OptionError(
             f"protect: no such site or layer: {unknown[0]!r}; expected names such as {layout.sites[0].name!r} "
-            f"or numbers of layers from 0 to {max(site.layer for site in layout.sites)}"
+            f"or numbers of layers such as {layout.sites[-1].layer}{told(layout)}"
         )
     return tuple(site for site in layout.sites if site.name in names or site.layer in names)

@@ -92,8 +92,8 @@ def discover(model: nn.Module) -> Layout:
     try:
         blocks = [f"{prefix}{family.blocks}.{i}" for i in range(len(base.get_submodule(family.blocks)))]  # type: ignore[arg-type]
         places = [(block, layer, pattern) for layer, block in enumerate(blocks) for pattern in family.patterns]
-        dropped = [place for place in places if _is_dropped(model, *place)]
-        sites = tuple(_site(model, *place) for place in places if place not in dropped)
+        dropped = [(layer, pattern.kind) for block, layer, pattern in places if _is_dropped(model, block, pattern)]
+        sites = tuple(_site(model, *place) for place in places if (place[1], place[2].kind) not in dropped)
     except (AttributeError, TypeError, ZeroDivisionError) as error:
         raise ModelError(
             f"the table of family {family.model_type!r} does not fit this {type(model).__name__}: {error}"
@@ -111,11 +111,11 @@ def discover(model: nn.Module) -> Layout:
             for name, module in model.get_submodule(block).named_modules()
             if isinstance(module, nn.Linear) and f"{block}.{name}" not in covered
         ),
-        dropped=tuple(site_name(pattern.kind, layer) for _, layer, pattern in dropped),
+        dropped=tuple(site_name(kind, layer) for layer, kind in dropped),
     )
 
 
-def _is_dropped(model: nn.Module, block_name: str, _layer: int, pattern: SitePattern) -> bool:
+def _is_dropped(model: nn.Module, block_name: str, pattern: SitePattern) -> bool:
     return _linear(model.get_submodule(block_name), block_name, pattern.consumer).in_features == 0
 
 

@@ -19,7 +19,8 @@ class SitePattern:
         residual: module and positional argument of its forward that hold the residual stream which the consumer's
             output is added to.
         mixer: module that computes what the consumer reads, and does nothing else but perhaps call the consumer; its output
-            is then replayed where the block has to run again. Left out, it runs again.
+            is then replayed where the block has to run again. Left out, it runs again. Attention without heads gets a stand-in
+            there, which is given the hidden states first or as `hidden_states` and returns two things, the second None.
         unit_width: attribute path of the number of channels of one unit in the last producer (the size of a head);
             None where a unit is one channel.
         counts: attribute paths of integers in proportion to the number of units (wrong after slimming if not corrected).

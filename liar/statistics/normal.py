@@ -54,7 +54,7 @@ class Normal:
     @property
     def scale(self) -> float:
         """Mean diagonal of the Gram matrix: the unit of a relative ridge."""
-        return float(self.gram.diagonal().mean()) if len(self.gram) else 0.0
+        return float(self.gram.diagonal().mean())
 
     def through(self, weight: Tensor, bias: Tensor) -> Normal:
         """The same rows with the target `t weight + bias` instead of t: weight [out, new out], bias [new out].

@@ -128,6 +128,27 @@ def drop(model: nn.Module, layout: Layout, batches: Sequence[Mapping[str, Tensor
         expect(found.dropped == (gone.name,), f"{gone.name} was dropped, the model says that {found.dropped} were")
         expect(len(found.sites) == len(layout.sites) - 1, f"{gone.name} was dropped, and left {len(found.sites)} sites")
         _as_zeroed(model, without_one, layout, mask, batches[:1], f"dropping {gone.name}")
+        _goes_on(without_one, batches[0]["input_ids"], gone.name)
+
+
+def _goes_on(model: nn.Module, ids: Tensor, dropped: str) -> None:
+    """A text that is read in two parts, the second with the cache of the first, is read as in one (where there is a cache)."""
+    base, _ = base_and_prefix(model)
+    half = ids.shape[1] // 2
+    cache = getattr(base(input_ids=ids[:, :half]), "past_key_values", None)
+    if cache is None:
+        return
+    try:
+        rest = base(input_ids=ids[:, half:], past_key_values=cache)[0]
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise AssertionError(f"dropping {dropped}: the model does not go on from its cache: {error}") from error
+    everywhere = torch.ones(rest.shape[:2], dtype=torch.bool, device=rest.device)
+    close(
+        rest,
+        base(input_ids=ids)[0][:, half:],
+        everywhere,
+        f"dropping {dropped}: a text read in two parts differs from the whole",
+    )
 
 
 def _as_zeroed(
