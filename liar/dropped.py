@@ -14,23 +14,22 @@ from liar.sites import Site
 class _WithoutHeads(nn.Module):
     """In front of the stock class: only what is asked of attention whatever it computes.
 
-    `consumer` is the consumer's name inside the module, None where it is called elsewhere; `layer` the number of its block.
+    `_made_of`: the stock class; the consumer's name inside the module, None where it is called elsewhere; the block's number.
     """
 
-    consumer: str | None
-    layer: int
-    stock: Any
+    _made_of: tuple[Any, str | None, int]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """What attention returns: (what the consumer reads or writes, attention weights)."""
+        _, consumer, layer = self._made_of
         nothing = hidden_states[..., :0]
         for known in (value for value in (*args, *kwargs.values()) if isinstance(value, Cache)):
             # One key of size 1 per token: the length of the text is asked of the cache of one layer, and that may be this one.
             # Some caches count the keys that are not zero.
             mark = hidden_states.new_ones(len(hidden_states), 1, hidden_states.shape[1], 1)
             own = getattr(known, "self_attention_cache", known)
-            own.update(mark, mark, self.layer, {"cache_position": kwargs.get("cache_position")})
-        return nothing if self.consumer is None else self.get_submodule(self.consumer)(nothing), None
+            own.update(mark, mark, layer, {"cache_position": kwargs.get("cache_position")})
+        return nothing if consumer is None else self.get_submodule(consumer)(nothing), None
 
     def extra_repr(self) -> str:
         """Shown where the model is printed."""
@@ -40,7 +39,7 @@ class _WithoutHeads(nn.Module):
         """The class is made while the program runs, so a pickle says from what."""
         parts = super().__reduce_ex__(protocol)
         assert isinstance(parts, tuple), "a module has a state"
-        return (_blank, (self.stock, self.consumer, self.layer), *parts[2:])
+        return (_blank, self._made_of, *parts[2:])
 
 
 def without_heads(mixer: nn.Module, site: Site) -> None:
@@ -56,10 +55,8 @@ def without_heads(mixer: nn.Module, site: Site) -> None:
 
 @cache
 def _class_of(stock: Any, consumer: str | None, layer: int) -> type[nn.Module]:
-    names = {"consumer": consumer, "layer": layer, "stock": stock}
-    return type(
-        stock.__name__, (_WithoutHeads, stock), {**names, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
-    )
+    known = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "_made_of": (stock, consumer, layer)}
+    return type(stock.__name__, (_WithoutHeads, stock), known)
 
 
 def _blank(stock: Any, consumer: str | None, layer: int) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from liar.errors import MaskError
-from liar.sites import Layout, Site, told
+from liar.sites import Layout, Site, dropped_note
 
 FORMS = (
     'expected {"heads": bool [layers, heads], "neurons": bool [layers, neurons]}, per-layer lists of kept indices, '
@@ -44,7 +44,9 @@ def read_kept(entries: Mapping[str, Any], layout: Layout, *, drop: bool) -> dict
         elif name in by_name:
             keep[by_name[name].name] = _row(by_name[name], value, drop=drop)
         else:
-            raise MaskError(f"mask[{name!r}]: no such site in this model; {FORMS}. Sites: {abridged(by_name)}{told(layout)}")
+            raise MaskError(
+                f"mask[{name!r}]: no such site in this model; {FORMS}. Sites: {abridged(by_name)}{dropped_note(layout)}"
+            )
     return keep
 
 
@@ -68,7 +70,7 @@ def read_removed(entries: Mapping[str, Sequence[int]], layout: Layout, *, drop: 
         if name not in widths:
             raise MaskError(
                 f"removed[{name!r}]: expected the name of a site, or the full name of a layer that belongs to one, such as "
-                f"{', '.join(_widths(layout.sites[0]))}{told(layout)}"
+                f"{', '.join(_widths(layout.sites[0]))}{dropped_note(layout)}"
             )
         site, width = widths[name]
         row = _without(site, width, indices, f"removed[{name!r}]")

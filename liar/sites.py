@@ -114,7 +114,7 @@ def site_name(kind: str, layer: int) -> str:
     return f"{kind}.{layer}"
 
 
-def told(layout: Layout) -> str:
+def dropped_note(layout: Layout) -> str:
     """For errors about a name that is not there: what was there once."""
     return f"; dropped earlier: {', '.join(layout.dropped)}" if layout.dropped else ""
 

@@ -9,7 +9,7 @@ from math import gcd
 
 from liar.costs import Costs
 from liar.errors import BudgetError, OptionError
-from liar.sites import Layout, Site, told
+from liar.sites import Layout, Site, dropped_note
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,6 @@ def _protected(layout: Layout, names: Sequence[str | int]) -> tuple[Site, ...]:
     if unknown := [name for name in names if name not in known]:
         raise OptionError(
             f"protect: no such site or layer: {unknown[0]!r}; expected names such as {layout.sites[0].name!r} "
-            f"or numbers of layers such as {layout.sites[-1].layer}{told(layout)}"
+            f"or numbers of layers such as {layout.sites[-1].layer}{dropped_note(layout)}"
         )
     return tuple(site for site in layout.sites if site.name in names or site.layer in names)
