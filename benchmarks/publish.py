@@ -25,7 +25,7 @@ from summary import SETTING, also, lined, markdown, runs
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 CRITERION = "fluctuation"
-TOKENS, FEW = 16_000, 4_000
+TOKENS = 16_000
 CLOSED_FORM = [rule for rule in RULES if rule != "polish"]
 
 
@@ -47,6 +47,8 @@ def glue(criterion: str = CRITERION) -> str:
     """All numbers of the fine-tuned models."""
     frame = part(criterion, source="own", tokens=TOKENS)
     frame = frame[frame["task"].str.startswith("glue-") & (frame["number"] != "seconds")]
+    # Cells that were run to compare selections have one rule.
+    frame = frame[frame.groupby(["task", "model", "keep"])["rule"].transform("nunique") > 1]
     return markdown(frame, ["task", "keep", "number"], CLOSED_FORM)
 
 
@@ -78,10 +80,10 @@ def dropping() -> str:
     return markdown(frame.assign(rule=frame["criterion"]), ["task", "keep", "number"], ["reconstruction", "dropping"])
 
 
-def few_tokens(criterion: str = CRITERION) -> str:
-    """What each task is about, with little calibration data."""
+def other_tokens(criterion: str = CRITERION) -> str:
+    """What each task is about, with less and with more calibration data than elsewhere."""
     frame = part(criterion, source="own", place=0)
-    return markdown(frame[frame["tokens"] <= FEW], ["task", "number", "keep", "tokens"], CLOSED_FORM)
+    return markdown(frame[frame["tokens"] != TOKENS], ["task", "number", "keep", "tokens"], CLOSED_FORM)
 
 
 def other_texts(criterion: str = CRITERION) -> str:
@@ -165,9 +167,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "ladder tinystories": lambda: ladder("tinystories", "perplexity"),
     "ladder tinystories kl": lambda: ladder("tinystories", "kl"),
     "ladder glue": glue,
-    "few tokens reconstruction": lambda: few_tokens("reconstruction"),
+    "other tokens reconstruction": lambda: other_tokens("reconstruction"),
     "other texts reconstruction": lambda: other_texts("reconstruction"),
-    "few tokens": few_tokens,
+    "other tokens": other_tokens,
     "other texts": other_texts,
     "polish": lambda: polish("reconstruction"),
     "speed": speed,
