@@ -147,6 +147,6 @@ def _protected(layout: Layout, names: Sequence[str | int]) -> tuple[Site, ...]:
     if unknown := [name for name in names if name not in known]:
         raise OptionError(
             f"protect: no such site or layer: {unknown[0]!r}; expected names such as {layout.sites[0].name!r} "
-            f"or numbers of layers such as {layout.sites[-1].layer}{dropped_note(layout)}"
+            f"or numbers of layers from 0 to {len(layout.blocks) - 1}{dropped_note(layout)}"
         )
     return tuple(site for site in layout.sites if site.name in names or site.layer in names)
