@@ -57,7 +57,8 @@ class Costs:
         found = {}
         for name, levels in self.sites.items():
             price = levels.get(1, 0.0)
-            if any(levels.get(number, 0.0) != number * price for number in range(max(levels) + 1)):
+            steady = all(levels.get(number) == number * price for number in range(1, max(levels) + 1))
+            if not steady or levels.get(0, 0.0) != 0:
                 return None
             found[name] = price
         return found

@@ -64,10 +64,11 @@ class Mask:
             (True, True)
         """
         pairs = self._beside(other)
-        empty = [name for name, (a, b) in pairs.items() if a.any() and b.any() and not (a & b).any()]
+        keep = {name: a & b for name, (a, b) in pairs.items()}
+        empty = [name for name, (a, b) in pairs.items() if a.any() and b.any() and not keep[name].any()]
         if empty:
             raise MaskError(f"mask & mask keeps nothing at {abridged(empty)}; keep at least one unit of every site in both")
-        return Mask({name: a & b for name, (a, b) in pairs.items()})
+        return Mask(keep)
 
     def __or__(self, other: Mask) -> Mask:
         """The units that at least one of the masks keeps; `asked` is None.

@@ -233,6 +233,14 @@ def test_latency_is_a_budget(tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_times_with_gaps_have_no_price_even_if_they_are_all_alike():
+    """As on a busy machine, where a tiny layer takes as long at every width: only the widths that were timed may stay."""
+    flat = Costs("seconds", 1.0, {"neurons.0": {0: 0.0, 8: 0.0, 16: 0.0}})
+    assert flat.prices is None
+    assert Costs("seconds", 1.0, {"neurons.0": {1: 0.5, 2: 1.0}}).prices == {"neurons.0": 0.5}
+    assert Costs("seconds", 1.0, {"neurons.0": {0: 0.1, 1: 0.5, 2: 1.0}}).prices is None
+
+
 def test_a_budget_in_time():
     model = tiny_model("llama", hidden_size=64, intermediate_size=512)
     costs, batches = timed(model), tiny_batches(model)
