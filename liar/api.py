@@ -112,7 +112,8 @@ def select(
     for number, site in enumerate(layout.sites):
         block = model.get_submodule(site.block)
         found[site.name] = scores(criterion, Units.of(block, site, known[site.name], seed=seed + number))
-    mask = allocate(found, layout, wanted, scope, comparable=CRITERIA[criterion].comparable)
+    sets = {name: values[kept] for name, values in known.items()} if (kept := CRITERIA[criterion].sets) else {}
+    mask = allocate(found, layout, wanted, scope, comparable=CRITERIA[criterion].comparable, sets=sets)
     got = costs.of({name: mask.kept(name) for name in mask.keep}) / costs.dense
     level = logging.WARNING if got < keep - TOLERANCE else logging.INFO
     logger.log(level, "asked to keep %.4f of the %s, got %.4f", keep, costs.name, got)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from liar.calibration import Calibration
 from liar.capture import Call, Point, block_calls, preserved, run, watching
 from liar.criteria.elimination import Elimination, eliminate
+from liar.criteria.swaps import MOST, swapped
 from liar.errors import at_site
 from liar.families import base_and_prefix
 from liar.sensitivity import Sensitivity, sensitivities
@@ -27,7 +28,7 @@ EVEN = 0.2
 
 
 def error_curves(model: nn.Module, layout: Layout, calibration: Calibration, progress: bool) -> dict[str, dict[str, Tensor]]:
-    """By site: the `order` in which units go, int64 [units], and by how much each step `increases` the change of the output.
+    """By site: `order`, `increases` and `kept` of an `Elimination`, in which swaps have a say where units are few.
 
     A step is what the reconstruction of the site misses then, weighed by how much that moves the model's output (see
     `Sensitivity`); so curves of all sites are in one unit, that of twice a Kullback-Leibler divergence per output.
@@ -50,7 +51,7 @@ def error_curves(model: nn.Module, layout: Layout, calibration: Calibration, pro
             for site in sites:
                 found[site.name] = seen.curve(site, calibration.tokens)
                 bar.update()
-    return {name: {"order": curve.order, "increases": curve.increases} for name, curve in found.items()}
+    return {name: {"order": curve.order, "increases": curve.increases, "kept": curve.kept} for name, curve in found.items()}
 
 
 class _Block:
@@ -77,7 +78,10 @@ class _Block:
         with at_site(site.name, site.module):
             normal = self.moments.pop(site.name).normal(affine=consumer.bias is not None)
         mean, root = directions(sensitivity.fisher.double(), sensitivity.outputs)
-        found = eliminate(normal.gram, consumer.weight.detach().double().T @ root, site.units, RIDGE)
+        weight = consumer.weight.detach().double().T @ root
+        found = eliminate(normal.gram, weight, site.units, RIDGE)
+        if site.units <= MOST:
+            found = swapped(found, normal.gram, weight, RIDGE)
         return replace(found, increases=found.increases * mean / tokens)
 
 

@@ -38,7 +38,7 @@ def test_only_what_is_needed_is_collected(subject):
 def test_what_was_not_collected_is_missed_by_name(subject):
     model, batches = subject
     statistics = liar.collect(model, batches, criteria=["fluctuation"], progress=False)
-    with pytest.raises(CalibrationError, match=r"'reconstruction' needs order and increases .* criteria=\['reconstruction'\]"):
+    with pytest.raises(CalibrationError, match=r"needs order and increases and kept .* criteria=\['reconstruction'\]"):
         liar.select(model, statistics, keep=0.5)
     with pytest.raises(OptionError, match="criterion"):
         liar.collect(model, batches, criteria=["best"])

@@ -45,8 +45,16 @@ def check_drop(criterion: str, scope: str, *, uniform: bool) -> None:
         )
 
 
-def allocate(scores: Mapping[str, Tensor], layout: Layout, budget: Budget, scope: str, *, comparable: bool = False) -> Mask:
-    """Keep the best units until the budget is reached.
+def allocate(
+    scores: Mapping[str, Tensor],
+    layout: Layout,
+    budget: Budget,
+    scope: str,
+    *,
+    comparable: bool = False,
+    sets: Mapping[str, Tensor] | None = None,
+) -> Mask:
+    """Keep the best units until the budget is reached: first how many of every site, then which ones.
 
     Args:
         scores: site name -> [units].
@@ -55,18 +63,23 @@ def allocate(scores: Mapping[str, Tensor], layout: Layout, budget: Budget, scope
         scope: `"layer"` (every layer keeps equally many, if that comes within 1 % of the budget) or `"global"` (all units
             compete).
         comparable: scores of all sites are in one unit, per parameter, and compete as they are.
+        sets: site name -> the best units by their number, bool [units + 1, units]; where there are none, those that score most.
     """
     worth = {name: score if comparable else SCOPES[scope](score) for name, score in scores.items()}
     if budget.prices is not None:
         if comparable:
             worth = {s.name: worth[s.name] * s.parameters / budget.prices[s.name] for s in layout.sites}
-        return Mask(fill(worth, layout, budget, level=scope == "layer"))
-    # What is lost with a unit: scores are per parameter, and some are below 0.
-    losses = {s.name: (worth[s.name] - worth[s.name].min().clamp_max(0)) * s.parameters for s in layout.sites}
-    return Mask({name: _best(scores[name], count) for name, count in share(losses, budget).items()})
+        counts = fill(worth, layout, budget, level=scope == "layer")
+    else:
+        # What is lost with a unit: scores are per parameter, and some are below 0.
+        losses = {s.name: (worth[s.name] - worth[s.name].min().clamp_max(0)) * s.parameters for s in layout.sites}
+        counts = share(losses, budget)
+    return Mask({name: _best(worth[name], count, (sets or {}).get(name)) for name, count in counts.items()})
 
 
-def _best(scores: Tensor, count: int) -> Tensor:
-    """The units with the highest scores, bool [units]."""
+def _best(scores: Tensor, count: int, sets: Tensor | None) -> Tensor:
+    """The units to keep if there are so many, bool [units]."""
+    if sets is not None and len(sets):
+        return sets[count]
     best = scores.argsort(descending=True, stable=True)[:count]
     return torch.zeros(len(scores), dtype=torch.bool).index_fill_(0, best, True)

@@ -27,10 +27,12 @@ class Elimination:
     Attributes:
         order: int64 [units], the unit missed least first; the last one would leave the site empty.
         increases: [units], in that order, float64; their running sum is `error(S)`.
+        kept: bool [units + 1, units], row n the n units to keep; without rows where those are the last n that go.
     """
 
     order: Tensor
     increases: Tensor
+    kept: Tensor
 
 
 def eliminate(gram: Tensor, weight: Tensor, units: int, ridge: float) -> Elimination:
@@ -49,7 +51,13 @@ def eliminate(gram: Tensor, weight: Tensor, units: int, ridge: float) -> Elimina
         order.append(int(state.names[unit]))
         increases.append(increase)
         state.remove(unit)
-    return Elimination(torch.tensor(order), torch.stack(increases).clamp_min(0).cpu())
+    return Elimination(torch.tensor(order), torch.stack(increases).clamp_min(0).cpu(), torch.ones(0, units, dtype=torch.bool))
+
+
+def ridged(gram: Tensor, ridge: float) -> Tensor:
+    """The Gram matrix with the ridge on its diagonal; positive definite, even of a site that never fires."""
+    damp = ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    return gram + damp * torch.eye(len(gram)).to(gram)
 
 
 @dataclass
@@ -76,8 +84,7 @@ class _State:
     def of(cls, gram: Tensor, weight: Tensor, units: int, ridge: float) -> _State:
         channels = len(gram)
         width = channels // units
-        damp = ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + damp * torch.eye(channels).to(gram)))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged(gram, ridge)))
         blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
         gone = torch.zeros(units, dtype=torch.bool, device=gram.device)
         return cls(inverse, gram[:, :0], weight.to(gram).clone(), blocks, gone, torch.arange(units, device=gram.device))

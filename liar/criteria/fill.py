@@ -18,8 +18,8 @@ TOLERANCE = 0.01
 Units = list[tuple[Site, int]]
 
 
-def fill(worth: Mapping[str, Tensor], layout: Layout, budget: Budget, *, level: bool) -> dict[str, Tensor]:
-    """The units to keep by site, bool [units]: the best ones until the budget is reached, in each site those it must keep.
+def fill(worth: Mapping[str, Tensor], layout: Layout, budget: Budget, *, level: bool) -> dict[str, int]:
+    """How many units to keep by site: the best ones until the budget is reached, in each site those it must keep.
 
     Args:
         worth: site name -> [units].
@@ -39,7 +39,7 @@ def fill(worth: Mapping[str, Tensor], layout: Layout, budget: Budget, *, level: 
         filling.take(_in_all_layers(worth, free))
     if not level or filling.unused:
         filling.take(_one_by_one(worth, free))
-    return chosen
+    return {name: int(keep.sum()) for name, keep in chosen.items()}
 
 
 def _in_all_layers(worth: Mapping[str, Tensor], sites: Sequence[Site]) -> list[Units]:

@@ -110,8 +110,9 @@ def reconstruction(units: Units) -> Tensor:
 NEEDS: dict[str, tuple[str, ...]] = {
     # [channels]: of what the consumer reads.
     "channels": ("mean", "variance"),
-    # [units]: the order in which units go, and what each adds to the change of the model's output.
-    "curves": ("order", "increases"),
+    # [units]: the order in which units go, and what each adds to the change of the model's output; [units + 1, units] or
+    # [0, units]: which ones stay, by their number, where they are not simply the last to go.
+    "curves": ("order", "increases", "kept"),
     # [units]: of the loss, by a factor on the unit and by its weights.
     "gradients": ("gradient", "squared_gradient", "weight_gradient"),
 }
@@ -125,15 +126,17 @@ class Criterion:
         score: one number per unit; high ones stay.
         needs: a key of `NEEDS`, or None if the weights are enough.
         comparable: whether scores of different sites are in one unit.
+        sets: the name in `NEEDS` of the best units by their number, if those are not always the ones that score most.
     """
 
     score: Callable[[Units], Tensor]
     needs: str | None
     comparable: bool = False
+    sets: str | None = None
 
 
 CRITERIA: dict[str, Criterion] = {
-    "reconstruction": Criterion(reconstruction, "curves", comparable=True),
+    "reconstruction": Criterion(reconstruction, "curves", comparable=True, sets="kept"),
     "fluctuation": Criterion(fluctuation, "channels"),
     "wanda": Criterion(wanda, "channels"),
     "taylor": Criterion(taylor, "gradients", comparable=True),
