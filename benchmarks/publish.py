@@ -16,11 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas
+from elimination import most_gained
 from elimination import rows as above_best
 from figures import published
 from rivals import RULES
 from selections import SELECTIONS
-from summary import SETTING, also, lined, markdown, runs
+from summary import SETTING, also, lined, markdown, runs, standing
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -72,6 +73,14 @@ def criteria() -> str:
     return markdown(frame[frame["place"] < 2], ["task", "keep", "number"], _named(frame))
 
 
+def standing_of_selections() -> str:
+    """In how many cells the default selection is best of all."""
+    frame = selections()
+    return standing(
+        frame.assign(criterion="all"), "reconstruction", [name for name in _named(frame) if name != "reconstruction"]
+    )
+
+
 def _named(frame: pandas.DataFrame) -> list[str]:
     """The selections that are there, in the order of the tables."""
     return [name for name in SELECTIONS if name in set(frame["rule"])]
@@ -95,6 +104,11 @@ def other_texts(criterion: str = CRITERION) -> str:
     frame = part(criterion)
     frame = also(frame[frame["place"] < 2], frame["source"] != "own", ["task", "model", "keep", "tokens"])
     return markdown(frame, ["task", "keep", "tokens", "source", "number"], CLOSED_FORM)
+
+
+def standing_of_rules() -> str:
+    """In how many cells the default is best of all closed forms."""
+    return standing(runs(), "ours", [rule for rule in CLOSED_FORM if rule != "ours"])
 
 
 def polish(criterion: str = CRITERION) -> str:
@@ -144,21 +158,27 @@ def elimination_time() -> str:
     real, wide = run["real"], run["growth"]
     sizes = ", ".join(f"{width:,}" for width in wide["widths"])
     seconds = ", ".join(f"{each:.1f} s" for each in wide["seconds"])
-    left = min(site["error_ratio"] for site in real["sites"])
     rows = [
-        [f"{real['units']:,} neurons, beside one dense pass over {run['tokens']:,} tokens", f"{real['ratio_median']:.2f}x"],
+        [
+            f"{real['units']:,} neurons, beside one dense pass over {run['tokens']:,} tokens",
+            f"{real['neurons_ratio_median']:.2f}x",
+        ],
+        ["the heads of one layer with their swaps, likewise", f"{real['heads_ratio_median']:.2f}x"],
         [f"{sizes} neurons", seconds],
         [
             f"{wide['wide']:,} neurons, extrapolated from the growth between the last two",
             f"{wide['wide_seconds_extrapolated']:,.0f} s",
         ],
         [f"memory for {wide['wide']:,} neurons", f"{wide['wide_gigabytes']:.1f} GB"],
-        ["error that swaps take away at a site of all-MiniLM-L6-v2, at most", f"{1 - left:.1%}"],
+        ["error that swaps take away at the heads of a layer of all-MiniLM-L6-v2, at most", f"{most_gained(run, 'heads'):.1%}"],
+        ["error that they would take away at its neurons, at most", f"{most_gained(run, 'neurons'):.1%}"],
     ]
     return lined(["elimination", ""], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "standing": standing_of_rules,
+    "standing of selections": standing_of_selections,
     "criteria": criteria,
     "dropping": dropping,
     "ladder stsb reconstruction": lambda: ladder("stsb", "spearman", "reconstruction"),

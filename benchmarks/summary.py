@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from math import nan, sqrt
@@ -39,6 +40,8 @@ CHANCE: dict[str, Callable[[float, int], float]] = {
     "accuracy": lambda share, examples: sqrt(share * (1 - share) / examples),
     "spearman": lambda rho, examples: (1 - rho**2) * sqrt((1 + rho**2 / 2) / (examples - 3)),
 }
+
+STANDING = ("best", "within one standard error", "behind by more")
 
 
 def tables(runs: Sequence[Mapping[str, Any]], dense: Mapping[str, float], metrics: Mapping[str, bool]) -> list[Table]:
@@ -84,7 +87,7 @@ def spread(mean: float, error: float, digits: int) -> str:
 def runs(folder: Path = RESULTS) -> pandas.DataFrame:
     """One row per run and number (with its seconds): coordinates, `number`, its `place` in the task, `value`, `dense`.
 
-    `chance` is the standard error of the dense score over the examples, NaN where none is known.
+    `chance` and `dense_chance` are the standard errors of the two scores over the examples, NaN where none is known.
     They come in the order of the tables: tasks as they are listed, most kept first, fewest tokens first.
     """
     dense = {path.stem: read(path) for path in folder.glob("*-dense.json")}
@@ -92,13 +95,27 @@ def runs(folder: Path = RESULTS) -> pandas.DataFrame:
     for run in map(read, folder.glob("*-seed*.json")):
         whole = dense.get(f"{run['task']}-{run['model']}-dense", {})
         for place, number in enumerate((*TASKS[run["task"]].metrics, "seconds")):
-            known = number in CHANCE and "examples" in whole
-            chance = CHANCE[number](whole[number], whole["examples"]) if known else nan
-            measured = {"number": number, "place": place, "value": run[number], "dense": whole.get(number), "chance": chance}
-            rows.append({**{name: run[name] for name in (*SETTING, "rule")}, **measured})
+            rows.append(
+                {
+                    **{name: run[name] for name in (*SETTING, "rule")},
+                    "number": number,
+                    "place": place,
+                    "value": run[number],
+                    "dense": whole.get(number),
+                    "chance": chance(number, run[number], whole),
+                    "dense_chance": chance(number, whole[number], whole) if number in whole else nan,
+                }
+            )
     order = list(TASKS)
     rows.sort(key=lambda row: (order.index(row["task"]), -row["keep"], row["tokens"], row["source"], row["place"]))
-    return pandas.DataFrame(rows, columns=[*SETTING, "rule", "number", "place", "value", "dense", "chance"])
+    return pandas.DataFrame(rows, columns=[*SETTING, "rule", "number", "place", "value", "dense", "chance", "dense_chance"])
+
+
+def chance(number: str, score: float, dense: Mapping[str, Any]) -> float:
+    """Standard error of a score over the examples; where only that of the dense score is known, the same share of the score."""
+    if f"{number}_error" in dense:
+        return score * float(dense[f"{number}_error"]) / float(dense[number])
+    return CHANCE[number](score, dense["examples"]) if number in CHANCE and "examples" in dense else nan
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -110,6 +127,32 @@ def read(path: Path) -> dict[str, Any]:
 def also(frame: pandas.DataFrame, wanted: pandas.Series, coordinates: Sequence[str]) -> pandas.DataFrame:
     """The rows whose coordinates are also those of a wanted row: to compare only what both sides have."""
     return frame.merge(frame.loc[wanted, list(coordinates)].drop_duplicates(), on=list(coordinates))
+
+
+def standing(frame: pandas.DataFrame, champion: str, others: Sequence[str]) -> str:
+    """A Markdown table: in how many cells one rule is best on what the task is about, and how far behind elsewhere.
+
+    A cell is one task, model, selection of masks, kept share, number of tokens and source of texts. The standard error is that
+    of the best of the others, over the examples or over the samples of the texts, or that of the champion over the samples:
+    whichever is largest.
+    """
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for coordinates, group in frame[frame["place"] == 0].groupby(["task", "source", "model", "criterion", "keep", "tokens"]):
+        sign = 1 if MORE[group["number"].iloc[0]] else -1
+        mean = sign * group.groupby("rule")["value"].mean()
+        rivals = mean[mean.index.isin(others)]
+        if champion in mean.index and len(rivals):
+            behind = rivals.max() - mean[champion]
+            spreads = group.groupby("rule")["value"].sem()[[champion, rivals.idxmax()]]
+            chances = group.loc[group["rule"] == rivals.idxmax(), "chance"]
+            error = max([*spreads.dropna(), *chances.dropna()], default=0.0)
+            outcome = STANDING[0] if behind <= 0 else STANDING[1] if behind <= error else STANDING[2]
+            counts.setdefault(coordinates[:2], Counter())[outcome] += 1
+    rows = [
+        [*key, str(count.total()), *(str(count[name]) for name in STANDING)]
+        for key, count in sorted(counts.items(), key=lambda each: ([*TASKS].index(each[0][0]), each[0][1] != "own", each[0][1]))
+    ]
+    return lined(["task", "texts", "cells", *STANDING], rows)
 
 
 def markdown(frame: pandas.DataFrame, by: Sequence[str], rules: Sequence[str]) -> str:
@@ -124,7 +167,7 @@ def markdown(frame: pandas.DataFrame, by: Sequence[str], rules: Sequence[str]) -
     headings = [*(HEADINGS.get(name, name) for name in by), "samples", "dense"]
     rows = []
     for cell, group in frame.groupby(by, sort=False):
-        number, dense, chance = (group[name].iloc[0] for name in ("number", "dense", "chance"))
+        number, dense, chance = (group[name].iloc[0] for name in ("number", "dense", "dense_chance"))
         digits = DIGITS.get(number, 3)
         shown, samples = summed(group, "value", MORE[number], digits, "**{}**")
         if number == "seconds":

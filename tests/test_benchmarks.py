@@ -147,6 +147,7 @@ def test_perplexity_of_stories(benchmark, write, plain_tokenizer):
             losses += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
             count += ids.shape[1] - 1
     assert scored["perplexity"] == pytest.approx(math.exp(losses / count), rel=1e-5)
+    assert 0 < scored["perplexity_error"] < scored["perplexity"]
     assert scored["compared_tokens"] == count
     assert (scored["kl"], scored["agreement"]) == (pytest.approx(0, abs=1e-6), 1)
 
@@ -302,6 +303,25 @@ def test_what_chance_does_to_a_score(number, benchmark):
     assert error == pytest.approx(resampled.standard_error, rel=0.15)
 
 
+def test_what_chance_does_to_perplexity(benchmark):
+    """The formula against resampling the texts, short ones and long ones."""
+    generator = np.random.default_rng(1)
+    tokens = generator.integers(20, 400, size=300)
+    losses = tokens * generator.normal(2, 0.4, size=300) + generator.normal(0, 5, size=300)
+
+    def score(losses, tokens):
+        return np.exp(losses.sum() / tokens.sum())
+
+    resampled = scipy.stats.bootstrap(
+        (losses, tokens), score, paired=True, vectorized=False, n_resamples=2000, method="percentile", rng=generator
+    )
+    found = benchmark("metrics").metric("perplexity").compute(predictions=losses.tolist(), references=tokens.tolist())
+    assert found["perplexity"] == pytest.approx(score(losses, tokens))
+    assert found["perplexity_error"] == pytest.approx(resampled.standard_error, rel=0.1)
+    # A run without an error of its own has that of the dense model, in per cent.
+    assert benchmark("summary").chance("perplexity", 10.0, {"perplexity": 4.0, "perplexity_error": 0.1}) == pytest.approx(0.25)
+
+
 def test_chance_stands_beside_the_dense_score(publish, tmp_path):
     folder = files_of(tmp_path / "results", {("ours", 0.5, 16_000, "own", 0): 0.7, ("liar", 0.5, 16_000, "own", 0): 0.6})
     (file,) = folder.glob("*-dense.json")
@@ -395,6 +415,35 @@ def test_selections_are_compared_on_the_texts_that_most_have_had(publish, tmp_pa
         "0.600 ± 0.050",
         "0.700 ± 0.100",
     ]
+
+
+def test_standing_counts_cells_by_how_far_behind_the_default_is(publish, tmp_path):
+    def cells(keep, ours, best, *, source="own", seeds=(0,)):
+        return {(rule, keep, 16000, source, s): v for s in seeds for rule, v in (("ours", ours), ("liar", best), ("bias", 0.1))}
+
+    best = cells(0.7, 0.8, 0.8) | cells(0.5, 0.8, 0.7)
+    behind = cells(0.3, 0.8, 0.805) | cells(0.2, 0.8, 0.83)
+    alone = {("ours", 0.1, 16000, "own", 0): 0.5, ("polish", 0.1, 16000, "own", 0): 0.9}
+    # Within one standard error over the samples, of the two that are compared; others do not count.
+    spread = cells(0.5, 0.6, 0.55, source="c4", seeds=(0, 1)) | {("liar", 0.5, 16000, "c4", 1): 0.75}
+    wide = cells(0.3, 0.6, 0.66, source="c4", seeds=(0, 1)) | {("bias", 0.3, 16000, "c4", 1): 0.5}
+    folder = files_of(tmp_path / "results", best | behind | alone | spread | wide)
+    assert body(publish.standing_of_rules()) == [
+        ["glue-sst2", "own", "4", "2", "0", "2"],
+        ["glue-sst2", "c4", "2", "0", "1", "1"],
+    ]
+    (file,) = folder.glob("*-dense.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "examples": 475}))  # one standard error is 0.01 then
+    assert body(publish.standing_of_rules())[0] == ["glue-sst2", "own", "4", "2", "1", "1"]
+
+
+def test_standing_of_losses_is_by_the_least(publish, tmp_path):
+    values = {("ours", 0.5, 16000, "own", 0): 0.6, ("liar", 0.5, 16000, "own", 0): 0.7}
+    folder = files_of(tmp_path / "results", values, task="tinystories")
+    for file in folder.glob("*.json"):
+        found = json.loads(file.read_text())
+        file.write_text(json.dumps(found | {"perplexity": 10 * found.get("accuracy", 0)}))
+    assert body(publish.standing_of_rules()) == [["tinystories", "own", "1", "1", "0", "0"]]
 
 
 # Tables of benchmarks that have results of their own, which are always there.

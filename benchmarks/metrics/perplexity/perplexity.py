@@ -1,4 +1,7 @@
-"""Token perplexity: exp of the negative log-likelihood per predicted token, over all texts together."""
+"""Token perplexity: exp of the negative log-likelihood per predicted token, over all texts together; and its standard error.
+
+The error is that of a ratio of sums over independent texts, to first order (Cochran 1977, section 2.11).
+"""
 
 from __future__ import annotations
 
@@ -17,4 +20,8 @@ class Perplexity(evaluate.Metric):  # type: ignore[misc]
         return evaluate.MetricInfo(description=__doc__, citation="", inputs_description="", features=sums)
 
     def _compute(self, predictions: Sequence[float], references: Sequence[int]) -> dict[str, float]:
-        return {"perplexity": math.exp(math.fsum(predictions) / sum(references))}
+        texts, tokens = len(references), sum(references)
+        mean = math.fsum(predictions) / tokens
+        squares = math.fsum((loss - mean * count) ** 2 for loss, count in zip(predictions, references, strict=True))
+        error = math.sqrt(squares * texts / (texts - 1)) / tokens if texts > 1 else math.nan
+        return {"perplexity": math.exp(mean), "perplexity_error": math.exp(mean) * error}
