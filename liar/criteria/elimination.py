@@ -6,7 +6,8 @@ et al. 2024) on the objective of the reconstruction itself:
     error(S) = min_V |X W - X_S V|^2 + ridge |W - V|^2          V is zero outside the kept channels S
 
 Removing the channels J of a unit from S adds `tr(V_J' (H_JJ)^-1 V_J)`, with V the solution so far and H the inverse of the
-ridged Gram matrix of S. Both are then brought up to date, never made anew.
+ridged Gram matrix of S. Both are then brought up to date, never made anew. All of V is only read in a step, and written once in
+many: of a wide layer it is what takes the time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Channels whose update of the inverse is put off, so that it becomes one product of matrices.
+# Channels whose updates of the inverse and of the solution are put off, so that each becomes one product of matrices.
 DELAY = 64
 
 
@@ -66,17 +67,21 @@ class _State:
 
     Attributes:
         inverse: of the ridged Gram matrix, [channels, channels]; behind by `late late'`.
+        weight: the solution so far, [channels, out]; behind by `late rows`.
         late: [channels, at most `DELAY` and a unit].
-        weight: the solution so far, [channels, out].
+        rows: [the same, out].
         blocks: diagonal blocks of the true inverse, [units, width, width].
+        energy: `V_J V_J'` of every unit, V the true solution, [units, width, width].
         gone: bool [units]; those units are dropped for good with the next update of the inverse.
         names: int64 [units], what the units are called outside.
     """
 
     inverse: Tensor
-    late: Tensor
     weight: Tensor
+    late: Tensor
+    rows: Tensor
     blocks: Tensor
+    energy: Tensor
     gone: Tensor
     names: Tensor
 
@@ -86,17 +91,16 @@ class _State:
         width = channels // units
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged(gram, ridge)))
         blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
-        gone = torch.zeros(units, dtype=torch.bool, device=gram.device)
-        return cls(inverse, gram[:, :0], weight.to(gram).clone(), blocks, gone, torch.arange(units, device=gram.device))
+        solution = weight.to(gram).clone()
+        gone, names = torch.zeros(units, dtype=torch.bool, device=gram.device), torch.arange(units, device=gram.device)
+        return cls(inverse, solution, gram[:, :0], solution[:0], blocks, _energy(solution, width), gone, names)
 
     def least(self) -> tuple[int, Tensor]:
         """The unit whose removal adds least, and how much."""
-        units, width = self.blocks.shape[:2]
-        weight = self.weight.view(units, width, -1)
-        if width == 1:
-            added = weight.square().sum((1, 2)) / self.blocks[:, 0, 0]
+        if self.blocks.shape[1] == 1:
+            added = (self.energy / self.blocks).flatten()
         else:
-            added = (weight * torch.linalg.solve(self.blocks, weight)).sum((1, 2))
+            added = torch.linalg.solve(self.blocks, self.energy).diagonal(dim1=1, dim2=2).sum(1)
         added = added.masked_fill(self.gone, torch.inf)
         unit = int(added.argmin())
         return unit, added[unit]
@@ -106,26 +110,34 @@ class _State:
         units, width = self.blocks.shape[:2]
         channels = slice(unit * width, (unit + 1) * width)
         columns = self.inverse[:, channels] - self.late @ self.late[channels].T
-        # With L L' the block of the inverse, columns L^-T is its share of the inverse, and L^-1 V that of the weights.
+        # With L L' the block of the inverse, columns L^-T is its share of the inverse, and L^-1 V that of the solution.
         root = torch.linalg.cholesky(columns[channels])
         share = torch.linalg.solve_triangular(root, columns.T, upper=False).T
-        self.weight -= share @ torch.linalg.solve_triangular(root, self.weight[channels], upper=False)
-        self.weight[channels] = 0
-        rows = share.view(units, width, width)
-        self.blocks -= rows @ rows.transpose(1, 2)
+        row = torch.linalg.solve_triangular(root, self.weight[channels] - self.late[channels] @ self.rows, upper=False)
+        across = self.weight @ row.T - self.late @ (self.rows @ row.T)
+        parts, crossed = share.view(units, width, width), share.view(units, width, width) @ across.view(units, width, width).mT
+        self.energy += parts @ (row @ row.T) @ parts.mT - crossed - crossed.mT
+        self.blocks -= parts @ parts.mT
         self.blocks[unit] = torch.eye(width).to(self.blocks)
         self.gone[unit] = True
-        self.late = torch.cat([self.late, share], 1)
+        self.late, self.rows = torch.cat([self.late, share], 1), torch.cat([self.rows, row])
         if self.late.shape[1] >= DELAY:
             self._catch_up()
 
     def _catch_up(self) -> None:
-        """Update the inverse, and drop what is gone from everything."""
+        """Update the inverse and the solution, and drop what is gone from everything."""
         width = self.blocks.shape[1]
         left = (~self.gone).nonzero().squeeze(1)
         channels = (~self.gone).repeat_interleave(width).nonzero().squeeze(1)
         late = self.late[channels]
         self.inverse = self.inverse[channels][:, channels].addmm_(late, late.T, alpha=-1)
-        self.late = late[:, :0]
-        self.weight, self.blocks, self.names = self.weight[channels], self.blocks[left], self.names[left]
-        self.gone = self.gone[left]
+        self.weight = self.weight[channels].addmm_(late, self.rows, alpha=-1)
+        self.late, self.rows = late[:, :0], self.rows[:0]
+        self.blocks, self.energy = self.blocks[left], _energy(self.weight, width)
+        self.names, self.gone = self.names[left], self.gone[left]
+
+
+def _energy(weight: Tensor, width: int) -> Tensor:
+    """`V_J V_J'` of every unit, [units, width, width]."""
+    rows = weight.view(len(weight) // width, width, weight.shape[1])
+    return rows @ rows.mT
