@@ -75,11 +75,13 @@ class _Tableau:
         unit = int(added.argmin())
         error = error + added[unit].cpu()
         self.pivot(unit)
-        while (gain := (swap := self.swap())[0]) > LEAST * error:
+        while True:
+            gain, back, out = self.swap()
+            if gain <= LEAST * error:
+                return error
             error = error - gain
-            for unit in swap[1:]:
-                self.pivot(unit)
-        return error
+            self.pivot(back)
+            self.pivot(out)
 
     def swap(self) -> tuple[Tensor, int, int]:
         """By how much the best swap lowers the error, the removed unit that comes back, and the kept one that goes."""
@@ -89,7 +91,7 @@ class _Tableau:
             block, value = self._blocks()[back], self._values()[back]
             across = self.matrix[:, back * width : (back + 1) * width].view(units, width, width)
             share = torch.linalg.solve(block, across, left=False)
-            added = self._added(self._values() - share @ value, share @ across.transpose(1, 2) - self._blocks())
+            added = self._added(self._values() - share @ value, share @ across.mT - self._blocks())
             out = int(added.argmin())
             gain = (value * torch.linalg.solve(block, value)).sum() - added[out]
             if gain > best[0]:
@@ -114,7 +116,7 @@ class _Tableau:
         """[units], from solutions [units, width, out] and blocks of the inverse Gram matrix [units, width, width]."""
         root = torch.linalg.cholesky(inverse[self.kept])
         added = torch.linalg.solve_triangular(root, values[self.kept], upper=False).square().sum((1, 2))
-        return torch.full_like(self.values[:, 0], torch.inf)[: len(self.kept)].masked_scatter(self.kept, added)
+        return values.new_full(self.kept.shape, torch.inf).masked_scatter(self.kept, added)
 
     def _values(self) -> Tensor:
         """[units, width, out]."""
