@@ -1,5 +1,7 @@
 """Statistics that are collected once: they give the masks that batches give, from a file as well, and know their model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -33,6 +35,29 @@ def test_only_what_is_needed_is_collected(subject):
     for criterion, row in CRITERIA.items():
         found = liar.collect(model, batches, criteria=[criterion], progress=False)
         assert {name for known in found.sites.values() for name in known} == set(NEEDS[row.needs] if row.needs else ())
+
+
+@pytest.mark.parametrize("how", [{}, {"scope": "layer"}, {"round_to": 2}, {"uniform": True}, {"drop": True}])
+def test_the_set_of_its_size_is_kept_where_sets_are_not_nested(subject, how):
+    """Sets that no order of the units could give: the first ones, or if there is one only, the last one."""
+    model, batches = subject
+    statistics = liar.collect(model, batches, criteria=["reconstruction", "wanda"], progress=False)
+    sites = {}
+    for name, known in statistics.sites.items():
+        units = len(known["order"])
+        sets = torch.arange(units)[None] < torch.arange(units + 1)[:, None]
+        sets[1] = sets[1].flip(0)
+        sites[name] = {**known, "kept": sets}
+    changed = replace(statistics, sites=sites)
+    before, after = (liar.select(model, each, keep=0.6, progress=False, **how) for each in (statistics, changed))
+    for name, keep in after.keep.items():
+        assert after.kept(name) == before.kept(name)
+        assert torch.equal(keep, sites[name]["kept"][after.kept(name)])
+    assert after != before
+    # Criteria that score units for themselves have no use for sets.
+    assert liar.select(model, changed, keep=0.6, criterion="wanda") == liar.select(
+        model, statistics, keep=0.6, criterion="wanda"
+    )
 
 
 def test_what_was_not_collected_is_missed_by_name(subject):
