@@ -21,7 +21,7 @@ from elimination import rows as above_best
 from figures import published
 from rivals import RULES
 from selections import SELECTIONS
-from summary import SETTING, also, lined, markdown, runs, standing
+from summary import SETTING, also, lined, markdown, runs, shared, standing
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -54,17 +54,11 @@ def glue(criterion: str = CRITERION) -> str:
 
 
 def selections() -> pandas.DataFrame:
-    """Masks of all selections that were run, after the default reconstruction; they stand where rules do elsewhere.
-
-    Of each cell, only the samples of texts that most selections had, and at least two.
-    """
+    """Masks of all selections that were run, two or more, after the default reconstruction; they stand where rules do."""
     frame = runs()
     frame = frame[(frame["rule"] == "ours") & (frame["source"] == "own") & (frame["tokens"] == TOKENS)]
-    cell = ["task", "model", "keep"]
-    several = frame.groupby([*cell, "seed"])["criterion"].transform("nunique")
-    most = several.groupby([frame[name] for name in cell]).transform("max")
-    frame = frame[(several > 1) & (several == most)]
-    return frame.assign(rule=frame["criterion"])
+    frame = shared(frame.assign(rule=frame["criterion"], criterion="all"), list(SELECTIONS))
+    return frame[frame.groupby(["task", "model", "keep"])["rule"].transform("nunique") > 1]
 
 
 def criteria() -> str:
@@ -76,9 +70,7 @@ def criteria() -> str:
 def standing_of_selections() -> str:
     """In how many cells the default selection is best of all."""
     frame = selections()
-    return standing(
-        frame.assign(criterion="all"), "reconstruction", [name for name in _named(frame) if name != "reconstruction"]
-    )
+    return standing(frame, "reconstruction", [name for name in _named(frame) if name != "reconstruction"])
 
 
 def _named(frame: pandas.DataFrame) -> list[str]:

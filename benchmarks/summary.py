@@ -129,6 +129,14 @@ def also(frame: pandas.DataFrame, wanted: pandas.Series, coordinates: Sequence[s
     return frame.merge(frame.loc[wanted, list(coordinates)].drop_duplicates(), on=list(coordinates))
 
 
+def shared(frame: pandas.DataFrame, rules: Sequence[str]) -> pandas.DataFrame:
+    """The runs of these rules; of every cell only the samples that most of them have had, so that means compare."""
+    frame = frame[frame["rule"].isin(rules)]
+    cell = [name for name in SETTING if name != "seed"]
+    several = frame.groupby([*cell, "seed"])["rule"].transform("nunique")
+    return frame[several == several.groupby([frame[name] for name in cell]).transform("max")]
+
+
 def standing(frame: pandas.DataFrame, champion: str, others: Sequence[str]) -> str:
     """A Markdown table: in how many cells one rule is best on what the task is about, and how far behind elsewhere.
 
@@ -137,10 +145,11 @@ def standing(frame: pandas.DataFrame, champion: str, others: Sequence[str]) -> s
     whichever is largest.
     """
     counts: dict[tuple[str, str], Counter[str]] = {}
-    for coordinates, group in frame[frame["place"] == 0].groupby(["task", "source", "model", "criterion", "keep", "tokens"]):
+    frame = shared(frame[frame["place"] == 0], [champion, *others])
+    for coordinates, group in frame.groupby(["task", "source", "model", "criterion", "keep", "tokens"]):
         sign = 1 if MORE[group["number"].iloc[0]] else -1
         mean = sign * group.groupby("rule")["value"].mean()
-        rivals = mean[mean.index.isin(others)]
+        rivals = mean.drop(champion, errors="ignore")
         if champion in mean.index and len(rivals):
             behind = rivals.max() - mean[champion]
             spreads = group.groupby("rule")["value"].sem()[[champion, rivals.idxmax()]]
@@ -161,7 +170,7 @@ def markdown(frame: pandas.DataFrame, by: Sequence[str], rules: Sequence[str]) -
     Numbers are means ± standard errors over the samples of the calibration texts, the dense model's over the examples; seconds
     are medians.
     """
-    frame = frame[frame["rule"].isin(rules)]
+    frame = shared(frame, rules)
     several = frame.groupby("task")["model"].nunique().gt(1).any()
     by = [*by, "model"] if several else list(by)
     headings = [*(HEADINGS.get(name, name) for name in by), "samples", "dense"]

@@ -357,7 +357,9 @@ def body(text):
 
 
 def test_pages_show_mean_and_standard_error_and_leave_out_what_is_missing(publish, tmp_path):
-    values = {("bias", 0.5, 16000, "own", 0): 0.6, ("bias", 0.5, 16000, "own", 1): 0.8, ("ours", 0.5, 16000, "own", 0): 0.9}
+    values = {("bias", 0.5, 16000, "own", 0): 0.6, ("bias", 0.5, 16000, "own", 1): 0.8, ("ours", 0.5, 16000, "own", 1): 0.9}
+    values |= {("ours", 0.5, 16000, "own", 0): 0.9, ("liar", 0.5, 16000, "own", 0): 0.5, ("liar", 0.5, 16000, "own", 1): 0.5}
+    values |= {("ours", 0.5, 16000, "own", 2): 0.1}  # the others have not had these texts
     files_of(tmp_path / "results", values | {("bias", 0.7, 16000, "own", 0): 0.8, ("liar", 0.7, 16000, "own", 0): 0.75})
     wanda = {("ours", 0.5, 16000, "own", 0): 0.1, ("liar", 0.5, 16000, "own", 0): 0.05, ("ours", 0.3, 16000, "own", 0): 0.2}
     files_of(tmp_path / "results", wanda, criterion="wanda")
@@ -365,11 +367,11 @@ def test_pages_show_mean_and_standard_error_and_leave_out_what_is_missing(publis
     assert re.match(r"\| task \| kept \| number \| samples \| dense \| mask only \| .* \| \*\*ours\*\* \|\n", text)
     assert len(body(text)) == 6
     accuracy = body(text)[3]
-    assert accuracy[:5] == ["glue-sst2", "50%", "accuracy ↑", "1-2", "0.950"]
+    assert accuracy[:5] == ["glue-sst2", "50%", "accuracy ↑", "2", "0.950"]
     assert accuracy[6] == "0.700 ± 0.100"
-    assert [cell for cell in accuracy[5:] if cell] == ["0.700 ± 0.100", "**0.900**"]
+    assert [cell for cell in accuracy[5:] if cell] == ["0.700 ± 0.100", "0.500 ± 0.000", "**0.900 ± 0.000**"]
     assert body(text)[0][5:9] == ["", "**0.800**", "", "0.750"]
-    assert body(text)[4][2:7] == ["kl ↓", "1-2", "0.000", "", "0.300 ± 0.100"]
+    assert body(text)[4][2:7] == ["kl ↓", "2", "0.000", "", "0.300 ± 0.100"]
     # Where one rule alone was run there is nothing to compare.
     assert [[cell for cell in row[5:] if cell] for row in body(publish.glue("wanda"))][:1] == [["0.050", "**0.100**"]]
     assert len(body(publish.glue("wanda"))) == 3

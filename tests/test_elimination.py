@@ -131,6 +131,17 @@ def test_random_orders_are_worse():
     assert found < random / 3
 
 
+@pytest.mark.parametrize("units", [4, 8, 16])
+def test_swaps_end_where_a_gain_would_be_rounding(units):
+    """Dead units, twins, and weights next to nothing: any of several is as good as the other."""
+    x, w = rows(200, 16, 0), weights(16, 4, 0)
+    x[:, 4:8] = x[:, :4]
+    w[:8], w[8:12] = 0, 1e-9 * w[8:12]
+    found, refined = run(x, w, units), swap(x, w, units)
+    assert torch.all(refined.increases.cumsum(0) <= found.increases.cumsum(0) * (1 + 1e-9))
+    assert swap(x, np.full_like(w, np.nan), units).order.sort().values.tolist() == list(range(units))
+
+
 def test_twins_and_dead_units_go_first():
     x, w = rows(200, 6, 0), weights(6, 4, 0)
     x[:, 2] = 0

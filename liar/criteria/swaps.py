@@ -2,9 +2,9 @@
 
 An elimination never takes back what it removed, so what it leaves is not always the best of that size. The tableau below is
 the Gram matrix after block pivots on the kept channels (Goodnight 1979, the sweep operator): with `C` the Schur complement of
-the kept channels S in the ridged Gram matrix H, and R the removed ones,
+the kept channels S in the ridged Gram matrix G, and R the removed ones,
 
-    matrix = [[-H_SS^-1,  H_SS^-1 H_SR],          values = [[V_S    ],      V: the solution,
+    matrix = [[-G_SS^-1,  G_SS^-1 G_SR],          values = [[V_S    ],      V: the solution,
               [   .    ,  C           ]]                    [C W_R  ]]      error(S) = tr(W_R' C W_R)
 
 so that what every removal and every return changes can be read off, and both are the same pivot.
@@ -23,6 +23,8 @@ from liar.criteria.elimination import Elimination, ridged
 MOST = 64
 # Relative to the error: a swap that gains less is not made.
 LEAST = 0.01
+# Relative to the error of an empty site: where less is missed a gain may be rounding, and errors count as this one.
+NOTHING = 1e-9
 
 
 def swapped(found: Elimination, gram: Tensor, weight: Tensor, ridge: float) -> Elimination:
@@ -40,11 +42,11 @@ def swapped(found: Elimination, gram: Tensor, weight: Tensor, ridge: float) -> E
     tableau = _Tableau.of(gram, weight, units, ridge)
     nested = torch.ones(units, dtype=torch.bool)
     kept, errors = [nested.clone()], [torch.zeros((), dtype=torch.float64)]
-    now = errors[0]
+    now, nothing = errors[0], NOTHING * found.increases.sum()
     for unit, error in zip(found.order.tolist(), found.increases.cumsum(0), strict=True):
         nested[unit] = False
-        now = tableau.shrink(now)
-        better = bool(now < error * (1 - LEAST))
+        now = tableau.shrink(now, nothing)
+        better = bool(error - now > LEAST * error.clamp_min(nothing))
         kept.append(tableau.kept.clone().cpu() if better else nested.clone())
         errors.append(now if better else error)
     return Elimination(found.order, torch.stack(errors).diff(), torch.stack(kept[::-1]))
@@ -69,7 +71,7 @@ class _Tableau:
         kept = torch.ones(units, dtype=torch.bool, device=gram.device)
         return cls(-torch.cholesky_inverse(torch.linalg.cholesky(ridged(gram, ridge))), weight.to(gram).clone(), kept)
 
-    def shrink(self, error: Tensor) -> Tensor:
+    def shrink(self, error: Tensor, nothing: Tensor) -> Tensor:
         """Remove the unit that is missed least, then swap while that helps; the error after it, of the one before."""
         added = self._added(self._values(), self._blocks().neg())
         unit = int(added.argmin())
@@ -77,7 +79,7 @@ class _Tableau:
         self.pivot(unit)
         while True:
             gain, back, out = self.swap()
-            if gain <= LEAST * error:
+            if not gain > LEAST * error.clamp_min(nothing):
                 return error
             error = error - gain
             self.pivot(back)
