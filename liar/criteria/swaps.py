@@ -20,7 +20,7 @@ from torch import Tensor
 from liar.criteria.elimination import Elimination, ridged
 
 # Sites with more units keep the nested sets of the elimination: single swaps change little there, and are too many to try.
-MOST = 64
+MOST = 32
 # Relative to the error: a swap that gains less is not made.
 LEAST = 0.01
 # Relative to the error of an empty site: where less is missed a gain may be rounding, and errors count as this one.
