@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 # Widths per site, and what they are multiples of where there are enough units.
 STEPS, MULTIPLE = 16, 8
 # Every width is timed once per round, for at least so many seconds.
-ROUNDS, SECONDS = 7, 0.05
+ROUNDS, SECONDS = 15, 0.02
+# What is timed beside the blocks: the model as it is, and with about half of all units.
+WHOLE, HALF = "whole", "half"
 
 
 def latency(
@@ -42,8 +44,9 @@ def latency(
     """Time the model and its layers at several widths, as a budget for `select`.
 
     Each width is timed in a copy of a block in which only that site is cut, and layers of one shape are timed once. Times are
-    medians over rounds, each relative to all that was timed in its round, and do not fall as a layer grows. That they add up
-    is an assumption; time the slim model to see.
+    medians over rounds, each relative to all that was timed in its round, and do not fall as a layer grows. What is saved in
+    single blocks is scaled by one factor, so that it adds up for the model with half of all units, which is timed too. That it
+    adds up elsewhere is an assumption; time the slim model to see.
 
     Args:
         model: a Hugging Face model of a known family, on the device and in the dtype it will run with; it is not changed.
@@ -115,28 +118,62 @@ def _timed(model: nn.Module, layout: Layout, about: Mapping[str, Any], progress:
     def runner(block: nn.Module, call: Call) -> Callable[[], Any]:
         return lambda: run(block, hidden, call)
 
-    subjects: dict[tuple[str, int], Callable[[], Any]] = {("", 0): lambda: model(**batch)}
-    shapes: dict[tuple[Any, ...], Site] = {}
+    half = _half(model, layout)
+    subjects: dict[Any, Callable[[], Any]] = {WHOLE: lambda: model(**batch), HALF: lambda: half(**batch)}
     for site in layout.sites:
-        first = shapes.setdefault(_shape(layout, site), site)
-        if first is site:
-            number = layout.blocks.index(site.block)
-            for count in _counts(site):
+        number = layout.blocks.index(site.block)
+        for count in _counts(site):
+            if _layer(layout, site, count) not in subjects:
                 cut = slim.student(blocks[number])
                 slim.cut_site(cut, site, torch.arange(site.units) < count)
-                subjects[site.name, count] = runner(cut, calls[number][0])
-    seconds = _seconds(subjects, progress)
-    sites = {}
-    for site in layout.sites:
-        first, counts = shapes[_shape(layout, site)], _counts(site)
-        smooth = isotonic_regression([seconds[first.name, count] for count in counts]).x
-        sites[site.name] = {count: float(value - smooth[-1]) for count, value in zip(counts, smooth, strict=True)}
-    return Costs("seconds", seconds["", 0], sites, about)
+                subjects[_layer(layout, site, count)] = runner(cut, calls[number][0])
+    return _costs(layout, _seconds(subjects, progress), about)
 
 
-def _shape(layout: Layout, site: Site) -> tuple[Any, ...]:
-    """What sites have in common that take equally long: their own sizes, and those of the rest of their block."""
-    return (site.kind, *((other.units, other.consumer.width, other.out) for other in layout.of_block(site.block)))
+def _costs(layout: Layout, seconds: Mapping[Any, float], about: Mapping[str, Any]) -> Costs:
+    """Costs from the seconds of the model, of its half, and of blocks by `_layer`.
+
+    What single blocks save is scaled to what the half model saves. Where blocks save nothing, there is nothing to scale.
+    """
+    saved = {site.name: _saved(layout, site, seconds) for site in layout.sites}
+    foretold = sum(saved[site.name][_middle(site)] for site in layout.sites)
+    scale = max(0.0, (seconds[WHOLE] - seconds[HALF]) / foretold) if foretold > 0 else 1.0
+    sites = {name: {count: 0.0 - scale * gain for count, gain in levels.items()} for name, levels in saved.items()}
+    return Costs("seconds", seconds[WHOLE], sites, about)
+
+
+def _saved(layout: Layout, site: Site, seconds: Mapping[Any, float]) -> dict[int, float]:
+    """Seconds by which a block is faster with so many units of a site; no fewer where fewer units stay."""
+    counts = _counts(site)
+    smooth = isotonic_regression([seconds[_layer(layout, site, count)] for count in counts]).x
+    return {count: float(smooth[-1] - value) for count, value in zip(counts, smooth, strict=True)}
+
+
+def _half(model: nn.Module, layout: Layout) -> nn.Module:
+    """A copy of a model in which every site keeps about half of its units. Blocks of one shape share their parameters."""
+    half, done = slim.student(model), dict[Any, nn.Module]()
+    for name in layout.blocks:
+        block = half.get_submodule(name)
+        for site in layout.of_block(name):
+            slim.cut_site(block, site, torch.arange(site.units) < _middle(site))
+        slim.adopt(block, done.setdefault(_shape(layout, name), block))
+    return half
+
+
+def _shape(layout: Layout, block: str) -> tuple[Any, ...]:
+    """What blocks have in common that take equally long."""
+    return tuple((site.kind, site.units, site.consumer.width, site.out) for site in layout.of_block(block))
+
+
+def _layer(layout: Layout, site: Site, count: int) -> tuple[Any, ...]:
+    """What is timed for a site of `count` units: with all of them, it is the same for all sites of a block."""
+    return (_shape(layout, site.block), *((site.kind, count) if count < site.units else ()))
+
+
+def _middle(site: Site) -> int:
+    """About half of the units: a number with which the site is timed."""
+    counts = _counts(site)
+    return counts[len(counts) // 2]
 
 
 def _counts(site: Site) -> list[int]:

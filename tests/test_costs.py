@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import liar
-from liar import slim
+from liar import slim, timing
 from liar.calibration import Calibration
 from liar.costs import Costs, params
 from liar.criteria import Budget
@@ -231,6 +231,55 @@ def test_latency_is_a_budget(tmp_path):
     again = liar.latency(model, batch_size=2, length=16, cache=file, progress=False)
     assert again == costs == Costs.load(file)
     assert liar.latency(model, batch_size=1, length=16, cache=file, progress=False).about["batch_size"] == 1
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def times_of(layout, price, *, model, block):
+    """Seconds as they would be measured if a unit of each kind had one price, `block` times as much in single blocks."""
+
+    def of(keep):
+        return sum(price[site.kind] * keep(site) for site in layout.sites)
+
+    seconds = {timing.WHOLE: model + of(lambda site: site.units), timing.HALF: model + of(timing._middle)}
+    for site in layout.sites:
+        others = sum(price[other.kind] * other.units for other in layout.of_block(site.block) if other is not site)
+        for count in timing._counts(site):
+            seconds[timing._layer(layout, site, count)] = block * (others + price[site.kind] * count)
+    return seconds
+
+
+@pytest.mark.parametrize("block", [0.7, 1.0, 1.4])
+def test_what_single_blocks_save_is_scaled_to_the_whole_model(block):
+    layout = discover(tiny_model("llama", hidden_size=64, intermediate_size=512))
+    price = {"heads": 0.25, "neurons": 0.002}
+    costs = timing._costs(layout, times_of(layout, price, model=3.0, block=block), {})
+    for way in itertools.islice(itertools.product(*(costs.sites[site.name] for site in layout.sites)), 0, None, 7):
+        kept = dict(zip(costs.sites, way, strict=True))
+        want = 3.0 + sum(price[site.kind] * kept[site.name] for site in layout.sites)
+        assert costs.of(kept) == pytest.approx(want, rel=1e-9)
+
+
+def test_a_model_that_half_of_its_units_make_no_faster():
+    """Then no budget below all of the time can be met; and where blocks save nothing, nothing is made up."""
+    layout = discover(tiny_model("bert"))
+    seconds = times_of(layout, {"heads": 0.25, "neurons": 0.002}, model=3.0, block=1.0)
+    slower = timing._costs(layout, seconds | {timing.HALF: seconds[timing.WHOLE] + 1}, {})
+    assert {cost for levels in slower.sites.values() for cost in levels.values()} == {0.0}
+    with pytest.raises(BudgetError, match="cannot be met"):
+        Budget.of(layout, slower, 0.9)
+    flat = timing._costs(layout, dict.fromkeys(seconds, 1.0) | {timing.HALF: 0.1}, {})
+    assert {cost for levels in flat.sites.values() for cost in levels.values()} == {0.0}
+
+
+def test_the_half_model_that_is_timed():
+    model = tiny_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    layout, half = discover(model), timing._half(model, discover(model))
+    assert [site.units for site in discover(half).sites] == [timing._middle(site) for site in layout.sites]
+    first, second = (half.get_submodule(name) for name in layout.blocks[:2])
+    assert all(one is other for one, other in zip(first.parameters(), second.parameters(), strict=True))
+    ids = torch.randint(model.config.vocab_size, (2, 5))
+    assert torch.isfinite(half(ids)[0]).all()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
