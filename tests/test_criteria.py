@@ -134,10 +134,10 @@ def test_global_scope_lets_sites_compete():
     found = {site.name: torch.rand(site.units, generator=generator, dtype=torch.float64) for site in layout.sites}
     found["neurons.0"][:] = 0.1
     found["neurons.0"][:3] = 5.0
-    mask = allocate(found, layout, budget, "global")
+    mask = allocate(found, layout, budget, "global", sets={})
     assert mask.kept("neurons.0") < mask.kept("neurons.1")
     assert bool(mask["neurons.0"][:3].all())
-    level = allocate(found, layout, budget, "layer")
+    level = allocate(found, layout, budget, "layer", sets={})
     assert abs(level.kept("neurons.0") - level.kept("neurons.1")) <= 1
 
 
@@ -146,7 +146,7 @@ def test_equal_scores_are_no_trouble(scope):
     model = tiny_model("bert")
     layout = discover(model)
     equal = {site.name: torch.ones(site.units, dtype=torch.float64) for site in layout.sites}
-    mask = allocate(equal, layout, Budget.of(layout, params(model), 0.5), scope)
+    mask = allocate(equal, layout, Budget.of(layout, params(model), 0.5), scope, sets={})
     assert 0.49 < mask.parameters(layout) / layout.parameters <= 0.5
 
 

@@ -218,7 +218,7 @@ def test_the_budget_is_shared_as_the_best_of_all_ways_would(seed):
     generator = np.random.default_rng(seed)
     steps = {site.name: np.sort(generator.exponential(size=site.units)) for site in layout.sites}
     made = {site.name: scores("reconstruction", units_of(steps[site.name].tolist(), site.parameters)) for site in layout.sites}
-    mask = allocate(made, layout, Budget.of(layout, params(model), 0.6), "global", comparable=True)
+    mask = allocate(made, layout, Budget.of(layout, params(model), 0.6), "global", sets={}, comparable=True)
 
     def lost(kept):
         return sum(steps[site.name][: site.units - kept[site.name]].sum() for site in layout.sites)

@@ -51,8 +51,8 @@ def allocate(
     budget: Budget,
     scope: str,
     *,
+    sets: Mapping[str, Tensor],
     comparable: bool = False,
-    sets: Mapping[str, Tensor] | None = None,
 ) -> Mask:
     """Keep the best units until the budget is reached: first how many of every site, then which ones.
 
@@ -62,8 +62,9 @@ def allocate(
         budget: what may stay.
         scope: `"layer"` (every layer keeps equally many, if that comes within 1 % of the budget) or `"global"` (all units
             compete).
+        sets: site name -> the best units by their number, bool [units + 1, units]; a site that is not there keeps those that
+            score most.
         comparable: scores of all sites are in one unit, per parameter, and compete as they are.
-        sets: site name -> the best units by their number, bool [units + 1, units]; where there are none, those that score most.
     """
     worth = {name: score if comparable else SCOPES[scope](score) for name, score in scores.items()}
     if budget.prices is not None:
@@ -74,7 +75,7 @@ def allocate(
         # What is lost with a unit: scores are per parameter, and some are below 0.
         losses = {s.name: (worth[s.name] - worth[s.name].min().clamp_max(0)) * s.parameters for s in layout.sites}
         counts = share(losses, budget)
-    return Mask({name: _best(worth[name], count, (sets or {}).get(name)) for name, count in counts.items()})
+    return Mask({name: _best(worth[name], count, sets.get(name)) for name, count in counts.items()})
 
 
 def _best(scores: Tensor, count: int, sets: Tensor | None) -> Tensor:

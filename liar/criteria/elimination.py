@@ -61,6 +61,11 @@ def ridged(gram: Tensor, ridge: float) -> Tensor:
     return gram + damp * torch.eye(len(gram)).to(gram)
 
 
+def inverted(gram: Tensor, ridge: float) -> Tensor:
+    """The inverse of the `ridged` Gram matrix."""
+    return torch.cholesky_inverse(torch.linalg.cholesky(ridged(gram, ridge)))
+
+
 @dataclass
 class _State:
     """What is left.
@@ -89,7 +94,7 @@ class _State:
     def of(cls, gram: Tensor, weight: Tensor, units: int, ridge: float) -> _State:
         channels = len(gram)
         width = channels // units
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged(gram, ridge)))
+        inverse = inverted(gram, ridge)
         blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
         solution = weight.to(gram).clone()
         gone, names = torch.zeros(units, dtype=torch.bool, device=gram.device), torch.arange(units, device=gram.device)
@@ -115,7 +120,8 @@ class _State:
         share = torch.linalg.solve_triangular(root, columns.T, upper=False).T
         row = torch.linalg.solve_triangular(root, self.weight[channels] - self.late[channels] @ self.rows, upper=False)
         across = self.weight @ row.T - self.late @ (self.rows @ row.T)
-        parts, crossed = share.view(units, width, width), share.view(units, width, width) @ across.view(units, width, width).mT
+        parts = share.view(units, width, width)
+        crossed = parts @ across.view(units, width, width).mT
         self.energy += parts @ (row @ row.T) @ parts.mT - crossed - crossed.mT
         self.blocks -= parts @ parts.mT
         self.blocks[unit] = torch.eye(width).to(self.blocks)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from liar.criteria.elimination import Elimination, ridged
+from liar.criteria.elimination import Elimination, inverted
 
 # Sites with more units keep the nested sets of the elimination: single swaps change little there, and are too many to try.
 MOST = 32
@@ -69,7 +69,7 @@ class _Tableau:
     @classmethod
     def of(cls, gram: Tensor, weight: Tensor, units: int, ridge: float) -> _Tableau:
         kept = torch.ones(units, dtype=torch.bool, device=gram.device)
-        return cls(-torch.cholesky_inverse(torch.linalg.cholesky(ridged(gram, ridge))), weight.to(gram).clone(), kept)
+        return cls(-inverted(gram, ridge), weight.to(gram).clone(), kept)
 
     def shrink(self, error: Tensor, nothing: Tensor) -> Tensor:
         """Remove the unit that is missed least, then swap while that helps; the error after it, of the one before."""
