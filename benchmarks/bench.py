@@ -60,9 +60,14 @@ class Shared:
     @cached_property
     def calibration(self) -> list[dict[str, Tensor]]:
         """Batches of the setting's tokens."""
-        texts = self.bench.task.texts(self.bench.data_dir, self.setting.source, self.setting.seed)
-        tokenizer = self.bench.loaded[1]
-        return liar.calibration(texts, tokenizer, tokens=self.setting.tokens, max_length=self.bench.task.max_length)
+        task, source = self.bench.task, self.setting.source
+        return liar.calibration(
+            task.texts(self.bench.data_dir, source, self.setting.seed),
+            self.bench.loaded[1],
+            tokens=self.setting.tokens,
+            max_length=task.max_length,
+            mixed_lengths=source == "c4-mixed",
+        )
 
     @cached_property
     def mask(self) -> liar.Mask:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
+import math
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from liar.errors import CalibrationError
+from liar.errors import CalibrationError, OptionError
 from liar.families import base_and_prefix
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,8 @@ FOLDS = 4
 PIECE = 256
 # Of little data there are at least so many pieces.
 PIECES = 16
+# Tokens of the shortest texts where lengths are mixed.
+SHORTEST = 8
 
 Batch = Mapping[str, Any]
 
@@ -36,6 +40,7 @@ def calibration(
     batch_size: int = 32,
     tokens: int | None = None,
     pack: bool = False,
+    mixed_lengths: bool = False,
 ) -> list[dict[str, Tensor]]:
     """Tokenise texts into padded batches, sorted by length so that little is padded.
 
@@ -46,6 +51,9 @@ def calibration(
         batch_size: sequences per batch.
         tokens: stop after so many tokens (the last sequence is cut); all texts otherwise.
         pack: join the texts and cut them into full sequences of `max_length`, as language models are trained.
+        mixed_lengths: cut every text after a length of its own, from 8 tokens to `max_length`, drawn evenly on a logarithmic
+            scale and the same every time. For texts of another kind than those the model will read: what attention heads
+            give changes with the length, and so the repair is right for short and for long ones.
 
     Returns:
         Batches with `input_ids`, `attention_mask` and, where the tokenizer makes them, `token_type_ids`, each
@@ -53,13 +61,17 @@ def calibration(
 
     Raises:
         CalibrationError: no text, or something that is not a text.
+        OptionError: `pack` and `mixed_lengths` together.
 
     Example:
         >>> batches = calibration(["a text", "another one"], tokenizer)
         >>> batches[0]["input_ids"].shape
         torch.Size([2, 4])
     """
-    rows = list(_cut(_encoded(texts, tokenizer, max_length, pack), tokens))
+    if pack and mixed_lengths:
+        raise OptionError("pack and mixed_lengths: packed sequences are all of one length; choose one of the two")
+    lengths = _mixed(max_length) if mixed_lengths else itertools.repeat(max_length)
+    rows = list(_cut(_joined(texts, tokenizer, max_length) if pack else _encoded(texts, tokenizer, lengths), tokens))
     if not rows:
         raise CalibrationError("no calibration text: expected at least one non-empty string, got none")
     rows.sort(key=lambda row: len(row["input_ids"]))
@@ -73,31 +85,49 @@ def calibration(
     ]
 
 
-def _encoded(texts: Iterable[Any], tokenizer: Any, max_length: int, pack: bool) -> Iterator[dict[str, Tensor]]:
+def _checked(texts: Iterable[Any]) -> Iterator[tuple[str, ...]]:
+    """Texts that are not empty, each as one or two strings."""
     if isinstance(texts, (str, bytes)):
         raise CalibrationError(f"expected many texts (a list of strings, a column), got one {type(texts).__name__}")
-    joined: list[int] = []
     for number, text in enumerate(texts):
         parts = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, (tuple, list)) else ()
         if not 1 <= len(parts) <= 2 or not all(isinstance(part, str) for part in parts):
             raise CalibrationError(f"text {number}: expected a string or a pair of strings, got {type(text).__name__}")
-        if not any(parts):
-            continue
-        encoded = tokenizer(*parts, truncation=not pack, max_length=None if pack else max_length)
-        if not pack:
-            yield {
-                name: torch.tensor(encoded[name])
-                for name in ("input_ids", "attention_mask", "token_type_ids")
-                if name in encoded
-            }
-            continue
-        joined += encoded["input_ids"]
-        while len(joined) >= max_length:
-            ids, joined = torch.tensor(joined[:max_length]), joined[max_length:]
-            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if any(parts):
+            yield parts
+
+
+def _mixed(longest: int) -> Iterator[int]:
+    """Lengths that are spread evenly on a logarithmic scale."""
+    generator, shortest = random.Random(0), min(SHORTEST, longest)
+    while True:
+        yield round(math.exp(generator.uniform(math.log(shortest), math.log(longest))))
+
+
+def _encoded(texts: Iterable[Any], tokenizer: Any, lengths: Iterator[int]) -> Iterator[dict[str, Tensor]]:
+    """Every text by itself, cut to the next of the lengths."""
+    for parts, length in zip(_checked(texts), lengths, strict=False):
+        encoded = tokenizer(*parts, truncation=True, max_length=length)
+        yield {
+            name: torch.tensor(encoded[name]) for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded
+        }
+
+
+def _joined(texts: Iterable[Any], tokenizer: Any, length: int) -> Iterator[dict[str, Tensor]]:
+    """All texts one after the other, in sequences of one length; the last may be shorter."""
+    joined: list[int] = []
+    for parts in _checked(texts):
+        joined += tokenizer(*parts)["input_ids"]
+        while len(joined) >= length:
+            yield _row(joined[:length])
+            joined = joined[length:]
     if joined:
-        ids = torch.tensor(joined)
-        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        yield _row(joined)
+
+
+def _row(ids: list[int]) -> dict[str, Tensor]:
+    row = torch.tensor(ids)
+    return {"input_ids": row, "attention_mask": torch.ones_like(row)}
 
 
 def _cut(rows: Iterator[dict[str, Tensor]], tokens: int | None) -> Iterator[dict[str, Tensor]]:

@@ -49,6 +49,7 @@ class Run:
         max_length: tokens per sequence.
         batch_size: sequences per batch.
         pack: texts are joined and cut into full sequences.
+        mixed_lengths: texts are cut to lengths from short to `max_length`.
         keep: share of the block parameters that stays (prune).
         criterion, scope, round_to, uniform, protect, seed: see `liar.select` (prune).
         drop: whether whole sub-layers may go: see `liar.select`, and for a mask `Mask.of`.
@@ -70,6 +71,7 @@ class Run:
     max_length: int = 256
     batch_size: int = 32
     pack: bool = False
+    mixed_lengths: bool = False
     keep: float | None = None
     criterion: str = "reconstruction"
     scope: str = "global"
@@ -134,6 +136,7 @@ class Run:
             batch_size=self.batch_size,
             tokens=self.tokens,
             pack=self.pack,
+            mixed_lengths=self.mixed_lengths,
         )
         model = checkpoint.load(self.model, dtype=self.dtype).to(self.device)  # type: ignore[arg-type]
         if self.command == "prune":

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 Text = str | tuple[str, str]
 Predictions = Mapping[str, Tensor]
-SOURCES = ("own", "c4", "c4-sentences")
+SOURCES = ("own", "c4", "c4-sentences", "c4-mixed")
 SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
@@ -43,7 +43,10 @@ class Task:
     max_length: int
 
     def texts(self, data_dir: Path, source: str, seed: int) -> list[Text]:
-        """Calibration texts in the order of a seed: of the task's own train split, or of C4, whole or sentence by sentence."""
+        """Calibration texts in the order of a seed: of the task's own train split, or of C4, whole or sentence by sentence.
+
+        Those of `c4-mixed` are whole: `liar.calibration` cuts them to mixed lengths.
+        """
         texts = self.own(data_dir) if source == "own" else _c4(data_dir, sentences=source == "c4-sentences")
         return random.Random(seed).sample(texts, len(texts))
 
