@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import liar
-from liar.calibration import FOLDS, PIECE, PIECES, Calibration
-from liar.errors import CalibrationError
+from liar.calibration import FOLDS, PIECE, PIECES, SHORTEST, Calibration
+from liar.errors import CalibrationError, OptionError
 from liar.testing import tiny_batches, tiny_model
 
 BERT, LLAMA = tiny_model("bert"), tiny_model("llama", head="causal-lm")
@@ -70,6 +70,36 @@ def test_pairs(tokenizer):
 def test_long_texts_are_cut(tokenizer):
     batches = liar.calibration(["w1 " * 50, "w2"], tokenizer, max_length=10)
     assert sorted(len(ids) for ids in real_ids(batches)) == [3, 10]
+
+
+def test_mixed_lengths_are_spread_over_all_magnitudes(tokenizer):
+    """As many from 8 to 16 tokens as from 16 to 32 or 32 to 64, and the same ones every time."""
+    texts = ["w1 " * 70] * 900
+    rows = real_ids(liar.calibration(texts, tokenizer, max_length=64, mixed_lengths=True))
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.float64)
+    assert (int(lengths.min()), int(lengths.max())) == (SHORTEST, 64)
+    shares = torch.histc(lengths.log2(), bins=3, min=3, max=6) / len(rows)
+    assert shares.tolist() == pytest.approx([1 / 3] * 3, abs=0.05)
+    assert all((row[0], row[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id) for row in rows)
+    assert rows == real_ids(liar.calibration(texts, tokenizer, max_length=64, mixed_lengths=True))
+    assert {len(row) for row in real_ids(liar.calibration(texts, tokenizer, max_length=64))} == {64}
+
+
+@pytest.mark.parametrize("longest", [3, SHORTEST])
+def test_lengths_that_cannot_be_mixed(tokenizer, longest):
+    texts = ["w1 " * 20, ("w1 " * 20, "w2 " * 20)] * 4
+    rows = real_ids(liar.calibration(texts, tokenizer, max_length=longest, mixed_lengths=True))
+    assert {len(row) for row in rows} == {longest}
+
+
+def test_short_texts_stay_whole_where_lengths_are_mixed(tokenizer):
+    assert max(len(tokenizer(text)["input_ids"]) for text in TEXTS) <= SHORTEST
+    assert real_ids(liar.calibration(TEXTS, tokenizer, mixed_lengths=True)) == real_ids(liar.calibration(TEXTS, tokenizer))
+
+
+def test_packed_sequences_have_one_length(tokenizer):
+    with pytest.raises(OptionError, match="pack and mixed_lengths: packed sequences are all of one length; choose one"):
+        liar.calibration(TEXTS, tokenizer, pack=True, mixed_lengths=True)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

@@ -134,6 +134,21 @@ def test_prune_does_what_the_library_does(home, tmp_path):
     torch.testing.assert_close(tensors(tmp_path / "slim"), model.state_dict(), rtol=0, atol=0)
 
 
+def test_lengths_are_mixed_as_the_library_does(home, tmp_path):
+    (tmp_path / "long.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15 w16 w17\n" * 40)
+    command = ["prune", home / "llama", tmp_path / "slim", "--keep", 0.6, "--calib", tmp_path / "long.txt"]
+    assert "choose one of the two" in refused(*command, "--pack", "--mixed-lengths")
+    assert not (tmp_path / "slim").exists()
+    call(*command, "--mixed-lengths", "--max-length", 16)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(home / "llama")
+    texts = (tmp_path / "long.txt").read_text().splitlines()
+    calib = liar.calibration(texts, tokenizer, max_length=16, mixed_lengths=True)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in calib)
+    report = liar.Report.load(tmp_path / "slim" / "report.json")
+    assert 8 * 40 < tokens == report.tokens < 16 * 40
+    assert json.loads((tmp_path / "slim" / "run.json").read_text())["run"]["mixed_lengths"] is True
+
+
 def test_reconstruct_with_the_mask_of_a_run_gives_the_same(home, tmp_path):
     call("prune", home / "bert", tmp_path / "one", "--keep", 0.5, "--calib", home / "texts.txt")
     call(
