@@ -11,7 +11,7 @@ from typing import Any
 from cells import Cell, Setting
 from rivals import RULES
 from selections import SELECTIONS
-from tasks import Predictions, Task
+from tasks import SOURCES, Predictions, Task
 from torch import Tensor, nn
 
 import liar
@@ -66,7 +66,7 @@ class Shared:
             self.bench.loaded[1],
             tokens=self.setting.tokens,
             max_length=task.max_length,
-            mixed_lengths=source == "c4-mixed",
+            mixed_lengths=SOURCES[source].mixed_lengths,
         )
 
     @cached_property

@@ -61,7 +61,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--keep", type=float, nargs="+", required=True, help="shares of the block parameters that stay")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16_000])
-    parser.add_argument("--source", choices=SOURCES, nargs="+", default=["own"], help="calibration texts")
+    parser.add_argument("--source", choices=list(SOURCES), nargs="+", default=["own"], help="calibration texts")
     parser.add_argument("--criterion", choices=list(SELECTIONS), default="fluctuation", help="what selects the mask")
     parser.add_argument("--seeds", type=int, default=3, help="samples of the calibration texts")
     parser.add_argument("--rules", choices=list(RULES), nargs="+", default=list(RULES))

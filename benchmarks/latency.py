@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import liar
 from liar import slim
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.families import discover
 
 RESULTS = Path(__file__).parent / "results"

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 import liar
-from liar.calibration import FOLDS
+from liar.batches import FOLDS
 from liar.families import discover
 from liar.statistics.chunks import CHUNK
 

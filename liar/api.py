@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from liar import slim
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.capture import preserved
 from liar.collect import Statistics, collect
 from liar.costs import Costs, flops, params

@@ -70,9 +70,7 @@ Tokens = Annotated[int | None, typer.Option(min=1, help="Calibration tokens; all
 MaxLength = Annotated[int, typer.Option(min=1, help="Tokens per sequence.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per batch.")]
 Pack = Annotated[bool, typer.Option("--pack", help="Join the texts and cut full sequences, as language models are trained.")]
-MixedLengths = Annotated[
-    bool, typer.Option("--mixed-lengths", help="Cut texts to lengths from short to --max-length: for texts of another kind.")
-]
+MixedLengths = Annotated[bool, typer.Option(help="Take an encoder's long texts in pieces, from short to --max-length.")]
 Keep = Annotated[float, typer.Option(callback=_share, help="Share of the --budget that stays, above 0, at most 1.")]
 Criterion = Annotated[str, _one_of(CRITERIA, "What makes a head or neuron worth keeping")]
 Scope = Annotated[str, _one_of(SCOPES, "Same share in every layer, or all compete")]

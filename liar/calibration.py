@@ -1,35 +1,29 @@
-"""From what a user has (texts, a DataLoader, batches of tensors) to batches a model takes, and tokens to folds."""
+"""Texts to padded batches: tokenised, cut, packed, sorted by length."""
 
 from __future__ import annotations
 
-import inspect
-import itertools
-import logging
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from liar.errors import CalibrationError, OptionError
-from liar.families import base_and_prefix
+from liar.errors import CalibrationError
 
-logger = logging.getLogger(__name__)
-
-FOLDS = 4
-# Longer sequences are dealt to the folds in pieces of this many tokens, so that a few long ones still fill every fold.
-PIECE = 256
-# Of little data there are at least so many pieces.
-PIECES = 16
-# Tokens of the shortest texts where lengths are mixed.
+# Texts of so many tokens are documents, and where they are cut is for whoever calibrates to choose.
+DOCUMENT = 128
+# Tokens of the shortest pieces of them.
 SHORTEST = 8
+# What a model reads, of what a tokenizer gives.
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
-Batch = Mapping[str, Any]
+Parts = tuple[str, ...]
+Row = dict[str, Tensor]
+
 
 
 def calibration(
@@ -40,7 +34,7 @@ def calibration(
     batch_size: int = 32,
     tokens: int | None = None,
     pack: bool = False,
-    mixed_lengths: bool = False,
+    mixed_lengths: bool = True,
 ) -> list[dict[str, Tensor]]:
     """Tokenise texts into padded batches, sorted by length so that little is padded.
 
@@ -51,9 +45,12 @@ def calibration(
         batch_size: sequences per batch.
         tokens: stop after so many tokens (the last sequence is cut); all texts otherwise.
         pack: join the texts and cut them into full sequences of `max_length`, as language models are trained.
-        mixed_lengths: cut every text after a length of its own, from 8 tokens to `max_length`, drawn evenly on a logarithmic
-            scale and the same every time. For texts of another kind than those the model will read: what attention heads
-            give changes with the length, and so the repair is right for short and for long ones.
+        mixed_lengths: with an encoder's tokenizer (one that has a mask token), take long texts in pieces, so that the repair is
+            right for short inputs and for long ones: what attention heads give changes with the length. Texts of at least
+            128 tokens (or `max_length`, if that is less) are long; each has its own length of piece, from 8 tokens to
+            `max_length`, drawn evenly on a logarithmic scale and the same every time. Of every text the first piece is
+            taken; only where there are too few texts for `tokens`, what is left of their first `max_length` tokens. Pairs
+            and packed sequences stay as they are.
 
     Returns:
         Batches with `input_ids`, `attention_mask` and, where the tokenizer makes them, `token_type_ids`, each
@@ -61,17 +58,15 @@ def calibration(
 
     Raises:
         CalibrationError: no text, or something that is not a text.
-        OptionError: `pack` and `mixed_lengths` together.
 
     Example:
         >>> batches = calibration(["a text", "another one"], tokenizer)
         >>> batches[0]["input_ids"].shape
         torch.Size([2, 4])
     """
-    if pack and mixed_lengths:
-        raise OptionError("pack and mixed_lengths: packed sequences are all of one length; choose one of the two")
-    lengths = _mixed(max_length) if mixed_lengths else itertools.repeat(max_length)
-    rows = list(_cut(_joined(texts, tokenizer, max_length) if pack else _encoded(texts, tokenizer, lengths), tokens))
+    mixed_lengths = mixed_lengths and getattr(tokenizer, "mask_token", None) is not None
+    many = _joined if pack else _in_pieces if mixed_lengths else _encoded
+    rows = list(_cut(many(_checked(texts), tokenizer, max_length), tokens))
     if not rows:
         raise CalibrationError("no calibration text: expected at least one non-empty string, got none")
     rows.sort(key=lambda row: len(row["input_ids"]))
@@ -85,7 +80,7 @@ def calibration(
     ]
 
 
-def _checked(texts: Iterable[Any]) -> Iterator[tuple[str, ...]]:
+def _checked(texts: Iterable[Any]) -> Iterator[Parts]:
     """Texts that are not empty, each as one or two strings."""
     if isinstance(texts, (str, bytes)):
         raise CalibrationError(f"expected many texts (a list of strings, a column), got one {type(texts).__name__}")
@@ -97,26 +92,37 @@ def _checked(texts: Iterable[Any]) -> Iterator[tuple[str, ...]]:
             yield parts
 
 
-def _mixed(longest: int) -> Iterator[int]:
+def _encoded(texts: Iterable[Parts], tokenizer: Any, longest: int) -> Iterator[Row]:
+    """Every text by itself."""
+    for parts in texts:
+        yield from _rows(tokenizer(*parts, truncation=True, max_length=longest))
+
+
+def _in_pieces(texts: Iterable[Parts], tokenizer: Any, longest: int) -> Iterator[Row]:
+    """Short texts and pairs as they are, then of long ones the first piece of each before the second of any."""
+    lengths, later = _mixed_lengths(longest), []
+    for parts in texts:
+        [row] = _encoded([parts], tokenizer, longest)
+        if len(parts) == 1 and len(row["input_ids"]) >= min(DOCUMENT, longest):
+            length = next(lengths)
+            pieces = _rows(tokenizer(*parts, truncation=True, max_length=length, return_overflowing_tokens=True))
+            row, *rest = pieces[: longest // length]
+            later += rest
+        yield row
+    yield from later
+
+
+def _mixed_lengths(longest: int) -> Iterator[int]:
     """Lengths that are spread evenly on a logarithmic scale."""
     generator, shortest = random.Random(0), min(SHORTEST, longest)
     while True:
         yield round(math.exp(generator.uniform(math.log(shortest), math.log(longest))))
 
 
-def _encoded(texts: Iterable[Any], tokenizer: Any, lengths: Iterator[int]) -> Iterator[dict[str, Tensor]]:
-    """Every text by itself, cut to the next of the lengths."""
-    for parts, length in zip(_checked(texts), lengths, strict=False):
-        encoded = tokenizer(*parts, truncation=True, max_length=length)
-        yield {
-            name: torch.tensor(encoded[name]) for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded
-        }
-
-
-def _joined(texts: Iterable[Any], tokenizer: Any, length: int) -> Iterator[dict[str, Tensor]]:
+def _joined(texts: Iterable[Parts], tokenizer: Any, length: int) -> Iterator[Row]:
     """All texts one after the other, in sequences of one length; the last may be shorter."""
     joined: list[int] = []
-    for parts in _checked(texts):
+    for parts in texts:
         joined += tokenizer(*parts)["input_ids"]
         while len(joined) >= length:
             yield _row(joined[:length])
@@ -125,12 +131,20 @@ def _joined(texts: Iterable[Any], tokenizer: Any, length: int) -> Iterator[dict[
         yield _row(joined)
 
 
-def _row(ids: list[int]) -> dict[str, Tensor]:
+def _rows(encoded: Mapping[str, Any]) -> list[Row]:
+    """The sequences of one text: a single one, or several where its pieces were asked for."""
+    names = [name for name in INPUTS if name in encoded]
+    several = any(isinstance(ids, list) for ids in encoded["input_ids"][:1])
+    columns = [encoded[name] if several else [encoded[name]] for name in names]
+    return [dict(zip(names, map(torch.tensor, values), strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _row(ids: list[int]) -> Row:
     row = torch.tensor(ids)
     return {"input_ids": row, "attention_mask": torch.ones_like(row)}
 
 
-def _cut(rows: Iterator[dict[str, Tensor]], tokens: int | None) -> Iterator[dict[str, Tensor]]:
+def _cut(rows: Iterator[Row], tokens: int | None) -> Iterator[Row]:
     left = tokens
     with tqdm(desc="tokenise", unit="tok", unit_scale=True, leave=False, total=tokens) as bar:
         for row in rows:
@@ -141,135 +155,3 @@ def _cut(rows: Iterator[dict[str, Tensor]], tokens: int | None) -> Iterator[dict
             yield row
             if left is not None and left <= 0:
                 return
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Batches on the model's device, with what is known of their tokens.
-
-    Attributes:
-        batches: keyword arguments of the bare model's forward.
-        keep: per batch bool [sequences, length]: True for real tokens.
-        folds: per batch int64 [kept tokens]: the fold (0 to `FOLDS` - 1) of each kept token, by sequence.
-        tokens: kept tokens in all batches.
-        sequences: sequences in all batches.
-        labels: per batch its `labels`, or None: for criteria that need gradients, nothing else looks at them.
-    """
-
-    batches: tuple[Batch, ...]
-    keep: tuple[Tensor, ...]
-    folds: tuple[Tensor, ...]
-    tokens: int
-    sequences: int
-    labels: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, data: Iterable[Any], model: nn.Module) -> Calibration:
-        """Check what the user gave, before any forward pass, and bring it to the model's device.
-
-        Args:
-            data: a DataLoader, or any iterable of batches; a batch is a mapping with `input_ids` (or `inputs_embeds`) and
-                perhaps `attention_mask` and other arguments of the model, or a tensor of ids [sequences, length]. Its
-                `labels` are kept beside: the model does not get them.
-            model: the model that will be run.
-
-        Raises:
-            CalibrationError: nothing in it, all padding, or a batch the model does not take.
-        """
-        base, _ = base_and_prefix(model)
-        device = next(model.parameters()).device
-        accepted = set(inspect.signature(base.forward).parameters)
-        both = [
-            (_as_batch(batch, number, accepted, model, device), _labels(batch, device))
-            for number, batch in enumerate(_batches(data))
-        ]
-        batches = [batch for batch, _ in both]
-        if not batches:
-            raise CalibrationError(
-                "the calibration data is empty: expected at least one batch, got none (a used-up generator?)"
-            )
-        keep = [_kept(batch) for batch in batches]
-        tokens = sum(int(mask.sum()) for mask in keep)
-        if not tokens:
-            raise CalibrationError(
-                "no token of the calibration data is kept: attention_mask is 0 everywhere (1 marks real tokens)"
-            )
-        piece = max(min(PIECE, tokens // PIECES), 1)
-        starts = itertools.accumulate((len(mask) for mask in keep), initial=0)
-        if "use_cache" in accepted:
-            batches = [{**batch, "use_cache": False} for batch in batches]
-        return cls(
-            batches=tuple(batches),
-            keep=tuple(keep),
-            folds=tuple(_folds(mask, start, piece) for mask, start in zip(keep, starts, strict=False)),
-            tokens=tokens,
-            sequences=sum(len(mask) for mask in keep),
-            labels=tuple(labels for _, labels in both),
-        )
-
-
-def _batches(data: Iterable[Any]) -> Iterable[Any]:
-    if isinstance(data, (str, bytes)) or (isinstance(data, Sequence) and data and isinstance(data[0], str)):
-        raise CalibrationError("got strings: tokenise them first with liar.calibration(texts, tokenizer)")
-    if isinstance(data, (Mapping, Tensor)):
-        return [data]
-    if not isinstance(data, Iterable):
-        raise CalibrationError(f"expected a DataLoader or an iterable of batches, got a {type(data).__name__}")
-    return data
-
-
-def _as_batch(batch: Any, number: int, accepted: set[str], model: nn.Module, device: torch.device) -> Batch:
-    if isinstance(batch, Tensor):
-        batch = {"input_ids": batch}
-    if not isinstance(batch, Mapping):
-        raise CalibrationError(
-            f"calibration batch {number}: expected a mapping with input_ids or a tensor of ids, got a {type(batch).__name__}"
-        )
-    unused = sorted(set(batch) - accepted)
-    if unused and number == 0:
-        logger.info("not passed to the model: %s", ", ".join(unused))
-    taken = {
-        name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items() if name in accepted
-    }
-    _check_batch(taken, number, model, unused)
-    return taken
-
-
-def _labels(batch: Any, device: torch.device) -> Any:
-    """The labels of a batch, if it has any; they are checked where they are used."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    return labels.to(device) if isinstance(labels, Tensor) else labels
-
-
-def _check_batch(batch: Batch, number: int, model: nn.Module, unused: list[str]) -> None:
-    where = f"calibration batch {number}"
-    ids, embeds, mask = (batch.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
-    main = ids if ids is not None else embeds
-    if not isinstance(main, Tensor) or main.ndim != (2 if main is ids else 3):
-        came = list(main.shape) if isinstance(main, Tensor) else f"keys {sorted([*batch, *unused])}"
-        raise CalibrationError(f"{where}: expected input_ids, a tensor [sequences, length], got {came}")
-    if ids is not None:
-        size = getattr(model.config, "vocab_size", None)
-        if ids.is_floating_point() or (size and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size):
-            raise CalibrationError(
-                f"{where}: expected integer ids from 0 to {size} - 1, got {ids.dtype} from {ids.min()} to {ids.max()}; "
-                "was another tokenizer used?"
-            )
-    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != main.shape[:2]):
-        came = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        raise CalibrationError(f"{where}: expected attention_mask, a tensor of shape {list(main.shape[:2])}, got {came}")
-
-
-def _kept(batch: Batch) -> Tensor:
-    mask = batch.get("attention_mask")
-    if mask is not None:
-        return torch.as_tensor(mask).bool()
-    main = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
-    return torch.ones(main.shape[:2], dtype=torch.bool, device=main.device)
-
-
-def _folds(keep: Tensor, first_sequence: int, length: int) -> Tensor:
-    """The fold of each kept token: its sequence's number, moved on by one for every `length` tokens."""
-    sequence = torch.arange(first_sequence, first_sequence + len(keep), device=keep.device)[:, None]
-    piece = (keep.cumsum(1) - 1) // length
-    return ((sequence + piece) % FOLDS)[keep]

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.criteria import CRITERIA, NEEDS
 from liar.curves import error_curves
 from liar.errors import CalibrationError, choose

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.capture import Call, Point, block_calls, preserved, run, watching
 from liar.criteria.elimination import Elimination, eliminate
 from liar.criteria.swaps import MOST, swapped

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.capture import Point, preserved, run_model, watching
 from liar.errors import CalibrationError, ModelError, at_site
 from liar.families import base_and_prefix

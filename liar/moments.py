@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.capture import Point, preserved, run_model, watching
 from liar.errors import MaskError, at_site
 from liar.families import base_and_prefix, checked

@@ -49,7 +49,7 @@ class Run:
         max_length: tokens per sequence.
         batch_size: sequences per batch.
         pack: texts are joined and cut into full sequences.
-        mixed_lengths: texts are cut to lengths from short to `max_length`.
+        mixed_lengths: an encoder's long texts are taken in pieces of lengths from short to `max_length`.
         keep: share of the block parameters that stays (prune).
         criterion, scope, round_to, uniform, protect, seed: see `liar.select` (prune).
         drop: whether whole sub-layers may go: see `liar.select`, and for a mask `Mask.of`.
@@ -71,7 +71,7 @@ class Run:
     max_length: int = 256
     batch_size: int = 32
     pack: bool = False
-    mixed_lengths: bool = False
+    mixed_lengths: bool = True
     keep: float | None = None
     criterion: str = "reconstruction"
     scope: str = "global"

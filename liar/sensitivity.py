@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.capture import Point
 from liar.errors import at_site
 from liar.gradients import SEED, STRIDE, differentiable, gradients, look

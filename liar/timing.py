@@ -16,7 +16,7 @@ from torch.utils.benchmark import Timer
 from tqdm.auto import tqdm
 
 from liar import slim
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.capture import Call, block_calls, preserved, run
 from liar.costs import LENGTH, Costs
 from liar.errors import OptionError

@@ -158,7 +158,7 @@ def test_calibration_texts_follow_source_and_seed(benchmark, mrpc):
     assert own == task.texts(mrpc, "own", 0) != task.texts(mrpc, "own", 1)
     assert sorted(own) == sorted((row["sentence1"], row["sentence2"]) for row in pairs(90, 0))
     assert len(task.texts(mrpc, "c4", 0)) == 9
-    assert task.texts(mrpc, "c4-mixed", 0) == task.texts(mrpc, "c4", 0)
+    assert task.texts(mrpc, "c4-whole", 0) == task.texts(mrpc, "c4", 0)
     sentences = task.texts(mrpc, "c4-sentences", 0)
     assert len(sentences) == 36
     assert {"It is 3.", "Is it?", "It", "is v1.3!"} <= {text.strip() for text in sentences}

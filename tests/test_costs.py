@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import liar
 from liar import slim, timing
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.costs import Costs, params
 from liar.criteria import Budget
 from liar.criteria.levels import share

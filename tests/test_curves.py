@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import liar
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.costs import params
 from liar.criteria import Budget, Units, allocate, eliminate, scores
 from liar.curves import EVEN, RIDGE, directions, error_curves, raised, shrinkage

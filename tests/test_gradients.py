@@ -8,7 +8,7 @@ import torch
 from cases import MODELS
 
 import liar
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.criteria import CRITERIA, Units, scores
 from liar.errors import CalibrationError, ModelError
 from liar.families import discover

@@ -13,7 +13,7 @@ import scipy.sparse.linalg
 import torch
 
 import liar
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.testing import tiny_batches, tiny_model
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"

@@ -11,7 +11,7 @@ import torch
 from cases import MODELS
 
 import liar
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.capture import preserved
 from liar.errors import BudgetError
 from liar.families import discover

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import liar
 from liar import slim
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.capture import Point, preserved, run, watching
 from liar.sites import Site, linear
 from liar.streams import residual

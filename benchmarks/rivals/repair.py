@@ -10,7 +10,7 @@ from torch import nn
 
 import liar
 from liar import slim
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.capture import preserved
 from liar.fold import fold, start
 from liar.sites import Site, linear

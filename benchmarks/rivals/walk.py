@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import liar
 from liar import slim
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.capture import Call, Point, block_calls, run, watching
 from liar.families import base_and_prefix, discover
 from liar.sites import Site, linear

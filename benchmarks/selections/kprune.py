@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 import liar
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.capture import Point, preserved, run_model, watching
 from liar.families import discover
 from liar.outputs import Output, outputs

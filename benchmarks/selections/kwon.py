@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import liar
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.capture import Point, preserved, run_model, watching
 from liar.families import discover
 from liar.gradients import SEED, STRIDE

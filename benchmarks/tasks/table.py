@@ -16,8 +16,25 @@ from transformers import PreTrainedModel
 
 Text = str | tuple[str, str]
 Predictions = Mapping[str, Tensor]
-SOURCES = ("own", "c4", "c4-sentences", "c4-mixed")
 SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+|\n+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where calibration texts come from: the task's own train split or C4; whether they are split into sentences first, and
+    whether `liar.calibration` takes long ones in pieces, as it does by default."""
+
+    own: bool = False
+    sentences: bool = False
+    mixed_lengths: bool = True
+
+
+SOURCES = {
+    "own": Source(own=True),
+    "c4": Source(),
+    "c4-whole": Source(mixed_lengths=False),
+    "c4-sentences": Source(sentences=True),
+}
 
 
 @dataclass(frozen=True)
@@ -43,11 +60,9 @@ class Task:
     max_length: int
 
     def texts(self, data_dir: Path, source: str, seed: int) -> list[Text]:
-        """Calibration texts in the order of a seed: of the task's own train split, or of C4, whole or sentence by sentence.
-
-        Those of `c4-mixed` are whole: `liar.calibration` cuts them to mixed lengths.
-        """
-        texts = self.own(data_dir) if source == "own" else _c4(data_dir, sentences=source == "c4-sentences")
+        """Calibration texts of a source in the order of a seed."""
+        wanted = SOURCES[source]
+        texts = self.own(data_dir) if wanted.own else _c4(data_dir, sentences=wanted.sentences)
         return random.Random(seed).sample(texts, len(texts))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from liar.calibration import FOLDS, Calibration
+from liar.batches import FOLDS, Calibration
 from liar.capture import Call
 from liar.errors import Verdict, at_site
 from liar.fold import fold, start

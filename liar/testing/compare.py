@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from liar import slim
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.families import base_and_prefix
 from liar.mask import Mask
 from liar.sites import Layout

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from liar.api import reconstruct
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.capture import preserved
 from liar.errors import LiarError, Verdict
 from liar.families import discover

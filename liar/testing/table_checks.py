@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from liar import slim
-from liar.calibration import Calibration
+from liar.batches import Calibration
 from liar.capture import Call, Point, block_calls, preserved, run, run_model, watching
 from liar.errors import ModelError
 from liar.families import base_and_prefix, discover, family_of
