@@ -25,7 +25,6 @@ Parts = tuple[str, ...]
 Row = dict[str, Tensor]
 
 
-
 def calibration(
     texts: Iterable[str | tuple[str, str]],
     tokenizer: Any,

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import liar
-from liar.calibration import SHORTEST, Calibration
-from liar.errors import CalibrationError, OptionError
+from liar.batches import Calibration
+from liar.calibration import DOCUMENT, SHORTEST
+from liar.errors import CalibrationError
 from liar.testing import tiny_model
 
 TEXTS = ["w1", "w2 w3 w4", "w5 w6", "w7 w8 w9 w10 w11"]
@@ -66,38 +67,84 @@ def test_pairs(tokenizer):
 
 
 def test_long_texts_are_cut(tokenizer):
-    batches = liar.calibration(["w1 " * 50, "w2"], tokenizer, max_length=10)
+    batches = liar.calibration(["w1 " * 50, "w2"], tokenizer, max_length=10, mixed_lengths=False)
     assert sorted(len(ids) for ids in real_ids(batches)) == [3, 10]
 
 
-def test_mixed_lengths_are_spread_over_all_magnitudes(tokenizer):
+def test_long_texts_of_an_encoder_give_pieces_of_all_magnitudes(tokenizer):
     """As many from 8 to 16 tokens as from 16 to 32 or 32 to 64, and the same ones every time."""
     texts = ["w1 " * 70] * 900
-    rows = real_ids(liar.calibration(texts, tokenizer, max_length=64, mixed_lengths=True))
-    lengths = torch.tensor([len(row) for row in rows], dtype=torch.float64)
-    assert (int(lengths.min()), int(lengths.max())) == (SHORTEST, 64)
+    rows = real_ids(liar.calibration(texts, tokenizer, max_length=64, tokens=20_000))
+    lengths = torch.tensor(sorted(map(len, rows)), dtype=torch.float64)
+    assert lengths.unique().tolist()[-57:] == list(range(SHORTEST, 65))
     shares = torch.histc(lengths.log2(), bins=3, min=3, max=6) / len(rows)
     assert shares.tolist() == pytest.approx([1 / 3] * 3, abs=0.05)
-    assert all((row[0], row[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id) for row in rows)
-    assert rows == real_ids(liar.calibration(texts, tokenizer, max_length=64, mixed_lengths=True))
-    assert {len(row) for row in real_ids(liar.calibration(texts, tokenizer, max_length=64))} == {64}
+    assert sum((row[0], row[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id) for row in rows) >= len(rows) - 1
+    assert rows == real_ids(liar.calibration(texts, tokenizer, max_length=64, tokens=20_000))
 
 
-@pytest.mark.parametrize("longest", [3, SHORTEST])
-def test_lengths_that_cannot_be_mixed(tokenizer, longest):
-    texts = ["w1 " * 20, ("w1 " * 20, "w2 " * 20)] * 4
-    rows = real_ids(liar.calibration(texts, tokenizer, max_length=longest, mixed_lengths=True))
-    assert {len(row) for row in rows} == {longest}
+@given(words=st.integers(40, 80), longest=st.integers(8, 40))
+def test_pieces_of_a_text_are_what_it_would_give_whole(tokenizer, words, longest):
+    """One after the other, all of one length but the last, and no more tokens than a text that is cut."""
+    text = " ".join(f"w{number}" for number in range(words))
+    rows = sorted(real_ids(liar.calibration([text], tokenizer, max_length=longest)), key=lambda row: row[1])
+    inner = [token for row in rows for token in row[1:-1]]
+    assert inner == tokenizer(text)["input_ids"][1:-1][: len(inner)]
+    assert {len(row) for row in rows} == {len(rows[0])}
+    assert longest - len(rows[0]) < tokens(liar.calibration([text], tokenizer, max_length=longest)) <= longest
 
 
-def test_short_texts_stay_whole_where_lengths_are_mixed(tokenizer):
-    assert max(len(tokenizer(text)["input_ids"]) for text in TEXTS) <= SHORTEST
-    assert real_ids(liar.calibration(TEXTS, tokenizer, mixed_lengths=True)) == real_ids(liar.calibration(TEXTS, tokenizer))
+def test_the_first_piece_of_every_text_comes_before_the_second_of_any(tokenizer):
+    texts = [f"w{number} " + "w0 " * 60 for number in range(1, 40)]
+    rows = real_ids(liar.calibration(texts, tokenizer, max_length=32))
+    first = [row for row in rows if row[1] != tokenizer.convert_tokens_to_ids("w0")]
+    assert len(first) == len(texts) < len(rows)
+    assert real_ids(liar.calibration(texts, tokenizer, max_length=32, tokens=sum(map(len, first)))) == first
 
 
-def test_packed_sequences_have_one_length(tokenizer):
-    with pytest.raises(OptionError, match="pack and mixed_lengths: packed sequences are all of one length; choose one"):
-        liar.calibration(TEXTS, tokenizer, pack=True, mixed_lengths=True)
+LONG = "w1 " * 200
+
+
+@pytest.mark.parametrize(
+    ("texts", "options"),
+    [
+        (["w1 " * (DOCUMENT - 3)], {"max_length": 512}),
+        (["w1 " * 5], {"max_length": 8}),
+        ([(LONG, "w2")], {"max_length": 64}),
+        ([LONG], {"max_length": 64, "pack": True}),
+    ],
+)
+def test_short_texts_pairs_and_packed_sequences_are_not_taken_in_pieces(tokenizer, texts, options):
+    found = [real_ids(liar.calibration(texts, tokenizer, mixed_lengths=mixed, **options)) for mixed in (True, False)]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_a_text_of_128_tokens_is_long(tokenizer, short):
+    texts = ["w1 " * (DOCUMENT - 2 - short)] * 8
+    rows = real_ids(liar.calibration(texts, tokenizer, max_length=512))
+    assert {len(tokenizer(text)["input_ids"]) for text in texts} == {DOCUMENT - short}
+    assert (len(rows) == 8) is short
+
+
+def test_a_causal_models_texts_stay_whole(plain_tokenizer):
+    """It reads the beginnings of every text anyway."""
+    assert {len(row) for row in real_ids(liar.calibration([LONG] * 20, plain_tokenizer, max_length=64))} == {64}
+
+
+def test_a_tokenizer_that_gives_no_pieces(tokenizer):
+    """Some written in Python give what is left over as a flat list: the first piece is there all the same."""
+
+    class Slow:
+        mask_token, pad_token_id = "[MASK]", 0
+
+        def __call__(self, text, truncation, max_length, return_overflowing_tokens=False):
+            return dict(tokenizer(text, truncation=truncation, max_length=max_length))
+
+    wanted = {tuple(row) for row in real_ids(liar.calibration([LONG] * 9, tokenizer, max_length=64))}
+    rows = real_ids(liar.calibration([LONG] * 9, Slow(), max_length=64))
+    assert len(rows) == 9
+    assert {tuple(row) for row in rows} <= wanted
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

@@ -70,6 +70,7 @@ def home(tmp_path_factory):
     }
     for name, model in models.items():
         model.save_pretrained(folder / name)
+        tokenizer.mask_token = "[EOS]" if name == "bert" else None
         tokenizer.save_pretrained(folder / name)
     draw = torch.Generator().manual_seed(0)
     lines = [" ".join(WORDS[i] for i in torch.randint(0, 96, (12,), generator=draw)) for _ in range(80)]
@@ -134,19 +135,18 @@ def test_prune_does_what_the_library_does(home, tmp_path):
     torch.testing.assert_close(tensors(tmp_path / "slim"), model.state_dict(), rtol=0, atol=0)
 
 
-def test_lengths_are_mixed_as_the_library_does(home, tmp_path):
+@pytest.mark.parametrize(("option", "mixed"), [("--mixed-lengths", True), ("--no-mixed-lengths", False)])
+def test_long_texts_are_taken_as_the_library_does(home, tmp_path, option, mixed):
     (tmp_path / "long.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15 w16 w17\n" * 40)
-    command = ["prune", home / "llama", tmp_path / "slim", "--keep", 0.6, "--calib", tmp_path / "long.txt"]
-    assert "choose one of the two" in refused(*command, "--pack", "--mixed-lengths")
-    assert not (tmp_path / "slim").exists()
-    call(*command, "--mixed-lengths", "--max-length", 16)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(home / "llama")
+    out = tmp_path / "slim"
+    call("prune", home / "bert", out, "--keep", 0.6, "--calib", tmp_path / "long.txt", "--max-length", 16, option)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(home / "bert")
     texts = (tmp_path / "long.txt").read_text().splitlines()
-    calib = liar.calibration(texts, tokenizer, max_length=16, mixed_lengths=True)
+    calib = liar.calibration(texts, tokenizer, max_length=16, mixed_lengths=mixed)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in calib)
-    report = liar.Report.load(tmp_path / "slim" / "report.json")
-    assert 8 * 40 < tokens == report.tokens < 16 * 40
-    assert json.loads((tmp_path / "slim" / "run.json").read_text())["run"]["mixed_lengths"] is True
+    assert (tokens < 16 * 40) is mixed
+    assert liar.Report.load(out / "report.json").tokens == tokens
+    assert json.loads((out / "run.json").read_text())["run"]["mixed_lengths"] is mixed
 
 
 def test_reconstruct_with_the_mask_of_a_run_gives_the_same(home, tmp_path):

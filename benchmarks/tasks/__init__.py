@@ -5,8 +5,9 @@ from __future__ import annotations
 from tasks.causal import TINYSTORIES, load_causal
 from tasks.encoder import STSB, embed, load_encoder
 from tasks.glue import GLUE_TASKS
+from tasks.passages import PASSAGES
 from tasks.table import SOURCES, Predictions, Task, read
 
-TASKS = {task.name: task for task in (STSB, *GLUE_TASKS, TINYSTORIES)}
+TASKS = {task.name: task for task in (STSB, PASSAGES, *GLUE_TASKS, TINYSTORIES)}
 
 __all__ = ["SOURCES", "TASKS", "Predictions", "Task", "embed", "load_causal", "load_encoder", "read"]

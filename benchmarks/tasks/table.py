@@ -21,8 +21,13 @@ SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+|\n+")
 
 @dataclass(frozen=True)
 class Source:
-    """Where calibration texts come from: the task's own train split or C4; whether they are split into sentences first, and
-    whether `liar.calibration` takes long ones in pieces, as it does by default."""
+    """Where calibration texts come from.
+
+    Attributes:
+        own: the task's train split, without labels; C4 otherwise.
+        sentences: whether they are split into sentences first.
+        mixed_lengths: whether `liar.calibration` takes long ones in pieces, as it does by default.
+    """
 
     own: bool = False
     sentences: bool = False
