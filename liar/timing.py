@@ -123,10 +123,11 @@ def _timed(model: nn.Module, layout: Layout, about: Mapping[str, Any], progress:
     for site in layout.sites:
         number = layout.blocks.index(site.block)
         for count in _counts(site):
-            if _layer(layout, site, count) not in subjects:
+            key = _layer(layout, site, count)
+            if key not in subjects:
                 cut = slim.student(blocks[number])
                 slim.cut_site(cut, site, torch.arange(site.units) < count)
-                subjects[_layer(layout, site, count)] = runner(cut, calls[number][0])
+                subjects[key] = runner(cut, calls[number][0])
     return _costs(layout, _seconds(subjects, progress), about)
 
 

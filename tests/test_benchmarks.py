@@ -133,6 +133,34 @@ def test_embeddings_of_different_sentences_only(benchmark, write):
     assert found == {"spearman": pytest.approx(1), "cosine": pytest.approx(0.8), "examples": 3}
 
 
+def test_questions_find_their_paragraphs(benchmark, write, tokenizer):
+    rows = [
+        {"title": title, "context": context, "question": question}
+        for title, context, question in [
+            ("kept", "w1 w2 w3", "w4"),
+            ("asked", "w5 w6 w7", "w5"),
+            ("asked", "w8 w9", "w8"),
+            ("asked", "w5 w6 w7", "w6"),
+        ]
+    ]
+    data = write("squad_v1.1/dev.jsonl.gz", rows)
+    (data / "squad_v1.1/heldout_titles.json").write_text('["asked"]')
+    task = benchmark("tasks").TASKS["passages"]
+    assert sorted(task.texts(data, "own", 0)) == ["w1 w2 w3", "w4"]
+    said = task.predict(tiny_model("bert").eval(), tokenizer, data)
+    assert {name: list(value.shape) for name, value in said.items()} == {"paragraphs": [2, 32], "questions": [3, 32]}
+    paragraphs, questions = torch.eye(2), torch.tensor([[0.6, 0.8], [0.0, 1.0], [1.0, 0.0]])
+    found = task.score(
+        {"paragraphs": paragraphs, "questions": questions}, {"paragraphs": paragraphs, "questions": questions.flip(1)}, data
+    )
+    assert found == {
+        "accuracy": pytest.approx(2 / 3),
+        "paragraphs cosine": pytest.approx(1),
+        "questions cosine": pytest.approx(0.96 / 3),
+        "examples": 3,
+    }
+
+
 def test_perplexity_of_stories(benchmark, write, plain_tokenizer):
     generator = np.random.default_rng(5)
     stories = [words(generator, 5, 40) for _ in range(6)]
