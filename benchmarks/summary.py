@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas
+from numpy import log
 from rich.table import Table
 from tasks import TASKS
 
@@ -41,6 +42,8 @@ CHANCE: dict[str, Callable[[float, int], float]] = {
     "spearman": lambda rho, examples: (1 - rho**2) * sqrt((1 + rho**2 / 2) / (examples - 3)),
 }
 
+# Tasks that are also counted together.
+FAMILIES = ("glue-*",)
 STANDING = ("best", "within one standard error", "behind by more")
 
 
@@ -138,13 +141,14 @@ def shared(frame: pandas.DataFrame, rules: Sequence[str]) -> pandas.DataFrame:
 
 
 def standing(frame: pandas.DataFrame, champion: str, others: Sequence[str]) -> str:
-    """A Markdown table: in how many cells one rule is best on what the task is about, and how far behind elsewhere.
+    """A Markdown table: in how many cells one rule is best on what the task is about, how far behind elsewhere, and on average.
 
     A cell is one task, model, selection of masks, kept share, number of tokens and source of texts. The standard error is that
     of the best of the others, over the examples or over the samples of the texts, or that of the champion over the samples:
-    whichever is largest.
+    whichever is largest. The average is of relative differences, over the cells that all rules have, with its standard error.
     """
     counts: dict[tuple[str, str], Counter[str]] = {}
+    means: dict[tuple[str, str], list[pandas.Series]] = {}
     frame = shared(frame[frame["place"] == 0], [champion, *others])
     for coordinates, group in frame.groupby(["task", "source", "model", "criterion", "keep", "tokens"]):
         sign = 1 if MORE[group["number"].iloc[0]] else -1
@@ -156,12 +160,27 @@ def standing(frame: pandas.DataFrame, champion: str, others: Sequence[str]) -> s
             chances = group.loc[group["rule"] == rivals.idxmax(), "chance"]
             error = max([*spreads.dropna(), *chances.dropna()], default=0.0)
             outcome = STANDING[0] if behind <= 0 else STANDING[1] if behind <= error else STANDING[2]
-            counts.setdefault(coordinates[:2], Counter())[outcome] += 1
+            task, source, *_ = coordinates
+            for name in (task, *(family for family in FAMILIES if task.startswith(family[:-1]))):
+                counts.setdefault((name, source), Counter())[outcome] += 1
+                means.setdefault((name, source), []).append(sign * log(mean.abs()))
+    order = [*TASKS, *FAMILIES]
     rows = [
-        [*key, str(count.total()), *(str(count[name]) for name in STANDING)]
-        for key, count in sorted(counts.items(), key=lambda each: ([*TASKS].index(each[0][0]), each[0][1] != "own", each[0][1]))
+        [*key, str(count.total()), *(str(count[name]) for name in STANDING), *ahead(pandas.DataFrame(means[key]), champion)]
+        for key, count in sorted(counts.items(), key=lambda each: (order.index(each[0][0]), each[0][1] != "own", each[0][1]))
     ]
-    return lined(["task", "texts", "cells", *STANDING], rows)
+    return lined(["task", "texts", "cells", *STANDING, "next on average", "ahead of it by"], rows)
+
+
+def ahead(logs: pandas.DataFrame, champion: str) -> tuple[str, str]:
+    """The rule that is next to the champion on average, and how far behind; `logs` has a row per cell, a column per rule."""
+    known = logs.dropna()
+    gains = (-known.drop(columns=champion).sub(known[champion], axis=0)).agg(["mean", "sem"])
+    if gains.isna().loc["mean"].all():
+        return "", ""
+    name = str(gains.loc["mean"].idxmin())
+    mean, error = gains[name]
+    return LABELS.get(name, name), f"{mean:.1%}" + ("" if pandas.isna(error) else f" ± {error:.1%}")
 
 
 def markdown(frame: pandas.DataFrame, by: Sequence[str], rules: Sequence[str]) -> str:

@@ -459,13 +459,23 @@ def test_standing_counts_cells_by_how_far_behind_the_default_is(publish, tmp_pat
     spread = cells(0.5, 0.6, 0.55, source="c4", seeds=(0, 1)) | {("liar", 0.5, 16000, "c4", 1): 0.75}
     wide = cells(0.3, 0.6, 0.66, source="c4", seeds=(0, 1)) | {("bias", 0.3, 16000, "c4", 1): 0.5}
     folder = files_of(tmp_path / "results", best | behind | alone | spread | wide)
-    assert body(publish.standing_of_rules()) == [
-        ["glue-sst2", "own", "4", "2", "0", "2"],
-        ["glue-sst2", "c4", "2", "0", "1", "1"],
+    assert [row[:6] for row in body(publish.standing_of_rules())] == [
+        [task, *row] for task in ("glue-sst2", "glue-*") for row in (["own", "4", "2", "0", "2"], ["c4", "2", "0", "1", "1"])
     ]
     (file,) = folder.glob("*-dense.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), "examples": 475}))  # one standard error is 0.01 then
-    assert body(publish.standing_of_rules())[0] == ["glue-sst2", "own", "4", "2", "1", "1"]
+    assert body(publish.standing_of_rules())[0][:6] == ["glue-sst2", "own", "4", "2", "1", "1"]
+
+
+def test_standing_on_average_is_of_relative_differences_to_the_next_rule(publish, tmp_path):
+    def runs(keep, ours, liar, bias):
+        return {(rule, keep, 16000, "own", 0): v for rule, v in (("ours", ours), ("liar", liar), ("bias", bias))}
+
+    missing = {("ours", 0.3, 16000, "own", 0): 0.9, ("bias", 0.3, 16000, "own", 0): 0.1}
+    files_of(tmp_path / "results", runs(0.7, 0.8, 0.4, 0.7) | runs(0.5, 0.6, 0.9, 0.1) | missing)
+    gains = np.log([0.8 / 0.4, 0.6 / 0.9])
+    expected = ["LIAR", f"{gains.mean():.1%} ± {gains.std(ddof=1) / math.sqrt(2):.1%}"]
+    assert [row[6:] for row in body(publish.standing_of_rules())] == [expected, expected]
 
 
 def test_standing_of_losses_is_by_the_least(publish, tmp_path):
@@ -474,7 +484,7 @@ def test_standing_of_losses_is_by_the_least(publish, tmp_path):
     for file in folder.glob("*.json"):
         found = json.loads(file.read_text())
         file.write_text(json.dumps(found | {"perplexity": 10 * found.get("accuracy", 0)}))
-    assert body(publish.standing_of_rules()) == [["tinystories", "own", "1", "1", "0", "0"]]
+    assert body(publish.standing_of_rules()) == [["tinystories", "own", "1", "1", "0", "0", "LIAR", "15.4%"]]
 
 
 # Tables of benchmarks that have results of their own, which are always there.
