@@ -44,12 +44,12 @@ def calibration(
         batch_size: sequences per batch.
         tokens: stop after so many tokens (the last sequence is cut); all texts otherwise.
         pack: join the texts and cut them into full sequences of `max_length`, as language models are trained.
-        mixed_lengths: with an encoder's tokenizer (one that has a mask token), take long texts in pieces, so that the repair is
+        mixed_lengths: with an encoder's tokenizer (one that has a CLS token), take long texts in pieces, so that the repair is
             right for short inputs and for long ones: what attention heads give changes with the length. Texts of at least
             128 tokens (or `max_length`, if that is less) are long; each has its own length of piece, from 8 tokens to
-            `max_length`, drawn evenly on a logarithmic scale and the same every time. Of every text the first piece is
-            taken; only where there are too few texts for `tokens`, what is left of their first `max_length` tokens. Pairs
-            and packed sequences stay as they are.
+            `max_length`, drawn evenly on a logarithmic scale and the same every time. The first piece of every text comes
+            before the second of any, and of no text more than `max_length` tokens are taken. Pairs and packed sequences stay
+            as they are.
 
     Returns:
         Batches with `input_ids`, `attention_mask` and, where the tokenizer makes them, `token_type_ids`, each
@@ -63,7 +63,7 @@ def calibration(
         >>> batches[0]["input_ids"].shape
         torch.Size([2, 4])
     """
-    mixed_lengths = mixed_lengths and getattr(tokenizer, "mask_token", None) is not None
+    mixed_lengths = mixed_lengths and getattr(tokenizer, "cls_token", None) is not None
     many = _joined if pack else _in_pieces if mixed_lengths else _encoded
     rows = list(_cut(many(_checked(texts), tokenizer, max_length), tokens))
     if not rows:

@@ -47,18 +47,7 @@ def minilm_folder() -> Path:
 
 def word_tokenizer(*, frame: bool, pad: bool) -> transformers.PreTrainedTokenizerFast:
     """Words w0 … w89 and a few more; with `frame` as BERT has it: [CLS] a [SEP] b [SEP], and token types."""
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "a",
-        "text",
-        "another",
-        "one",
-        *(f"w{number}" for number in range(80)),
-        "[MASK]",
-    ]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "text", "another", "one", *(f"w{number}" for number in range(80))]
     made = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
     made.pre_tokenizer = Whitespace()
     names = {"unk_token": "[UNK]", **({"pad_token": "[PAD]"} if pad else {})}
@@ -67,7 +56,7 @@ def word_tokenizer(*, frame: bool, pad: bool) -> transformers.PreTrainedTokenize
         made.post_processor = TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
         )
-        names |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+        names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
         inputs.append("token_type_ids")
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=inputs, **names)
 

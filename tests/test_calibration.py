@@ -136,7 +136,7 @@ def test_a_tokenizer_that_gives_no_pieces(tokenizer):
     """Some written in Python give what is left over as a flat list: the first piece is there all the same."""
 
     class Slow:
-        mask_token, pad_token_id = "[MASK]", 0
+        cls_token, pad_token_id = "[CLS]", 0
 
         def __call__(self, text, truncation, max_length, return_overflowing_tokens=False):
             return dict(tokenizer(text, truncation=truncation, max_length=max_length))

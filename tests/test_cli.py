@@ -70,7 +70,7 @@ def home(tmp_path_factory):
     }
     for name, model in models.items():
         model.save_pretrained(folder / name)
-        tokenizer.mask_token = "[EOS]" if name == "bert" else None
+        tokenizer.cls_token = "[BOS]" if name == "bert" else None
         tokenizer.save_pretrained(folder / name)
     draw = torch.Generator().manual_seed(0)
     lines = [" ".join(WORDS[i] for i in torch.randint(0, 96, (12,), generator=draw)) for _ in range(80)]
