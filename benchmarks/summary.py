@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
 from functools import cache
 from math import nan, sqrt
 from pathlib import Path
@@ -76,14 +77,14 @@ def summed(group: pandas.DataFrame, metric: str, more: bool, digits: int, bold: 
     """One row of a table: rule -> text, the best mean in bold (all that have it); and how many seeds there were."""
     found = group.groupby("rule")[metric].agg(["mean", "sem", "count"])
     best = found["mean"].max() if more else found["mean"].min()
-    shown = {str(rule): spread(row["mean"], row["sem"], digits) for rule, row in found.iterrows()}
+    shown = {str(rule): spread(row["mean"], row["sem"], f".{digits}f") for rule, row in found.iterrows()}
     shown |= {str(rule): bold.format(shown[str(rule)]) for rule in found.index[found["mean"] == best]}
     return shown, "-".join(str(number) for number in sorted({int(count) for count in found["count"]}))
 
 
-def spread(mean: float, error: float, digits: int) -> str:
+def spread(mean: float, error: float, form: str) -> str:
     """A cell of a table."""
-    return f"{mean:.{digits}f}" + ("" if pandas.isna(error) else f" ± {error:.{digits}f}")
+    return f"{mean:{form}}" + ("" if pandas.isna(error) else f" ± {error:{form}}")
 
 
 @cache
@@ -161,7 +162,7 @@ def standing(frame: pandas.DataFrame, champion: str, others: Sequence[str]) -> s
             error = max([*spreads.dropna(), *chances.dropna()], default=0.0)
             outcome = STANDING[0] if behind <= 0 else STANDING[1] if behind <= error else STANDING[2]
             task, source, *_ = coordinates
-            for name in (task, *(family for family in FAMILIES if task.startswith(family[:-1]))):
+            for name in (task, *(family for family in FAMILIES if fnmatch(task, family))):
                 counts.setdefault((name, source), Counter())[outcome] += 1
                 means.setdefault((name, source), []).append(sign * log(mean.abs()))
     order = [*TASKS, *FAMILIES]
@@ -180,7 +181,7 @@ def ahead(logs: pandas.DataFrame, champion: str) -> tuple[str, str]:
         return "", ""
     name = str(gains.loc["mean"].idxmin())
     mean, error = gains[name]
-    return LABELS.get(name, name), f"{mean:.1%}" + ("" if pandas.isna(error) else f" ± {error:.1%}")
+    return LABELS.get(name, name), spread(mean, error, ".1%")
 
 
 def markdown(frame: pandas.DataFrame, by: Sequence[str], rules: Sequence[str]) -> str:
@@ -201,7 +202,7 @@ def markdown(frame: pandas.DataFrame, by: Sequence[str], rules: Sequence[str]) -
         if number == "seconds":
             shown = {rule: f"{median:.{digits}f}" for rule, median in group.groupby("rule")["value"].median().items()}
         named = (written(name, value) for name, value in zip(by, cell, strict=True))
-        whole = "" if pandas.isna(dense) else spread(dense, chance, digits)
+        whole = "" if pandas.isna(dense) else spread(dense, chance, f".{digits}f")
         rows.append([*named, samples, whole, *(shown.get(rule, "") for rule in rules)])
     return lined([*headings, *("**ours**" if rule == "ours" else LABELS.get(rule, rule) for rule in rules)], rows)
 

@@ -104,8 +104,8 @@ def _in_pieces(texts: Iterable[Parts], tokenizer: Any, longest: int) -> Iterator
         [row] = _encoded([parts], tokenizer, longest)
         if len(parts) == 1 and len(row["input_ids"]) >= min(DOCUMENT, longest):
             length = next(lengths)
-            pieces = _rows(tokenizer(*parts, truncation=True, max_length=length, return_overflowing_tokens=True))
-            row, *rest = pieces[: longest // length]
+            pieces = tokenizer(*parts, truncation=True, max_length=length, return_overflowing_tokens=True)
+            row, *rest = _rows(pieces, longest // length)
             later += rest
         yield row
     yield from later
@@ -130,11 +130,11 @@ def _joined(texts: Iterable[Parts], tokenizer: Any, length: int) -> Iterator[Row
         yield _row(joined)
 
 
-def _rows(encoded: Mapping[str, Any]) -> list[Row]:
-    """The sequences of one text: a single one, or several where its pieces were asked for."""
+def _rows(encoded: Mapping[str, Any], most: int = 1) -> list[Row]:
+    """The sequences of one text: a single one, or at most so many where its pieces were asked for."""
     names = [name for name in INPUTS if name in encoded]
     several = any(isinstance(ids, list) for ids in encoded["input_ids"][:1])
-    columns = [encoded[name] if several else [encoded[name]] for name in names]
+    columns = [encoded[name][:most] if several else [encoded[name]] for name in names]
     return [dict(zip(names, map(torch.tensor, values), strict=True)) for values in zip(*columns, strict=True)]
 
 

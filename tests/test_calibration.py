@@ -102,6 +102,13 @@ def test_the_first_piece_of_every_text_comes_before_the_second_of_any(tokenizer)
     assert real_ids(liar.calibration(texts, tokenizer, max_length=32, tokens=sum(map(len, first)))) == first
 
 
+@pytest.mark.parametrize("longest", [3, SHORTEST])
+def test_lengths_that_cannot_be_mixed(tokenizer, longest):
+    texts = ["w1 " * 20, ("w1 " * 20, "w2 " * 20)] * 4
+    rows = real_ids(liar.calibration(texts, tokenizer, max_length=longest, mixed_lengths=True))
+    assert {len(row) for row in rows} == {longest}
+
+
 LONG = "w1 " * 200
 
 
