@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test install clean
 
 demo: $(VENV)/installed
-	$(BIN)/python benchmarks/demo.py --out demo-output
+	$(BIN)/python -m benchmarks.demo --out demo-output
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .

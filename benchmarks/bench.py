@@ -1,4 +1,4 @@
-"""One run of the ladder: a dense model and what it predicts, the mask and tokens a setting's rules share, a rule applied."""
+"""One run of the grid: a dense model and its predictions, the mask and tokens that the rules of a setting share, one rule."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cells import Cell, Setting
-from rivals import RULES
-from selections import SELECTIONS
-from tasks import SOURCES, Predictions, Task
 from torch import Tensor, nn
 
 import liar
-from liar.criteria import CRITERIA
-from liar.families import discover
+from benchmarks.baselines import RULES
+from benchmarks.run_keys import RunKey, Setting
+from benchmarks.selections import SAMPLE_LABELS, SELECTIONS
+from benchmarks.tasks import SOURCES, Predictions, Task
+from liar.selection import CRITERIA
 
 
 class Bench:
-    """A task's dense model, loaded at most once, with what it predicts."""
+    """A task's dense model, loaded at most once, and its predictions."""
 
     def __init__(self, task: Task, folder: str | None, data_dir: Path) -> None:
         self.task, self.folder, self.data_dir = task, folder, data_dir
-        self._statistics: dict[tuple[Any, ...], liar.Statistics] = {}
+        self._statistics: dict[tuple[Any, ...], liar.CriterionStatistics] = {}
 
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
@@ -35,11 +34,11 @@ class Bench:
 
     @cached_property
     def dense(self) -> Predictions:
-        """What the dense model says."""
+        """The dense model's predictions."""
         return self.task.predict(*self.loaded, self.data_dir)
 
-    def statistics(self, setting: Setting, calibration: list[dict[str, Tensor]]) -> liar.Statistics:
-        """What the criterion looks at in a sample of texts: the same for all keep ratios."""
+    def statistics(self, setting: Setting, calibration: list[dict[str, Tensor]]) -> liar.CriterionStatistics:
+        """The criterion's statistics of a sample of texts: the same for all keep ratios."""
         key = (setting.criterion, setting.seed, setting.source, setting.tokens)
         if key not in self._statistics:
             model, _ = self.loaded
@@ -51,7 +50,7 @@ class Bench:
         return self.task.score(self.task.predict(model, self.loaded[1], self.data_dir), self.dense, self.data_dir)
 
 
-class Shared:
+class SharedInputs:
     """What all rules of a setting share; made when the first of them runs."""
 
     def __init__(self, bench: Bench, setting: Setting) -> None:
@@ -74,24 +73,24 @@ class Shared:
         """The mask of the setting."""
         model, _ = self.bench.loaded
         setting = self.setting
-        shared = setting.criterion in CRITERIA
-        known = self.bench.statistics(setting, self.calibration) if shared else self.calibration
-        return SELECTIONS[setting.criterion](model, known, setting.keep, setting.seed)
+        reusable = setting.criterion in CRITERIA
+        data = self.bench.statistics(setting, self.calibration) if reusable else self.calibration
+        return SELECTIONS[setting.criterion](model, data, setting.keep, setting.seed)
 
 
-def run(cell: Cell, shared: Shared) -> dict[str, Any]:
-    """One cell: the numbers, the coordinates, and how long the rule took (selection and evaluation not counted)."""
+def run_rule(key: RunKey, shared: SharedInputs) -> dict[str, Any]:
+    """Apply one rule: the numbers, and how long the rule took (selection and evaluation not counted)."""
     dense, _ = shared.bench.loaded
     mask, calibration = shared.mask, shared.calibration
     model = copy.deepcopy(dense)
     began = time.perf_counter()
-    RULES[cell.rule](model, mask, calibration)
+    RULES[key.rule](model, mask, calibration)
     seconds = time.perf_counter() - began
-    layout = discover(dense)
+    layout = liar.discover(dense)
     return {
         **shared.bench.score(model),
-        **cell.coordinates(),
-        "got": mask.parameters(layout) / layout.parameters,
-        "got_tokens": sum(int(batch["attention_mask"].sum()) for batch in calibration),
+        **({"labels": "by sequence"} if key.setting.criterion in SAMPLE_LABELS else {}),
+        "achieved": mask.parameters(layout) / layout.parameters,
+        "used_tokens": sum(int(batch["attention_mask"].sum()) for batch in calibration),
         "seconds": seconds,
     }

@@ -1,6 +1,6 @@
 """The main job on a real model, offline: half of all-MiniLM-L6-v2's encoder removed, calibrated and measured on real text.
 
-    python benchmarks/demo.py --out demo-output [--keep 0.5]
+    python -m benchmarks.demo --out demo-output [--keep 0.5]
 
 Calibration: paragraphs of one part of `pydoc_data.topics` (Python's own language reference). Measured on the other part:
 cosine of each paragraph's embedding with the dense model's, and how often both models name the same nearest neighbour.
@@ -22,13 +22,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from tasks import embed, load_encoder
 from torch import Tensor, nn
 
 import liar
-from liar import slim
-from liar.families import discover
-from liar.plots import plot
+from benchmarks.tasks import embed, load_encoder
 
 
 def paragraphs() -> tuple[list[str], list[str]]:
@@ -79,17 +76,17 @@ def main() -> None:
     calib = liar.calibration(calibration_texts, tokenizer, tokens=arguments.tokens)
 
     mask = liar.select(dense, calib, keep=arguments.keep)
-    masked, rebuilt = copy.deepcopy(dense), copy.deepcopy(dense)
-    slim.remove(masked, mask)
-    report = liar.reconstruct(rebuilt, mask, calib)
+    masked, repaired = copy.deepcopy(dense), copy.deepcopy(dense)
+    liar.remove(masked, mask)
+    report = liar.reconstruct(repaired, mask, calib)
 
     if arguments.out.exists():
         shutil.rmtree(arguments.out)
     liar.save(dense, arguments.out / "dense", tokenizer=tokenizer)
-    liar.save(rebuilt, arguments.out / "smaller", tokenizer=tokenizer, mask=mask, report=report)
+    liar.save(repaired, arguments.out / "smaller", tokenizer=tokenizer, mask=mask, report=report)
     loaded = liar.load(arguments.out / "smaller")
     report.save(arguments.out / "report.json")
-    plot(report, arguments.out / "report.png")
+    liar.plot(report, arguments.out / "report.png")
     show(dense, masked, loaded, tokenizer, held_out, arguments.out, report)
 
 
@@ -111,7 +108,7 @@ def show(
             name,
             f"{cosine:.3f}",
             f"{same_neighbour(embeddings['dense'], embeddings[name]):.1%}",
-            f"{discover(model).parameters / 1e6:.2f} M",
+            f"{liar.discover(model).parameters / 1e6:.2f} M",
             f"{sizes[name] / 1e6:.1f} MB" if name in sizes else "",
             f"{latency * 1e3:.0f} ms ({seconds[0] / latency:.2f}x)",
         )

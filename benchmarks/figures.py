@@ -10,12 +10,13 @@ import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
-from summary import LABELS
-from tasks import TASKS
+
+from benchmarks.summary import LABELS
+from benchmarks.tasks import TASKS
 
 TITLES = {"stsb": "BERT encoder: all-MiniLM-L6-v2 on STS-B", "tinystories": "LLaMA: stories260K on TinyStories"}
 AXES = {"keep": "share of block parameters kept", "tokens": "calibration tokens"}
-# The lines of the defaults are to be found at a glance.
+# The lines of the defaults are in front.
 OURS = ("ours", "reconstruction")
 FRONT = {"color": "black", "linewidth": 2.5, "markersize": 7, "zorder": 5}
 OTHERS = {"linewidth": 1.2, "markersize": 4, "alpha": 0.8}
@@ -62,10 +63,10 @@ def published(parts: Mapping[str, pandas.DataFrame], along: str, rules: Sequence
 def lines(axes: Axes, frame: pandas.DataFrame, along: str, metric: str, rules: Sequence[str] = ()) -> None:
     """A line with standard errors per rule (or selection): all as they come, or those named, the default in front."""
     for rule in rules or dict.fromkeys(frame["rule"]):
-        found = frame[frame["rule"] == rule].groupby(along)[metric].agg(["mean", "sem"])
+        means = frame[frame["rule"] == rule].groupby(along)[metric].agg(["mean", "sem"])
         style: dict[str, Any] = (FRONT if rule in OURS else OTHERS) if rules else {}
         label = LABELS.get(rule, rule) if rules else rule
-        axes.errorbar(found.index, found["mean"], found["sem"].fillna(0), marker="o", capsize=3, label=label, **style)
+        axes.errorbar(means.index, means["mean"], means["sem"].fillna(0), marker="o", capsize=3, label=label, **style)
 
 
 def ticks(axes: Axes, along: str, values: Sequence[float]) -> None:

@@ -1,7 +1,7 @@
-"""A fine-tuned classifier for the GLUE tasks of the ladder, made with transformers' Trainer.
+"""A fine-tuned classifier for the GLUE tasks of the grid, made with transformers' Trainer.
 
-    python benchmarks/finetune.py --task sst2 --model bert-base-uncased --data-dir DATA --out SST2
-    python benchmarks/ladder.py --task glue-sst2 --model SST2 --data-dir DATA --keep 0.5
+    python -m benchmarks.finetune --task sst2 --model bert-base-uncased --data-dir DATA --out SST2
+    python -m benchmarks.grid --task glue-sst2 --model SST2 --data-dir DATA --keep 0.5
 
 OUT is an ordinary Hugging Face folder with the tokenizer in it. Needs `accelerate`.
 """
@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from tasks import TASKS, read
-from tasks.glue import GLUE, MAX_LENGTH, Glue
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -23,6 +21,9 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+
+from benchmarks.tasks import TASKS, read
+from benchmarks.tasks.glue import GLUE, MAX_LENGTH, Glue
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +89,10 @@ def main() -> None:
     tokenizer.save_pretrained(arguments.out)
     task = TASKS[f"glue-{arguments.task}"]
     model.train(False)
-    said = task.predict(model, tokenizer, arguments.data_dir)
+    predictions = task.predict(model, tokenizer, arguments.data_dir)
     metric = next(iter(task.metrics))
-    logger.info("%s on dev: %.4f, saved in %s", metric, task.score(said, said, arguments.data_dir)[metric], arguments.out)
+    score = task.score(predictions, predictions, arguments.data_dir)[metric]
+    logger.info("%s on dev: %.4f, saved in %s", metric, score, arguments.out)
 
 
 if __name__ == "__main__":

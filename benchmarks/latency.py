@@ -1,10 +1,10 @@
-"""Whether a budget in time gives a model that is as fast as was asked for.
+"""Whether a budget in time gives a model that is as fast as requested.
 
-    python benchmarks/latency.py [--keep 0.75 0.5] [--batch-size 8] [--length 128] [--rounds 15]
+    python -m benchmarks.latency [--keep 0.75 0.5] [--batch-size 8] [--length 128] [--rounds 15]
 
 Two models: a random LLaMA (4 layers, hidden 512, feed-forward 1376, 8 query and 4 key/value heads) and all-MiniLM-L6-v2. The
-layers are timed, and a mask is selected for a share of the dense model's time. Then the slim model (whose weights need no
-repair to be timed) and the dense one take turns, and the median of the ratios counts. Beside it stands the share of parameters.
+layers are timed, and a mask is selected for a share of the dense model's time. Then the pruned model (whose weights need no
+repair to be timed) and the dense one take turns, and the median of the ratios counts. Beside it is the share of parameters.
 """
 
 from __future__ import annotations
@@ -13,66 +13,76 @@ import argparse
 import copy
 import time
 from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
+from functools import cached_property, partial
 from statistics import median
 from typing import Any
 
 import torch
-from results import kept
 from rich.console import Console
 from rich.table import Table
-from speed import MODELS
 from torch import Tensor, nn
 
 import liar
-from liar import slim
-from liar.batches import Calibration
-from liar.families import discover
+from benchmarks.results import RESULTS, ResultFile
+from benchmarks.speed import MODELS
 
-RESULTS = Path(__file__).parent / "results"
 # For the selection; what is timed has a batch size and a length of its own.
 TOKENS = 16_384
 
 
-def measure(name: str, shares: list[float], batch_size: int, length: int, rounds: int) -> dict[str, Any]:
-    """Asked and measured shares of the dense model's time."""
-    model, batches = MODELS[name](TOKENS)
-    statistics = liar.collect(model, batches, progress=False)
-    costs = liar.latency(model, batch_size=batch_size, length=length)
-    layout = discover(model)
-    ids = torch.randint(1000, (batch_size, length), generator=torch.Generator().manual_seed(0))
-    found = []
-    for share in shares:
-        mask = liar.select(model, statistics, keep=share, budget=costs)
-        fast = copy.deepcopy(model)
-        slim.remove(fast, mask)
-        ratios = against(model, fast, ids, rounds)
-        found.append(
-            {
-                "asked": share,
-                "planned": costs.of({site: mask.kept(site) for site in mask.keep}) / costs.dense,
-                "measured": median(ratios),
-                "ratios": ratios,
-                "parameters": mask.parameters(layout) / layout.parameters,
-                "kept": {site: mask.kept(site) for site in mask.keep},
-            }
-        )
-    return {"model": name, "batch_size": batch_size, "length": length, "dense_seconds": costs.dense, "shares": found}
+class TimedModel:
+    """A dense model with its statistics and its timed layers, made when the first missing run needs them."""
+
+    def __init__(self, name: str, batch_size: int, length: int) -> None:
+        self.name, self.batch_size, self.length = name, batch_size, length
+
+    @cached_property
+    def loaded(self) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+        """The model and its calibration batches."""
+        return MODELS[self.name](TOKENS)
+
+    @cached_property
+    def statistics(self) -> liar.CriterionStatistics:
+        """What the default criterion needs."""
+        return liar.collect(*self.loaded, progress=False)
+
+    @cached_property
+    def costs(self) -> liar.Costs:
+        """The layers' times."""
+        return liar.latency(self.loaded[0], batch_size=self.batch_size, length=self.length)
+
+    def measure(self, keep: float, rounds: int) -> dict[str, Any]:
+        """The requested share of the dense model's time, and the measured one."""
+        model, _ = self.loaded
+        mask = liar.select(model, self.statistics, keep=keep, budget=self.costs)
+        pruned = copy.deepcopy(model)
+        liar.remove(pruned, mask)
+        ids = torch.randint(1000, (self.batch_size, self.length), generator=torch.Generator().manual_seed(0))
+        ratios = time_ratios(model, pruned, ids, rounds)
+        kept = {site: mask.kept(site) for site in mask.masks}
+        layout = liar.discover(model)
+        return {
+            "dense_seconds": self.costs.dense,
+            "planned": self.costs.of(kept) / self.costs.dense,
+            "measured": median(ratios),
+            "ratios": ratios,
+            "parameters": mask.parameters(layout) / layout.parameters,
+            "kept": kept,
+        }
 
 
-def against(dense: nn.Module, fast: nn.Module, ids: Tensor, rounds: int) -> list[float]:
-    """Time of the slim model over that of the dense one, round by round."""
-    batch = Calibration.of([ids], dense).batches[0]
-    pairs = [(seconds(dense, batch), seconds(fast, batch)) for _ in range(rounds + 1)]
+def time_ratios(dense: nn.Module, pruned: nn.Module, ids: Tensor, rounds: int) -> list[float]:
+    """Time of the pruned model over that of the dense one, round by round."""
+    batch = liar.Calibration.of([ids], dense).batches[0]
+    pairs = [(seconds(dense, batch), seconds(pruned, batch)) for _ in range(rounds + 1)]
     return [short / long for long, short in pairs[1:]]
 
 
 @torch.inference_mode()
-def seconds(model: nn.Module, batch: Mapping[str, Any], least: float = 0.3) -> float:
-    """Of one forward pass, on average over so many that they take at least `least`."""
+def seconds(model: nn.Module, batch: Mapping[str, Any], at_least: float = 0.3) -> float:
+    """Of one forward pass, averaged over as many as take `at_least` seconds together."""
     began, runs = time.perf_counter(), 0
-    while time.perf_counter() - began < least:
+    while time.perf_counter() - began < at_least:
         model(**batch)
         runs += 1
     return (time.perf_counter() - began) / runs
@@ -87,13 +97,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     table = Table(title="time of one forward pass, as a share of the dense model's")
-    for heading in ("model", "batch", "asked", "planned", "measured", "parameters left"):
+    for heading in ("model", "batch", "requested", "planned", "measured", "parameters left"):
         table.add_column(heading, justify="right")
+    file = ResultFile(RESULTS / "latency.jsonl")
     for name in MODELS:
-        path = RESULTS / f"latency-{name}-batch{arguments.batch_size}x{arguments.length}.json"
-        options = (arguments.keep, arguments.batch_size, arguments.length, arguments.rounds)
-        for row in kept(path, partial(measure, name, *options))["shares"]:
-            numbers = (f"{row[key]:.3f}" for key in ("asked", "planned", "measured", "parameters"))
+        timed = TimedModel(name, arguments.batch_size, arguments.length)
+        for keep in arguments.keep:
+            key = {"model": name, "batch_size": arguments.batch_size, "length": arguments.length, "keep": keep}
+            run = file.get_or_run(key, partial(timed.measure, keep, arguments.rounds))
+            numbers = (f"{run[entry]:.3f}" for entry in ("keep", "planned", "measured", "parameters"))
             table.add_row(name, f"{arguments.batch_size} x {arguments.length}", *numbers)
     Console(width=120).print(table)
 

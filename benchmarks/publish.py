@@ -1,44 +1,46 @@
-"""Put the committed results into README and docs: tables between markers, and the figures.
+"""Put the committed results and the options into README and docs: tables between markers, and the figures.
 
-    python benchmarks/publish.py            # write
-    python benchmarks/publish.py --check    # fail if a table is not what the results say
+    python -m benchmarks.publish            # write
+    python -m benchmarks.publish --check    # fail if a table is out of date
 
-A table stands between `<!-- results: NAME -->` and `<!-- end of results -->`.
+A table is between `<!-- results: NAME -->` and `<!-- end of results -->`; one of options between `<!-- options: CLASS -->` and
+`<!-- end of options -->`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas
-from elimination import most_gained
-from elimination import rows as above_best
-from figures import published
-from rivals import RULES
-from selections import SELECTIONS
-from summary import SETTING, also, lined, markdown, runs, shared, standing
+
+from benchmarks import speed
+from benchmarks.baselines import RULES
+from benchmarks.elimination import rows as above_best
+from benchmarks.figures import published
+from benchmarks.results import RESULTS, read_records
+from benchmarks.selections import SELECTIONS
+from benchmarks.summary import SETTING, common_samples, lined, markdown, runs, win_tie_loss, with_coordinates_of
+from liar import options
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
 CRITERION = "fluctuation"
 TOKENS = 16_000
-CLOSED_FORM = [rule for rule in RULES if rule != "polish"]
+CLOSED_FORM = [rule for rule in RULES if rule != "fine_tuning"]
 
 
-def part(criterion: str = CRITERION, **wanted: str | int | float) -> pandas.DataFrame:
+def part(criterion: str = CRITERION, **coordinates: str | int | float) -> pandas.DataFrame:
     """The runs with one criterion (masks) and these coordinates."""
     frame = runs()
-    for name, value in {"criterion": criterion, **wanted}.items():
+    for name, value in {"criterion": criterion, **coordinates}.items():
         frame = frame[frame[name] == value]
     return frame
 
 
-def ladder(task: str, number: str, criterion: str = CRITERION) -> str:
+def grid(task: str, number: str, criterion: str = CRITERION) -> str:
     """One number of a task against the kept share."""
     frame = part(criterion, task=task, number=number, source="own", tokens=TOKENS)
     return markdown(frame, ["keep"], CLOSED_FORM)
@@ -48,16 +50,16 @@ def glue(criterion: str = CRITERION) -> str:
     """All numbers of the fine-tuned models."""
     frame = part(criterion, source="own", tokens=TOKENS)
     frame = frame[frame["task"].str.startswith("glue-") & (frame["number"] != "seconds")]
-    # Cells that were run to compare selections have one rule.
+    # What was run to compare selections has one rule.
     frame = frame[frame.groupby(["task", "model", "keep"])["rule"].transform("nunique") > 1]
     return markdown(frame, ["task", "keep", "number"], CLOSED_FORM)
 
 
 def selections() -> pandas.DataFrame:
-    """Masks of all selections that were run, two or more, after the default reconstruction; they stand where rules do."""
+    """Masks of all selections that were run, two or more, after the default reconstruction; named in the column of rules."""
     frame = runs()
     frame = frame[(frame["rule"] == "ours") & (frame["source"] == "own") & (frame["tokens"] == TOKENS)]
-    frame = shared(frame.assign(rule=frame["criterion"], criterion="all"), list(SELECTIONS))
+    frame = common_samples(frame.assign(rule=frame["criterion"], criterion="all"), list(SELECTIONS))
     return frame[frame.groupby(["task", "model", "keep"])["rule"].transform("nunique") > 1]
 
 
@@ -67,22 +69,15 @@ def criteria() -> str:
     return markdown(frame[frame["place"] < 2], ["task", "keep", "number"], _named(frame))
 
 
-def standing_of_selections() -> str:
-    """In how many cells the default selection is best of all."""
+def win_tie_loss_of_selections() -> str:
+    """How often the default selection is best of all."""
     frame = selections()
-    return standing(frame, "reconstruction", [name for name in _named(frame) if name != "reconstruction"])
+    return win_tie_loss(frame, "reconstruction", [name for name in _named(frame) if name != "reconstruction"])
 
 
 def _named(frame: pandas.DataFrame) -> list[str]:
     """The selections that are there, in the order of the tables."""
     return [name for name in SELECTIONS if name in set(frame["rule"])]
-
-
-def dropping() -> str:
-    """Two numbers where whole sub-layers may go, and where every site keeps a unit."""
-    frame = runs(RESULTS / "dropping")
-    frame = frame[(frame["rule"] == "ours") & (frame["place"] < 2)]
-    return markdown(frame.assign(rule=frame["criterion"]), ["task", "keep", "number"], ["reconstruction", "dropping"])
 
 
 def other_tokens(criterion: str = CRITERION) -> str:
@@ -94,59 +89,49 @@ def other_tokens(criterion: str = CRITERION) -> str:
 def other_texts(criterion: str = CRITERION) -> str:
     """Two numbers of every task, calibrated on C4 and on its own texts."""
     frame = part(criterion)
-    frame = also(frame[frame["place"] < 2], frame["source"] != "own", ["task", "model", "keep", "tokens"])
+    frame = frame[frame["place"] < 2]
+    frame = with_coordinates_of(frame, frame["source"] != "own", ["task", "model", "keep", "tokens"])
     return markdown(frame, ["task", "keep", "tokens", "source", "number"], CLOSED_FORM)
 
 
-def standing_of_rules() -> str:
-    """In how many cells the default is best of all closed forms."""
-    return standing(runs(), "ours", [rule for rule in CLOSED_FORM if rule != "ours"])
+def win_tie_loss_of_rules() -> str:
+    """How often the default is best of all closed forms."""
+    return win_tie_loss(runs(), "ours", [rule for rule in CLOSED_FORM if rule != "ours"])
 
 
-def polish(criterion: str = CRITERION) -> str:
+def fine_tuning(criterion: str = CRITERION) -> str:
     """Ours against training, where both were run: two numbers of every task, and the time."""
     frame = part(criterion, source="own")
     frame = frame[(frame["place"] < 2) | (frame["number"] == "seconds")]
-    for rule in ("ours", "polish"):
-        frame = also(frame, frame["rule"] == rule, SETTING)
-    return markdown(frame, ["task", "keep", "tokens", "number"], ["ours", "polish"])
+    for rule in ("ours", "fine_tuning"):
+        frame = with_coordinates_of(frame, frame["rule"] == rule, SETTING)
+    return markdown(frame, ["task", "keep", "tokens", "number"], ["ours", "fine_tuning"])
 
 
-def speed() -> str:
+def speed_table() -> str:
     """Ratios to one plain dense forward pass."""
-    rows = []
-    for path in sorted(RESULTS.glob("speed-*.json")):
-        run = json.loads(path.read_text(encoding="utf-8"))
-        for target, ratio in run["ratio_median"].items():
-            stages = ", ".join(f"{stage} {value:.2f}" for stage, value in run["stages_median"][target].items())
-            memory = run["memory"][target]
-            peak = f"{memory['grown_mb']:.0f} MB of {memory['bound_mb']:.0f} MB"
-            rows.append([run["model"], f"{run['tokens']:,}", f"`{target}`", f"{ratio:.2f}x", stages, peak])
-    return lined(["model", "tokens", "target", "time", "where it goes", "peak memory of bound"], rows)
+    rows = [row for run in read_records(RESULTS / "speed.jsonl") for row in speed.rows(run)]
+    return lined(speed.HEADINGS, [[model, tokens, f"`{target}`", *rest] for model, tokens, target, *rest in rows])
 
 
 def latency() -> str:
-    """Shares of the dense model's time: asked, and measured."""
+    """Shares of the dense model's time: requested, and measured."""
     rows = []
-    for path in sorted(RESULTS.glob("latency-*.json")):
-        run = json.loads(path.read_text(encoding="utf-8"))
-        for share in run["shares"]:
-            numbers = [f"{share[key]:.1%}" for key in ("asked", "measured", "parameters")]
-            rows.append([run["model"], f"{run['batch_size']} x {run['length']}", *numbers, f"{1 / share['measured']:.2f}x"])
-    return lined(["model", "batch", "time asked", "time measured", "parameters left", "faster by"], rows)
+    for run in read_records(RESULTS / "latency.jsonl"):
+        numbers = [f"{run[name]:.1%}" for name in ("keep", "measured", "parameters")]
+        rows.append([run["model"], f"{run['batch_size']} x {run['length']}", *numbers, f"{1 / run['measured']:.2f}x"])
+    return lined(["model", "batch", "time requested", "time measured", "parameters left", "faster by"], rows)
 
 
 def elimination() -> str:
     """How far from the best of all subsets elimination ends."""
-    (path,) = RESULTS.glob("elimination-*.json")
-    headings = ["small problems", "median", "mean", "mean after swaps"]
-    return lined(headings, above_best(json.loads(path.read_text(encoding="utf-8"))))
+    (run,) = read_records(RESULTS / "elimination.jsonl")
+    return lined(["small problems", "median", "mean"], above_best(run))
 
 
 def elimination_time() -> str:
-    """How long elimination takes, and what swaps add on real sites."""
-    (path,) = RESULTS.glob("elimination-*.json")
-    run = json.loads(path.read_text(encoding="utf-8"))
+    """How long elimination takes."""
+    (run,) = read_records(RESULTS / "elimination.jsonl")
     real, wide = run["real"], run["growth"]
     sizes = ", ".join(f"{width:,}" for width in wide["widths"])
     seconds = ", ".join(f"{each:.1f} s" for each in wide["seconds"])
@@ -155,54 +140,68 @@ def elimination_time() -> str:
             f"{real['units']:,} neurons, beside one dense pass over {run['tokens']:,} tokens",
             f"{real['neurons_ratio_median']:.2f}x",
         ],
-        ["the heads of one layer with their swaps, likewise", f"{real['heads_ratio_median']:.2f}x"],
         [f"{sizes} neurons", seconds],
         [
             f"{wide['wide']:,} neurons, extrapolated from the growth between the last two, or the cube if that is more",
             f"{wide['wide_seconds_extrapolated']:,.0f} s",
         ],
         [f"memory for {wide['wide']:,} neurons", f"{wide['wide_gigabytes']:.1f} GB"],
-        ["error that swaps take away at the heads of a layer of all-MiniLM-L6-v2, at most", f"{most_gained(run, 'heads'):.1%}"],
-        ["error that they would take away at its neurons, at most", f"{most_gained(run, 'neurons'):.1%}"],
     ]
     return lined(["elimination", ""], rows)
 
 
+def label_sampling() -> str:
+    """How many settings have masks from the former label sampling, and how many from the present one."""
+    frame = runs()
+    frame = frame[frame["labels"].notna()].drop_duplicates([*SETTING, "labels"])
+    counts = frame.groupby(["task", "criterion", "labels"], sort=False).size().unstack("labels", fill_value=0)
+    counts = counts.reindex(columns=["by sequence", "by batch"], fill_value=0)
+    rows = [[*names, *map(str, row)] for names, row in zip(counts.index, counts.to_numpy(), strict=True)]
+    return lined(["task", "masks", "settings sampled by sequence", "settings sampled by batch"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "standing": standing_of_rules,
-    "standing of selections": standing_of_selections,
+    "win tie loss": win_tie_loss_of_rules,
+    "win tie loss of selections": win_tie_loss_of_selections,
     "criteria": criteria,
-    "dropping": dropping,
-    "ladder stsb reconstruction": lambda: ladder("stsb", "spearman", "reconstruction"),
-    "ladder stsb cosine reconstruction": lambda: ladder("stsb", "cosine", "reconstruction"),
-    "ladder tinystories reconstruction": lambda: ladder("tinystories", "perplexity", "reconstruction"),
-    "ladder tinystories kl reconstruction": lambda: ladder("tinystories", "kl", "reconstruction"),
-    "ladder glue reconstruction": lambda: glue("reconstruction"),
-    "ladder stsb": lambda: ladder("stsb", "spearman"),
-    "ladder stsb cosine": lambda: ladder("stsb", "cosine"),
-    "ladder tinystories": lambda: ladder("tinystories", "perplexity"),
-    "ladder tinystories kl": lambda: ladder("tinystories", "kl"),
-    "ladder glue": glue,
+    "grid stsb reconstruction": lambda: grid("stsb", "spearman", "reconstruction"),
+    "grid stsb cosine reconstruction": lambda: grid("stsb", "cosine", "reconstruction"),
+    "grid tinystories reconstruction": lambda: grid("tinystories", "perplexity", "reconstruction"),
+    "grid tinystories kl reconstruction": lambda: grid("tinystories", "kl", "reconstruction"),
+    "grid glue reconstruction": lambda: glue("reconstruction"),
+    "grid stsb": lambda: grid("stsb", "spearman"),
+    "grid stsb cosine": lambda: grid("stsb", "cosine"),
+    "grid tinystories": lambda: grid("tinystories", "perplexity"),
+    "grid tinystories kl": lambda: grid("tinystories", "kl"),
+    "grid glue": glue,
     "other tokens reconstruction": lambda: other_tokens("reconstruction"),
     "other texts reconstruction": lambda: other_texts("reconstruction"),
     "other tokens": other_tokens,
     "other texts": other_texts,
-    "polish": lambda: polish("reconstruction"),
-    "speed": speed,
+    "fine-tuning": lambda: fine_tuning("reconstruction"),
+    "speed": speed_table,
     "latency": latency,
     "elimination": elimination,
     "elimination time": elimination_time,
+    "label sampling": label_sampling,
 }
-BLOCK = re.compile(r"(<!-- results: (?P<name>[\w ]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+RESULT_BLOCK = re.compile(r"(<!-- results: (?P<name>[\w -]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+OPTION_BLOCK = re.compile(r"(<!-- options: (?P<groups>[\w ]+) -->\n).*?(<!-- end of options -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
-    """The text with every table made anew."""
-    return BLOCK.sub(lambda match: f"{match[1]}{TABLES[match['name']]()}\n{match[3]}", text)
+    """The text with every table of results and of options generated again."""
+    text = RESULT_BLOCK.sub(lambda match: f"{match[1]}{TABLES[match['name']]()}\n{match[3]}", text)
+    return OPTION_BLOCK.sub(lambda match: f"{match[1]}{option_table(match['groups'])}\n{match[3]}", text)
+
+
+def option_table(groups: str) -> str:
+    """The options of some classes of `liar.options`, named one after the other."""
+    return options.options_table(*(getattr(options, group) for group in groups.split()))
 
 
 def pages() -> list[Path]:
-    """Where tables may stand."""
+    """Pages that may have tables."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 
 
@@ -213,8 +212,8 @@ def stale() -> list[Path]:
 
 def draw(images: Path) -> None:
     """Quality against the kept share, by rule and by selection, and against the calibration tokens."""
-    kept = {task: part("reconstruction", task=task, source="own", tokens=TOKENS, place=0) for task in ("stsb", "tinystories")}
-    published(kept, "keep", CLOSED_FORM, images / "quality.png")
+    shares = {task: part("reconstruction", task=task, source="own", tokens=TOKENS, place=0) for task in ("stsb", "tinystories")}
+    published(shares, "keep", CLOSED_FORM, images / "quality.png")
     tokens = {task: part(task=task, source="own", keep=keep, place=0) for task, keep in (("stsb", 0.5), ("tinystories", 0.8))}
     published(tokens, "tokens", CLOSED_FORM, images / "tokens.png")
     frame = selections()

@@ -1,9 +1,12 @@
-"""Results on disk: one JSON per run with its environment beside the numbers, written atomically, skipped if already there."""
+"""Results on disk: JSON lines, one line per run, with its environment beside the numbers.
+
+A run whose key is in the file is not run again, so a benchmark that was killed continues where it was. One process at a time
+writes to a file.
+"""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -13,10 +16,11 @@ from typing import Any
 
 import torch
 
-logger = logging.getLogger(__name__)
+RESULTS = Path(__file__).parent / "results"
+Record = dict[str, Any]
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Record:
     """What a reader needs to repeat a number: versions, processor, threads."""
     packages = ("torch", "transformers", "numpy", "scipy", "datasets", "liar-prune")
     return {
@@ -29,15 +33,56 @@ def environment() -> dict[str, Any]:
     }
 
 
-def kept(path: Path, run: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """The result at `path`; if there is none, run and write it. A run that was killed leaves nothing half-written."""
-    if path.exists():
-        logger.info("skipped, already there: %s", path)
-    else:
-        content = {**run(), "environment": environment()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        draft.replace(path)
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return result
+def read_records(path: Path) -> list[Record]:
+    """The records of a file, none where there is no file. A last line without its newline was cut off by a kill: left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def line_of(record: Mapping[str, Any]) -> str:
+    """A record as its line in the file: compact, with sorted keys."""
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n"
+
+
+class ResultFile:
+    """The records of one file, read once and appended to.
+
+    Args:
+        path: the file; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records = read_records(path)
+
+    def find(self, **key: Any) -> Record | None:
+        """The first record with these entries, if there is one."""
+        return next((record for record in self.records if matches(record, key)), None)
+
+    def append(self, record: Mapping[str, Any]) -> Record:
+        """Write a record, and return only when it is on the disk. A half-written last line is removed first."""
+        line = line_of(record)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab+") as file:
+            _remove_half_written_line(file)
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.records.append(json.loads(line))
+        return self.records[-1]
+
+    def get_or_run(self, key: Mapping[str, Any], run: Callable[[], Mapping[str, Any]]) -> Record:
+        """The record with this key; if there is none, run, and append the key, the numbers and the environment."""
+        record = self.find(**key)
+        return self.append({**key, **run(), "environment": environment()}) if record is None else record
+
+
+def matches(record: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
+    """Whether a record has all entries of a key."""
+    return all(name in record and record[name] == value for name, value in key.items())
+
+
+def _remove_half_written_line(file: Any) -> None:
+    file.seek(0)
+    content: bytes = file.read()
+    file.truncate(content.rfind(b"\n") + 1)

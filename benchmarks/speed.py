@@ -1,6 +1,6 @@
 """What a reconstruction costs, as a ratio to one plain dense forward pass over the same calibration tokens.
 
-    python benchmarks/speed.py [--rounds 5] [--tokens 32768]
+    python -m benchmarks.speed [--rounds 5] [--tokens 32768]
 
 Two models: a random LLaMA (4 layers, hidden 512, feed-forward 1376, 8 query and 4 key/value heads) on random tokens, and
 all-MiniLM-L6-v2 on the paragraphs of `pydoc_data.topics`; half of the block parameters kept, equally many units per layer. In
@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
-import subprocess
-import sys
+import multiprocessing
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,25 +24,25 @@ from typing import Any
 
 import psutil
 import torch
-from demo import paragraphs
-from results import kept
 from rich.console import Console
 from rich.table import Table
-from tasks import load_encoder
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 import liar
-from liar.batches import FOLDS
-from liar.families import discover
+from benchmarks.demo import paragraphs
+from benchmarks.results import RESULTS, Record, ResultFile
+from benchmarks.tasks import load_encoder
+from liar.data import FOLDS
 from liar.statistics.chunks import CHUNK
 
-RESULTS = Path(__file__).parent / "results"
 KEEP = 0.5
+TARGETS = ("layer_output", "residual_stream")
+HEADINGS = ("model", "tokens", "target", "time", "where it goes", "peak memory of bound")
 
 
 def random_llama(tokens: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """The model of the plan, and random sequences of 256 tokens in batches of 8."""
+    """A random model, and random sequences of 256 tokens in batches of 8."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1000,
@@ -54,7 +53,7 @@ def random_llama(tokens: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
         num_key_value_heads=4,
     )
     model = LlamaModel(config)
-    nn.Module.eval(model)
+    model.train(False)
     return model, [{"input_ids": torch.randint(0, 1000, (8, 256))} for _ in range(tokens // 2048)]
 
 
@@ -77,10 +76,10 @@ def plain(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> None:
 def measure(name: str, tokens: int, rounds: int) -> dict[str, Any]:
     """Ratios and the breakdown of one model."""
     model, batches = MODELS[name](tokens)
-    mask = liar.select(model, batches, keep=KEEP, criterion="fluctuation", scope="layer", progress=False)
+    mask = half(model, batches)
     plain(model, batches)
-    ratios: dict[str, list[float]] = {"same_input": [], "dense_stream": []}
-    stages: dict[str, list[dict[str, float]]] = {target: [] for target in ratios}
+    ratios: dict[str, list[float]] = {target: [] for target in TARGETS}
+    stages: dict[str, list[dict[str, float]]] = {target: [] for target in TARGETS}
     seconds = []
     for _ in range(rounds):
         began = time.perf_counter()
@@ -93,8 +92,6 @@ def measure(name: str, tokens: int, rounds: int) -> dict[str, Any]:
             values.append((time.perf_counter() - began) / seconds[-1])
             stages[target].append({stage: value / seconds[-1] for stage, value in report.seconds.items()})
     return {
-        "model": name,
-        "tokens": sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches),
         "keep": KEEP,
         "rounds": rounds,
         "plain_seconds_median": median(seconds),
@@ -103,24 +100,28 @@ def measure(name: str, tokens: int, rounds: int) -> dict[str, Any]:
         "stages_median": {
             target: {stage: median(each[stage] for each in parts) for stage in parts[0]} for target, parts in stages.items()
         },
-        "memory": {target: memory(name, tokens, target) for target in ratios},
-    }  # fmt: skip
+        "memory": {target: memory(name, tokens, target) for target in TARGETS},
+    }
+
+
+def half(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> liar.Mask:
+    """Half of the parameters, equally many units per layer."""
+    return liar.select(model, batches, keep=KEEP, criterion="fluctuation", widths="balanced", progress=False)
 
 
 def memory(name: str, tokens: int, target: str) -> dict[str, float]:
     """Peak growth of the resident set, in MB, measured in a process of its own."""
-    command = [sys.executable, __file__, "--peak-of", name, "--target", target, "--tokens", str(tokens)]
-    content: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
-    return content
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(peak, name, tokens, target).result()
 
 
 def peak(name: str, tokens: int, target: str) -> dict[str, float]:
-    """Growth while reconstructing, beside the bound: one forward pass, the streams, one layer's statistics, the slim copy."""
+    """Growth while reconstructing, beside the bound: one forward pass, the streams, one layer's statistics, the pruned copy."""
     model, batches = MODELS[name](tokens)
-    mask = liar.select(model, batches, keep=KEEP, criterion="fluctuation", scope="layer", progress=False)
+    mask = half(model, batches)
     forward = _growth(lambda: plain(model, batches))
     grown = _growth(lambda: liar.reconstruct(model, mask, batches, target=target, progress=False))
-    layout = discover(model)
+    layout = liar.discover(model)
     config: Any = model.config
     hidden: int = config.hidden_size
     padded = sum(batch["input_ids"].numel() for batch in batches)
@@ -130,13 +131,13 @@ def peak(name: str, tokens: int, target: str) -> dict[str, float]:
         "forward": forward,
         # float32: the dense stream; for the sequential target the pruned stream, what the producers of both sites of a block
         # read, and the sums after both sites, of which a pre-norm block hands the last one on as its stream.
-        "streams": 4.0 * padded * hidden * (1 if target == "same_input" else 5 if name == "llama" else 6),
-        "replayed parts": 4.0 * padded * replayed * (target == "dense_stream"),
+        "streams": 4.0 * padded * hidden * (1 if target == "layer_output" else 5 if name == "llama" else 6),
+        "replayed parts": 4.0 * padded * replayed * (target == "residual_stream"),
         # float32: rows of every fold that wait to fill a chunk, while they are joined.
         "waiting rows": 4.0 * FOLDS * 2 * CHUNK * (kept + hidden),
         # float64: one accumulator per fold and the three sums of a split.
         "grams": 8.0 * kept * (kept + hidden) * (FOLDS + 3),
-        "slim copy": 4.0 * mask.parameters(layout),
+        "pruned copy": 4.0 * mask.parameters(layout),
     }
     return {"grown_mb": grown / 1e6, "bound_mb": sum(parts.values()) / 1e6} | {k + "_mb": v / 1e6 for k, v in parts.items()}
 
@@ -156,31 +157,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32_768)
-    parser.add_argument("--peak-of", choices=list(MODELS), help=argparse.SUPPRESS)
-    parser.add_argument("--target", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    if arguments.peak_of:
-        print(json.dumps(peak(arguments.peak_of, arguments.tokens, arguments.target)))
-        return
     table = Table(title="times one plain dense forward pass over the same tokens (median)")
-    for heading in ("model", "tokens", "target", "ratio", "where it goes", "peak memory (bound)"):
+    for heading in HEADINGS:
         table.add_column(heading)
+    file = ResultFile(RESULTS / "speed.jsonl")
     for name in MODELS:
-        path = RESULTS / f"speed-{name}-tokens{arguments.tokens}.json"
-        result = kept(path, partial(measure, name, arguments.tokens, arguments.rounds))
-        for target, ratio in result["ratio_median"].items():
-            stages = ", ".join(f"{stage} {value:.2f}" for stage, value in result["stages_median"][target].items())
-            used = result["memory"][target]
-            table.add_row(
-                name,
-                str(result["tokens"]),
-                target,
-                f"{ratio:.2f}",
-                stages,
-                f"{used['grown_mb']:.0f} ({used['bound_mb']:.0f}) MB",
-            )
+        key = {"model": name, "tokens": arguments.tokens}
+        for row in rows(file.get_or_run(key, partial(measure, name, arguments.tokens, arguments.rounds))):
+            table.add_row(*row)
     Console(width=150).print(table)
+
+
+def rows(run: Record) -> list[list[str]]:
+    """The rows of one run in a table, one per target."""
+    lines = []
+    for target, ratio in run["ratio_median"].items():
+        stages = ", ".join(f"{stage} {value:.2f}" for stage, value in run["stages_median"][target].items())
+        used = run["memory"][target]
+        peak_of_bound = f"{used['grown_mb']:.0f} MB of {used['bound_mb']:.0f} MB"
+        lines.append([run["model"], f"{run['tokens']:,}", target, f"{ratio:.2f}x", stages, peak_of_bound])
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""What the ladder found, as tables of mean ± standard error: of one ladder for the terminal, of all runs for the pages."""
+"""What the grid found, as tables of mean ± standard error: of one grid for the terminal, of all runs for the pages."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import cache
 from math import nan, sqrt
@@ -14,11 +13,14 @@ from typing import Any
 import pandas
 from numpy import log
 from rich.table import Table
-from tasks import TASKS
 
-RESULTS = Path(__file__).parent / "results" / "ladder"
-CELL = ["source", "keep", "tokens"]
-SETTING = ["task", "model", "criterion", "seed", *CELL]
+from benchmarks.results import RESULTS, Record, read_records
+from benchmarks.run_keys import DENSE
+from benchmarks.tasks import TASKS
+
+ROW = ["source", "keep", "tokens"]
+SETTING = ["task", "model", "criterion", "seed", *ROW]
+COLUMNS = [*SETTING, "rule", "labels", "number", "place", "value", "dense", "chance", "dense_chance"]
 LABELS = {
     "mask_only": "mask only",
     "bias": "bias (FLAP)",
@@ -28,9 +30,8 @@ LABELS = {
     "kprune": "K-prune",
     "osscar_update": "OSSCAR",
     "ours": "ours",
-    "polish": "polish",
+    "fine_tuning": "fine-tuning",
     "kwon": "Kwon et al.",
-    "dropping": "`drop=True`",
 }
 HEADINGS = {"keep": "kept", "source": "texts"}
 # Whether more of a number is better.
@@ -44,15 +45,15 @@ CHANCE: dict[str, Callable[[float, int], float]] = {
 }
 
 # Tasks that are also counted together.
-FAMILIES = ("glue-*",)
-STANDING = ("best", "within one standard error", "behind by more")
+GROUPS = ("glue-*",)
+OUTCOMES = ("best", "within one standard error", "behind by more")
 
 
 def tables(runs: Sequence[Mapping[str, Any]], dense: Mapping[str, float], metrics: Mapping[str, bool]) -> list[Table]:
     """One table per metric, a row per (source, keep ratio, tokens) and a column per rule; the best mean is bold.
 
     Args:
-        runs: contents of the result files.
+        runs: records of the grid.
         dense: the dense model's numbers; those that only compare with the dense model are not in it.
         metrics: name -> whether more is better.
     """
@@ -64,55 +65,60 @@ def table(frame: pandas.DataFrame, metric: str, dense: float | None, more: bool)
     """Mean ± standard error over the seeds; a single seed has none."""
     rules = list(dict.fromkeys(frame["rule"]))
     title = f"{frame['task'].iloc[0]}: {metric} ({'more' if more else 'less'} is better)"
-    made = Table(title=title + ("" if dense is None else f", dense {dense:.4f}"))
-    for heading in (*CELL, "seeds", *rules):
-        made.add_column(heading, justify="right")
-    for cell, group in frame.groupby(CELL, sort=False):
+    result = Table(title=title + ("" if dense is None else f", dense {dense:.4f}"))
+    for heading in (*ROW, "seeds", *rules):
+        result.add_column(heading, justify="right")
+    for row, group in frame.groupby(ROW, sort=False):
         shown, seeds = summed(group, metric, more, 4, "[bold]{}[/bold]")
-        made.add_row(*map(str, cell), seeds, *(shown.get(rule, "") for rule in rules))
-    return made
+        result.add_row(*map(str, row), seeds, *(shown.get(rule, "") for rule in rules))
+    return result
 
 
 def summed(group: pandas.DataFrame, metric: str, more: bool, digits: int, bold: str) -> tuple[dict[str, str], str]:
     """One row of a table: rule -> text, the best mean in bold (all that have it); and how many seeds there were."""
-    found = group.groupby("rule")[metric].agg(["mean", "sem", "count"])
-    best = found["mean"].max() if more else found["mean"].min()
-    shown = {str(rule): spread(row["mean"], row["sem"], f".{digits}f") for rule, row in found.iterrows()}
-    shown |= {str(rule): bold.format(shown[str(rule)]) for rule in found.index[found["mean"] == best]}
-    return shown, "-".join(str(number) for number in sorted({int(count) for count in found["count"]}))
+    means = group.groupby("rule")[metric].agg(["mean", "sem", "count"])
+    best = means["mean"].max() if more else means["mean"].min()
+    shown = {str(rule): spread(row["mean"], row["sem"], f".{digits}f") for rule, row in means.iterrows()}
+    shown |= {str(rule): bold.format(shown[str(rule)]) for rule in means.index[means["mean"] == best]}
+    return shown, "-".join(str(number) for number in sorted({int(count) for count in means["count"]}))
 
 
 def spread(mean: float, error: float, form: str) -> str:
-    """A cell of a table."""
+    """A number of a table with its standard error, if there is one."""
     return f"{mean:{form}}" + ("" if pandas.isna(error) else f" ± {error:{form}}")
 
 
 @cache
-def runs(folder: Path = RESULTS) -> pandas.DataFrame:
+def runs(folder: Path = RESULTS / "grid") -> pandas.DataFrame:
     """One row per run and number (with its seconds): coordinates, `number`, its `place` in the task, `value`, `dense`.
 
-    `chance` and `dense_chance` are the standard errors of the two scores over the examples, NaN where none is known.
-    They come in the order of the tables: tasks as they are listed, most kept first, fewest tokens first.
+    `chance` and `dense_chance` are the standard errors of the two scores over the examples, NaN where none is known; `labels`
+    says how labels were sampled for the mask, None where none were. They come in the order of the tables: tasks as they are
+    listed, most kept first, fewest tokens first.
     """
-    dense = {path.stem: read(path) for path in folder.glob("*-dense.json")}
-    rows = []
-    for run in map(read, folder.glob("*-seed*.json")):
-        whole = dense.get(f"{run['task']}-{run['model']}-dense", {})
-        for place, number in enumerate((*TASKS[run["task"]].metrics, "seconds")):
-            rows.append(
-                {
-                    **{name: run[name] for name in (*SETTING, "rule")},
-                    "number": number,
-                    "place": place,
-                    "value": run[number],
-                    "dense": whole.get(number),
-                    "chance": chance(number, run[number], whole),
-                    "dense_chance": chance(number, whole[number], whole) if number in whole else nan,
-                }
-            )
+    rows = [row for path in sorted(folder.glob("*.jsonl")) for row in _rows(read_records(path))]
     order = list(TASKS)
     rows.sort(key=lambda row: (order.index(row["task"]), -row["keep"], row["tokens"], row["source"], row["place"]))
-    return pandas.DataFrame(rows, columns=[*SETTING, "rule", "number", "place", "value", "dense", "chance", "dense_chance"])
+    return pandas.DataFrame(rows, columns=COLUMNS)
+
+
+def _rows(records: Sequence[Record]) -> Iterator[Record]:
+    """The rows of one task and model."""
+    dense = next((record for record in records if record["rule"] == DENSE), Record())
+    for run in records:
+        if run["rule"] == DENSE:
+            continue
+        for place, number in enumerate((*TASKS[run["task"]].metrics, "seconds")):
+            yield {
+                **{name: run[name] for name in (*SETTING, "rule")},
+                "labels": run.get("labels"),
+                "number": number,
+                "place": place,
+                "value": run[number],
+                "dense": dense.get(number),
+                "chance": chance(number, run[number], dense),
+                "dense_chance": chance(number, dense[number], dense) if number in dense else nan,
+            }
 
 
 def chance(number: str, score: float, dense: Mapping[str, Any]) -> float:
@@ -122,59 +128,58 @@ def chance(number: str, score: float, dense: Mapping[str, Any]) -> float:
     return CHANCE[number](score, dense["examples"]) if number in CHANCE and "examples" in dense else nan
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A result file."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+def with_coordinates_of(frame: pandas.DataFrame, chosen: pandas.Series, coordinates: Sequence[str]) -> pandas.DataFrame:
+    """The rows whose coordinates are also those of a chosen row: to compare only what both sides have."""
+    return frame.merge(frame.loc[chosen, list(coordinates)].drop_duplicates(), on=list(coordinates))
 
 
-def also(frame: pandas.DataFrame, wanted: pandas.Series, coordinates: Sequence[str]) -> pandas.DataFrame:
-    """The rows whose coordinates are also those of a wanted row: to compare only what both sides have."""
-    return frame.merge(frame.loc[wanted, list(coordinates)].drop_duplicates(), on=list(coordinates))
-
-
-def shared(frame: pandas.DataFrame, rules: Sequence[str]) -> pandas.DataFrame:
-    """The runs of these rules; of every cell only the samples that most of them have had, so that means compare."""
+def common_samples(frame: pandas.DataFrame, rules: Sequence[str]) -> pandas.DataFrame:
+    """The runs of these rules; of every comparison only the samples that most rules have had, so that means compare."""
     frame = frame[frame["rule"].isin(rules)]
-    cell = [name for name in SETTING if name != "seed"]
-    several = frame.groupby([*cell, "seed"])["rule"].transform("nunique")
-    return frame[several == several.groupby([frame[name] for name in cell]).transform("max")]
+    comparison = [name for name in SETTING if name != "seed"]
+    several = frame.groupby([*comparison, "seed"])["rule"].transform("nunique")
+    return frame[several == several.groupby([frame[name] for name in comparison]).transform("max")]
 
 
-def standing(frame: pandas.DataFrame, champion: str, others: Sequence[str]) -> str:
-    """A Markdown table: in how many cells one rule is best on what the task is about, how far behind elsewhere, and on average.
+def win_tie_loss(frame: pandas.DataFrame, champion: str, others: Sequence[str]) -> str:
+    """A Markdown table: how often one rule is best on what the task is about, how far behind elsewhere, and on average.
 
-    A cell is one task, model, selection of masks, kept share, number of tokens and source of texts. The standard error is that
-    of the best of the others, over the examples or over the samples of the texts, or that of the champion over the samples:
-    whichever is largest. The average is of relative differences, over the cells that all rules have, with its standard error.
+    A comparison is one task, model, selection of masks, kept share, number of tokens and source of texts. The standard error is
+    that of the best of the others, over the examples or over the samples of the texts, or that of the champion over the
+    samples: whichever is largest. The average is of relative differences, over the comparisons that all rules have, with its
+    standard error.
     """
     counts: dict[tuple[str, str], Counter[str]] = {}
     means: dict[tuple[str, str], list[pandas.Series]] = {}
-    frame = shared(frame[frame["place"] == 0], [champion, *others])
+    frame = common_samples(frame[frame["place"] == 0], [champion, *others])
     for coordinates, group in frame.groupby(["task", "source", "model", "criterion", "keep", "tokens"]):
         sign = 1 if MORE[group["number"].iloc[0]] else -1
         mean = sign * group.groupby("rule")["value"].mean()
-        rivals = mean.drop(champion, errors="ignore")
-        if champion in mean.index and len(rivals):
-            behind = rivals.max() - mean[champion]
-            spreads = group.groupby("rule")["value"].sem()[[champion, rivals.idxmax()]]
-            chances = group.loc[group["rule"] == rivals.idxmax(), "chance"]
-            error = max([*spreads.dropna(), *chances.dropna()], default=0.0)
-            outcome = STANDING[0] if behind <= 0 else STANDING[1] if behind <= error else STANDING[2]
+        other_means = mean.drop(champion, errors="ignore")
+        if champion in mean.index and len(other_means):
+            outcome = _outcome(group, champion, str(other_means.idxmax()), other_means.max() - mean[champion])
             task, source, *_ = coordinates
-            for name in (task, *(family for family in FAMILIES if fnmatch(task, family))):
+            for name in (task, *(several for several in GROUPS if fnmatch(task, several))):
                 counts.setdefault((name, source), Counter())[outcome] += 1
                 means.setdefault((name, source), []).append(sign * log(mean.abs()))
-    order = [*TASKS, *FAMILIES]
+    order = [*TASKS, *GROUPS]
     rows = [
-        [*key, str(count.total()), *(str(count[name]) for name in STANDING), *ahead(pandas.DataFrame(means[key]), champion)]
+        [*key, str(count.total()), *(str(count[name]) for name in OUTCOMES), *ahead(pandas.DataFrame(means[key]), champion)]
         for key, count in sorted(counts.items(), key=lambda each: (order.index(each[0][0]), each[0][1] != "own", each[0][1]))
     ]
-    return lined(["task", "texts", "cells", *STANDING, "next on average", "ahead of it by"], rows)
+    return lined(["task", "texts", "comparisons", *OUTCOMES, "next on average", "ahead of it by"], rows)
+
+
+def _outcome(group: pandas.DataFrame, champion: str, best: str, behind: float) -> str:
+    """Of one comparison in which the champion is so far behind the best of the others."""
+    spreads = group.groupby("rule")["value"].sem()[[champion, best]]
+    chances = group.loc[group["rule"] == best, "chance"]
+    error = max([*spreads.dropna(), *chances.dropna()], default=0.0)
+    return OUTCOMES[0] if behind <= 0 else OUTCOMES[1] if behind <= error else OUTCOMES[2]
 
 
 def ahead(logs: pandas.DataFrame, champion: str) -> tuple[str, str]:
-    """The rule that is next to the champion on average, and how far behind; `logs` has a row per cell, a column per rule."""
+    """The rule next to the champion on average, and how far behind; `logs` has a row per comparison, a column per rule."""
     known = logs.dropna()
     gains = (-known.drop(columns=champion).sub(known[champion], axis=0)).agg(["mean", "sem"])
     if gains.isna().loc["mean"].all():
@@ -190,25 +195,25 @@ def markdown(frame: pandas.DataFrame, by: Sequence[str], rules: Sequence[str]) -
     Numbers are means ± standard errors over the samples of the calibration texts, the dense model's over the examples; seconds
     are medians.
     """
-    frame = shared(frame, rules)
+    frame = common_samples(frame, rules)
     several = frame.groupby("task")["model"].nunique().gt(1).any()
     by = [*by, "model"] if several else list(by)
     headings = [*(HEADINGS.get(name, name) for name in by), "samples", "dense"]
     rows = []
-    for cell, group in frame.groupby(by, sort=False):
+    for row, group in frame.groupby(by, sort=False):
         number, dense, chance = (group[name].iloc[0] for name in ("number", "dense", "dense_chance"))
         digits = DIGITS.get(number, 3)
         shown, samples = summed(group, "value", MORE[number], digits, "**{}**")
         if number == "seconds":
             shown = {rule: f"{median:.{digits}f}" for rule, median in group.groupby("rule")["value"].median().items()}
-        named = (written(name, value) for name, value in zip(by, cell, strict=True))
-        whole = "" if pandas.isna(dense) else spread(dense, chance, f".{digits}f")
-        rows.append([*named, samples, whole, *(shown.get(rule, "") for rule in rules)])
+        named = (written(name, value) for name, value in zip(by, row, strict=True))
+        reference = "" if pandas.isna(dense) else spread(dense, chance, f".{digits}f")
+        rows.append([*named, samples, reference, *(shown.get(rule, "") for rule in rules)])
     return lined([*headings, *("**ours**" if rule == "ours" else LABELS.get(rule, rule) for rule in rules)], rows)
 
 
 def written(name: str, value: Any) -> str:
-    """A coordinate as readers like it."""
+    """A coordinate for readers."""
     if name == "number":
         return f"{value.replace('_', ' ')} {'↑' if MORE[value] else '↓'}"
     return {"keep": "{:.0%}", "tokens": "{:,}"}.get(name, "{}").format(value)

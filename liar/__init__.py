@@ -1,36 +1,37 @@
 """liar: makes a pruned transformer work again without training.
 
-The three verbs are `select`, `reconstruct` and `prune`; `calibration` makes batches from texts, `save` and `load` keep slim
-models, `collect` lets one look at the data serve many budgets, `moments` and `interpolation` let you look inside.
+The three verbs are `select`, `reconstruct` and `prune`; `calibration` makes batches from texts, `save` and `load` keep pruned
+models, `collect` reuses statistics for many budgets, `discover` shows where a model can be cut, `remove` cuts without repair,
+`moments` and `interpolation` let you look inside.
 """
 
-from liar import families
+from liar.analysis import Interpolation, interpolation, moments
 from liar.api import prune, reconstruct, select
-from liar.calibration import calibration
-from liar.checkpoint import load, save
-from liar.collect import Statistics, collect
-from liar.costs import Costs, flops
-from liar.errors import LiarError, Verdict
-from liar.families import Family, SitePattern, register
-from liar.interpolation import Interpolation, interpolation
+from liar.data import Calibration, calibration
+from liar.errors import LiarError
+from liar.io import load, save
 from liar.mask import Mask
-from liar.moments import moments
-from liar.plots import plot
-from liar.report import Report
-from liar.timing import latency
+from liar.models import Family, FusedProducer, SitePattern, discover, families, register
+from liar.report import Report, plot
+from liar.selection import Costs, CriterionStatistics, collect, flops, latency
+from liar.surgery import remove
+from liar.verdicts import Verdict
 
 __all__ = [
+    "Calibration",
     "Costs",
+    "CriterionStatistics",
     "Family",
+    "FusedProducer",
     "Interpolation",
     "LiarError",
     "Mask",
     "Report",
     "SitePattern",
-    "Statistics",
     "Verdict",
     "calibration",
     "collect",
+    "discover",
     "families",
     "flops",
     "interpolation",
@@ -41,6 +42,7 @@ __all__ = [
     "prune",
     "reconstruct",
     "register",
+    "remove",
     "save",
     "select",
 ]

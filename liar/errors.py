@@ -1,10 +1,9 @@
-"""What can go wrong, said in one place: the kinds of error and the texts of every verdict."""
+"""The kinds of error this library raises, and helpers that turn foreign errors into them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 
 
@@ -21,7 +20,7 @@ class LiarError(ValueError):
 
 
 class ModelError(LiarError):
-    """The model cannot be worked on as it is: on the meta device, quantised, or of an unknown family."""
+    """The model cannot be processed as it is: on the meta device, quantised, or of an unknown family."""
 
 
 class MaskError(LiarError):
@@ -32,9 +31,21 @@ class CalibrationError(LiarError):
     """The calibration data cannot be used: empty, all padding, not what the model takes, or not finite inside it."""
 
 
+class BudgetError(LiarError):
+    """The requested budget cannot be met."""
+
+
+class OptionError(LiarError):
+    """An option has a value that is not among the possible ones."""
+
+
+class CheckpointError(LiarError):
+    """A folder or file cannot be read or must not be written."""
+
+
 @contextmanager
 def at_site(name: str, module: str) -> Iterator[None]:
-    """Say at which site the calibration data was of no use."""
+    """Add the name of the site to a `CalibrationError` raised inside."""
     try:
         yield
     except CalibrationError as error:
@@ -42,8 +53,8 @@ def at_site(name: str, module: str) -> Iterator[None]:
 
 
 @contextmanager
-def reading(kind: type[LiarError], expected: str, path: str | Path | None = None) -> Iterator[None]:
-    """Say what was expected of a text, or of the file it is in, if the content is something else."""
+def wrap_parse_errors(kind: type[LiarError], expected: str, path: str | Path | None = None) -> Iterator[None]:
+    """Turn whatever parsing a text or file raises into an error of one kind that says what was expected."""
     where = "" if path is None else f"{path}: "
     try:
         yield
@@ -55,53 +66,8 @@ def reading(kind: type[LiarError], expected: str, path: str | Path | None = None
         raise kind(f"{where}expected {expected}, got {error!r}") from error
 
 
-class BudgetError(LiarError):
-    """The wanted budget cannot be met."""
-
-
-class OptionError(LiarError):
-    """An option has a value that is not among the possible ones."""
-
-
-class CheckpointError(LiarError):
-    """A folder cannot be read or must not be written."""
-
-
-class Verdict(str, Enum):
-    """How the solve of one site ended. The value is a short name, `text` says what it means.
-
-    Example:
-        >>> Verdict.RANK_DEFICIENT.text
-        'the kept channels are linearly dependent on this data: minimum-norm change of the kept weights'
-    """
-
-    OK = "ok"
-    RIDGED = "ridged"
-    RANK_DEFICIENT = "rank_deficient"
-    TOO_FEW_TOKENS = "too_few_tokens"
-    KEPT_BASELINE = "kept_baseline"
-    UNTOUCHED = "untouched"
-    DROPPED = "dropped"
-
-    @property
-    def text(self) -> str:
-        """One sentence for people."""
-        return _TEXTS[self]
-
-
-_TEXTS = {
-    Verdict.OK: "plain least squares",
-    Verdict.RIDGED: "least squares with a ridge toward the kept weights",
-    Verdict.RANK_DEFICIENT: ("the kept channels are linearly dependent on this data: minimum-norm change of the kept weights"),
-    Verdict.TOO_FEW_TOKENS: "fewer calibration tokens than kept channels: the answer leans on the ridge; use more text",
-    Verdict.KEPT_BASELINE: "no update was better on held-out tokens: the kept weights stay, at most the bias moves",
-    Verdict.UNTOUCHED: "everything is kept and nothing before it changed: the layer stays as it is",
-    Verdict.DROPPED: "the whole sub-layer went: what is left of it is the consumer's bias, where there is one",
-}
-
-
-def choose(option: str, value: str, possible: tuple[str, ...] | list[str]) -> str:
-    """Return `value` if it is among `possible`, else raise an `OptionError` that lists them."""
-    if value not in possible:
-        raise OptionError(f"{option}={value!r} is not known; expected one of {', '.join(map(repr, possible))}")
-    return value
+def check_choice(option: str, value: object, choices: Iterable[str]) -> None:
+    """Raise an `OptionError` that lists the choices unless `value` is one of them."""
+    choices = list(choices)
+    if value not in choices:
+        raise OptionError(f"{option}={value!r} is not known; expected one of {', '.join(map(repr, choices))}")

@@ -112,4 +112,5 @@ MODELS: dict[str, dict] = {
     "llama-biases": {"model_type": "llama", "head": "causal-lm", "attention_bias": True, "mlp_bias": True},
     "llama-tied": {"model_type": "llama", "head": "causal-lm", "tie_word_embeddings": True},
     "llama-classifier": {"model_type": "llama", "head": "sequence-classification"},
+    "gpt2-lm": {"model_type": "gpt2", "head": "causal-lm", "n_inner": 64, "bos_token_id": None, "eos_token_id": None},
 }

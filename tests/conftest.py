@@ -76,9 +76,9 @@ def plain_tokenizer() -> transformers.PreTrainedTokenizerFast:
 @pytest.fixture
 def registry():
     """Families registered in a test are forgotten after it."""
-    from liar import families  # noqa: PLC0415 (only where it is used)
+    from liar.models import registry  # noqa: PLC0415 (only where it is used)
 
-    before = dict(families._FAMILIES)
-    yield families._FAMILIES
-    families._FAMILIES.clear()
-    families._FAMILIES.update(before)
+    before = dict(registry._FAMILIES)
+    yield registry._FAMILIES
+    registry._FAMILIES.clear()
+    registry._FAMILIES.update(before)

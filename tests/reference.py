@@ -23,7 +23,7 @@ def moments(z: np.ndarray, t: np.ndarray, affine: bool, weight: np.ndarray | Non
     weight = np.ones(len(z)) if weight is None else weight
     mean_z, mean_t = (np.average(rows, 0, weight) if affine else np.zeros(rows.shape[1]) for rows in (z, t))
     z, t = (np.sqrt(weight)[:, None] * (rows - mean) for rows, mean in ((z, mean_z), (t, mean_t)))
-    return {"gram": z.T @ z, "cross": z.T @ t, "power": (t * t).sum(), "mean_z": mean_z, "mean_t": mean_t}
+    return {"gram": z.T @ z, "cross": z.T @ t, "target_energy": (t * t).sum(), "mean_z": mean_z, "mean_t": mean_t}
 
 
 def absolute(ridge: float, z: np.ndarray, affine: bool) -> float:
@@ -69,38 +69,46 @@ def numpy(tensor: torch.Tensor) -> np.ndarray:
 RESIDUALS = {
     "bert": {"heads": ("attention.output.dense", "", "in"), "neurons": ("output.dense", "attention", "out")},
     "llama": {"heads": ("self_attn.o_proj", "", "in"), "neurons": ("mlp.down_proj", "post_attention_layernorm", "in")},
+    "gpt2": {"heads": ("attn.c_proj", "", "in"), "neurons": ("mlp.c_proj", "ln_2", "in")},
 }
+BLOCKS = {"bert": "encoder.layer", "llama": "layers", "gpt2": "h"}
+NEURONS = {"bert": "intermediate_size", "llama": "intermediate_size", "gpt2": "n_inner"}
+PRE_NORM = ("llama", "gpt2")
 
 
 def blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
-    base = model.base_model
-    return base.encoder.layer if model.config.model_type == "bert" else base.layers
+    return model.base_model.get_submodule(BLOCKS[model.config.model_type])
+
+
+def matrix(layer: torch.nn.Module) -> torch.Tensor:
+    """The weight of a layer as [in, out], sharing its memory: GPT-2 stores it so, other models transposed."""
+    return layer.weight.data if hasattr(layer, "nx") else layer.weight.data.T
 
 
 def units(model: torch.nn.Module, kind: str) -> int:
     if kind == "neurons":
-        return model.config.intermediate_size
+        return getattr(model.config, NEURONS[model.config.model_type]) or 4 * model.config.hidden_size
     return getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
 
 
 def kept_channels(model: torch.nn.Module, layer: int, kind: str, keep: list[bool]) -> np.ndarray:
     """Which input channels of the consumer stay: bool [channels]."""
     consumer = blocks(model)[layer].get_submodule(RESIDUALS[model.config.model_type][kind][0])
-    return np.repeat(np.asarray(keep, dtype=bool), consumer.in_features // units(model, kind))
+    return np.repeat(np.asarray(keep, dtype=bool), len(matrix(consumer)) // units(model, kind))
 
 
-def look(model: torch.nn.Module, batches: list[dict], layer: int, kind: str) -> dict[str, np.ndarray]:
+def activations(model: torch.nn.Module, batches: list[dict], layer: int, kind: str) -> dict[str, np.ndarray]:
     """Run the full model on all batches; consumer input "x", output "y" and residual "r" at the real tokens, stacked."""
     block = blocks(model)[layer]
     consumer, owner, side = RESIDUALS[model.config.model_type][kind]
-    seen: dict[str, list] = {"x": [], "y": [], "r": []}
+    rows: dict[str, list] = {"x": [], "y": [], "r": []}
     consumer = block.get_submodule(consumer)
     owner = block.get_submodule(owner) if owner else block
     real = None
 
     def note(name, value):
         value = value[0] if isinstance(value, tuple) else value
-        seen[name].append(numpy(value[real]))
+        rows[name].append(numpy(value[real]))
 
     def note_consumer(_module, args, output):
         note("x", args[0])
@@ -117,7 +125,7 @@ def look(model: torch.nn.Module, batches: list[dict], layer: int, kind: str) -> 
             model.base_model(**batch)
     for handle in handles:
         handle.remove()
-    return {name: np.concatenate(parts) for name, parts in seen.items()}
+    return {name: np.concatenate(parts) for name, parts in rows.items()}
 
 
 def masked(model: torch.nn.Module, keep: dict[str, list[list[bool]]]) -> torch.nn.Module:
@@ -126,17 +134,25 @@ def masked(model: torch.nn.Module, keep: dict[str, list[list[bool]]]) -> torch.n
     for kind, rows in keep.items():
         for layer, row in enumerate(rows):
             consumer = blocks(model)[layer].get_submodule(RESIDUALS[model.config.model_type][kind][0])
-            consumer.weight.data[:, torch.from_numpy(~kept_channels(model, layer, kind, row))] = 0
+            matrix(consumer)[torch.from_numpy(~kept_channels(model, layer, kind, row))] = 0
     return model
 
 
 PRODUCERS = {
     "bert": {"heads": [f"attention.self.{name}" for name in ("query", "key", "value")], "neurons": ["intermediate.dense"]},
     "llama": {"heads": [f"self_attn.{name}_proj" for name in "qkv"], "neurons": ["mlp.gate_proj", "mlp.up_proj"]},
+    "gpt2": {"heads": ["attn.c_attn"], "neurons": ["mlp.c_fc"]},
 }
 
 
-def through(model: torch.nn.Module, batches: list[dict], layer: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+def kept_outputs(module: torch.nn.Module, keep: np.ndarray) -> np.ndarray:
+    """Which output channels of a producer belong to kept units: bool [out]. One layer of GPT-2 has query, key and value."""
+    out = matrix(module).shape[1]
+    parts = 3 if out == 3 * len(matrix(module)) and hasattr(module, "nx") else 1
+    return np.tile(np.repeat(keep, out // parts // len(keep)), parts)
+
+
+def reads_and_writes(model: torch.nn.Module, batches: list[dict], layer: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     """What one linear layer of the full model reads and writes at the real tokens, stacked."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     module = blocks(model)[layer].get_submodule(name)
@@ -156,11 +172,11 @@ def refit(pruned: torch.nn.Module, dense: torch.nn.Module, batches: list[dict], 
           ridge: float) -> None:  # fmt: skip
     """One producer: what it reads in the pruned model to what it writes in the dense one, for the kept output channels."""
     module = blocks(pruned)[layer].get_submodule(name)
-    (z, _), (_, target) = through(pruned, batches, layer, name), through(dense, batches, layer, name)
-    kept, affine = np.repeat(keep, module.out_features // len(keep)), module.bias is not None
-    start, bias = numpy(module.weight).T[:, kept], numpy(module.bias)[kept] if affine else np.zeros(kept.sum())
+    (z, _), (_, target) = reads_and_writes(pruned, batches, layer, name), reads_and_writes(dense, batches, layer, name)
+    kept, affine = kept_outputs(module, keep), module.bias is not None
+    start, bias = numpy(matrix(module))[:, kept], numpy(module.bias)[kept] if affine else np.zeros(kept.sum())
     weight, bias = least_squares(z, target[:, kept], start, bias, affine=affine, ridge=absolute(ridge, z, affine))
-    module.weight.data[torch.from_numpy(kept)] = torch.from_numpy(weight.T.copy())
+    matrix(module)[:, torch.from_numpy(kept)] = torch.from_numpy(weight)
     if affine:
         module.bias.data[torch.from_numpy(kept)] = torch.from_numpy(bias)
 
@@ -173,7 +189,7 @@ def repeated(z: np.ndarray, t: np.ndarray, weight: np.ndarray, affine: bool) -> 
     return root * (z - mean_z), root * (t - mean_t), (mean_z, mean_t)
 
 
-def dense_stream(
+def residual_stream(
     model: torch.nn.Module,
     keep: dict[str, list[list[bool]]],
     batches: list[dict],
@@ -184,7 +200,7 @@ def dense_stream(
 ) -> torch.nn.Module:
     """Site after site on full models in float64: the pruned model's consumer is refitted to
     T = residual_dense + output_dense - residual_pruned on the pruned model's inputs, each producer before it to its dense
-    output; in LLaMA a token counts by 1 / mean square of its dense residual stream after the site. Removed weights stay
+    output; in pre-norm models a token counts by 1 / mean square of its dense stream after the site. Removed weights stay
     zero."""
     dense = copy.deepcopy(model).double().eval()
     pruned = masked(dense, keep)
@@ -199,18 +215,18 @@ def dense_stream(
                     refit(pruned, dense, batches, layer, name, np.asarray(row, dtype=bool), ridge)
             changed = True
             kept = kept_channels(model, layer, kind, row)
-            want, have = look(dense, batches, layer, kind), look(pruned, batches, layer, kind)
-            total = want["r"] + want["y"]
-            target, z = total - have["r"], have["x"][:, kept]
+            target_rows, pruned_rows = activations(dense, batches, layer, kind), activations(pruned, batches, layer, kind)
+            stream = target_rows["r"] + target_rows["y"]
+            target, z = stream - pruned_rows["r"], pruned_rows["x"][:, kept]
             consumer = blocks(pruned)[layer].get_submodule(RESIDUALS[model.config.model_type][kind][0])
-            start, affine = numpy(consumer.weight).T[kept], consumer.bias is not None
-            bias = numpy(consumer.bias) if affine else np.zeros(consumer.out_features)
-            weigh = weighted and model.config.model_type == "llama"
-            counts = 1 / (np.square(total).mean(1) + 1e-6) if weigh else np.ones(len(z))
+            start, affine = numpy(matrix(consumer))[kept], consumer.bias is not None
+            bias = numpy(consumer.bias) if affine else np.zeros(start.shape[1])
+            weigh = weighted and model.config.model_type in PRE_NORM
+            counts = 1 / (np.square(stream).mean(1) + 1e-6) if weigh else np.ones(len(z))
             z, target, (mean_z, mean_t) = repeated(z, target, counts, affine)
             weight, _ = least_squares(z, target, start, bias, affine=False, ridge=absolute(ridge, z, False))
             bias = mean_t - mean_z @ weight
-            consumer.weight.data[:, torch.from_numpy(kept)] = torch.from_numpy(weight.T.copy())
+            matrix(consumer)[torch.from_numpy(kept)] = torch.from_numpy(weight)
             if affine:
                 consumer.bias.data = torch.from_numpy(bias)
     return pruned

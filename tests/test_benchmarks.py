@@ -1,11 +1,9 @@
-"""The core of the benchmarks: metrics, tasks on tiny models, cells, the ladder's shared masks and its going on after a kill."""
+"""The core of the benchmarks: metrics, tasks on tiny models, results on disk, the grid's shared masks, tables and figures."""
 
 import gzip
-import importlib
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,17 +11,14 @@ import scipy.special
 import scipy.stats
 import torch
 
+from benchmarks import bench as bench_module
+from benchmarks import figures, fitted_weights, grid, publish, results, run_keys, summary
+from benchmarks.elimination import error, remaining
+from benchmarks.metrics import metric
+from benchmarks.selections import SAMPLE_LABELS
+from benchmarks.tasks import TASKS
+from benchmarks.tasks.encoder import sentences
 from liar.testing import tiny_model
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    """Imports a script or package of the benchmarks by name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module
 
 
 @pytest.fixture
@@ -66,33 +61,35 @@ def classifier(tmp_path, tokenizer):
     return str(tmp_path / "model")
 
 
-def test_metrics_against_scipy(benchmark):
-    metric = benchmark("metrics").metric
+def test_metrics_against_scipy():
     generator = np.random.default_rng(0)
-    said, labels = generator.normal(size=20), generator.normal(size=20)
-    spearman = metric("spearman").compute(predictions=list(said), references=list(labels))["spearman"]
-    assert spearman == pytest.approx(np.corrcoef(scipy.stats.rankdata(said), scipy.stats.rankdata(labels))[0, 1])
+    predicted, labels = generator.normal(size=20), generator.normal(size=20)
+    spearman = metric("spearman").compute(predictions=list(predicted), references=list(labels))["spearman"]
+    assert spearman == pytest.approx(np.corrcoef(scipy.stats.rankdata(predicted), scipy.stats.rankdata(labels))[0, 1])
     assert metric("accuracy").compute(predictions=[0, 1, 1, 2], references=[0, 1, 0, 1])["accuracy"] == 0.5
     perplexity = metric("perplexity").compute(predictions=[3 * math.log(2), math.log(32)], references=[3, 1])["perplexity"]
     assert perplexity == pytest.approx(4)
 
 
-def test_divergence_from_the_dense_predictions(benchmark):
-    metric = benchmark("metrics").metric("agreement_kl")
+def test_divergence_from_the_dense_predictions():
+    agreement_kl = metric("agreement_kl")
     logits = np.random.default_rng(1).normal(size=(2, 50, 4)).astype("float32")
-    found = metric.compute(predictions=logits[0], references=logits[1])
+    result = agreement_kl.compute(predictions=logits[0], references=logits[1])
     model, dense = (scipy.special.softmax(each.astype("float64"), axis=1) for each in logits)
-    assert found["kl"] == pytest.approx(
+    assert result["kl"] == pytest.approx(
         np.mean([scipy.stats.entropy(d, m) for d, m in zip(dense, model, strict=True)]), rel=1e-5
     )
-    assert found["agreement"] == pytest.approx(np.mean(dense.argmax(1) == model.argmax(1)))
-    assert 0 < found["agreement"] < 1
-    assert metric.compute(predictions=logits[0] + 5, references=logits[0]) == {"kl": pytest.approx(0, abs=1e-6), "agreement": 1}
+    assert result["agreement"] == pytest.approx(np.mean(dense.argmax(1) == model.argmax(1)))
+    assert 0 < result["agreement"] < 1
+    assert agreement_kl.compute(predictions=logits[0] + 5, references=logits[0]) == {
+        "kl": pytest.approx(0, abs=1e-6),
+        "agreement": 1,
+    }
 
 
-def test_classifiers_are_asked_example_by_example(benchmark, mrpc, classifier):
+def test_classifiers_are_asked_example_by_example(mrpc, classifier):
     """Batches are sorted and padded; answers come in the order of the file, pairs as pairs."""
-    task = benchmark("tasks").TASKS["glue-mrpc"]
+    task = TASKS["glue-mrpc"]
     model, tokenizer = task.load(classifier)
     logits = task.predict(model, tokenizer, mrpc)["logits"]
     dev = pairs(70, 1)
@@ -106,9 +103,9 @@ def test_classifiers_are_asked_example_by_example(benchmark, mrpc, classifier):
     assert scored["kl"] > 0
 
 
-def test_regression_is_compared_by_squares(benchmark, write):
+def test_regression_is_compared_by_squares(write):
     data = write("stsb/dev.jsonl.gz", [{**row, "label": number / 10} for number, row in enumerate(pairs(30, 2))])
-    task = benchmark("tasks").TASKS["glue-stsb"]
+    task = TASKS["glue-stsb"]
     logits = torch.arange(30.0)[:, None]
     assert task.score({"logits": logits}, {"logits": logits + 2}, data) == {
         "spearman": pytest.approx(1),
@@ -117,23 +114,23 @@ def test_regression_is_compared_by_squares(benchmark, write):
     }
 
 
-def test_embeddings_of_different_sentences_only(benchmark, write):
+def test_embeddings_of_different_sentences_only(write):
     rows = [
         {"sentence1": "a text", "sentence2": "another one", "label": 1.0},
         {"sentence1": "another one", "sentence2": "a text", "label": 1.0},
         {"sentence1": "a text", "sentence2": "a text", "label": 5.0},
     ]
     data = write("stsb/dev.jsonl.gz", rows)
-    task = benchmark("tasks").TASKS["stsb"]
-    texts, numbers = benchmark("tasks.encoder").sentences(data)
+    task = TASKS["stsb"]
+    texts, numbers = sentences(data)
     assert texts == ["a text", "another one"]
     assert numbers.tolist() == [[0, 1], [1, 0], [0, 0]]
     dense, turned = torch.eye(2), torch.tensor([[0.6, 0.8], [0.0, 1.0]])
-    found = task.score({"embeddings": turned}, {"embeddings": dense}, data)
-    assert found == {"spearman": pytest.approx(1), "cosine": pytest.approx(0.8), "examples": 3}
+    result = task.score({"embeddings": turned}, {"embeddings": dense}, data)
+    assert result == {"spearman": pytest.approx(1), "cosine": pytest.approx(0.8), "examples": 3}
 
 
-def test_questions_find_their_paragraphs(benchmark, write, tokenizer):
+def test_questions_find_their_paragraphs(write, tokenizer):
     rows = [
         {"title": title, "context": context, "question": question}
         for title, context, question in [
@@ -145,15 +142,15 @@ def test_questions_find_their_paragraphs(benchmark, write, tokenizer):
     ]
     data = write("squad_v1.1/dev.jsonl.gz", rows)
     (data / "squad_v1.1/heldout_titles.json").write_text('["asked"]')
-    task = benchmark("tasks").TASKS["passages"]
+    task = TASKS["passages"]
     assert sorted(task.texts(data, "own", 0)) == ["w1 w2 w3", "w4"]
-    said = task.predict(tiny_model("bert").eval(), tokenizer, data)
-    assert {name: list(value.shape) for name, value in said.items()} == {"paragraphs": [2, 32], "questions": [3, 32]}
+    predicted = task.predict(tiny_model("bert").eval(), tokenizer, data)
+    assert {name: list(value.shape) for name, value in predicted.items()} == {"paragraphs": [2, 32], "questions": [3, 32]}
     paragraphs, questions = torch.eye(2), torch.tensor([[0.6, 0.8], [0.0, 1.0], [1.0, 0.0]])
-    found = task.score(
+    result = task.score(
         {"paragraphs": paragraphs, "questions": questions}, {"paragraphs": paragraphs, "questions": questions.flip(1)}, data
     )
-    assert found == {
+    assert result == {
         "accuracy": pytest.approx(2 / 3),
         "paragraphs cosine": pytest.approx(1),
         "questions cosine": pytest.approx(0.96 / 3),
@@ -161,13 +158,13 @@ def test_questions_find_their_paragraphs(benchmark, write, tokenizer):
     }
 
 
-def test_perplexity_of_stories(benchmark, write, plain_tokenizer):
+def test_perplexity_of_stories(write, plain_tokenizer):
     generator = np.random.default_rng(5)
     stories = [words(generator, 5, 40) for _ in range(6)]
     data = write("tinystories/holdout_part.jsonl.gz", [{"text": story} for story in stories])
-    task, model = benchmark("tasks").TASKS["tinystories"], tiny_model("llama", head="causal-lm")
-    said = task.predict(model, plain_tokenizer, data)
-    scored = task.score(said, said, data)
+    task, model = TASKS["tinystories"], tiny_model("llama", head="causal-lm")
+    predicted = task.predict(model, plain_tokenizer, data)
+    scored = task.score(predicted, predicted, data)
     losses, count = 0.0, 0
     with torch.no_grad():
         for story in stories:
@@ -180,8 +177,8 @@ def test_perplexity_of_stories(benchmark, write, plain_tokenizer):
     assert (scored["kl"], scored["agreement"]) == (pytest.approx(0, abs=1e-6), 1)
 
 
-def test_calibration_texts_follow_source_and_seed(benchmark, mrpc):
-    task = benchmark("tasks").TASKS["glue-mrpc"]
+def test_calibration_texts_follow_source_and_seed(mrpc):
+    task = TASKS["glue-mrpc"]
     own = task.texts(mrpc, "own", 0)
     assert own == task.texts(mrpc, "own", 0) != task.texts(mrpc, "own", 1)
     assert sorted(own) == sorted((row["sentence1"], row["sentence2"]) for row in pairs(90, 0))
@@ -192,34 +189,74 @@ def test_calibration_texts_follow_source_and_seed(benchmark, mrpc):
     assert {"It is 3.", "Is it?", "It", "is v1.3!"} <= {text.strip() for text in sentences}
 
 
-def test_files_carry_all_coordinates_and_seeds_come_last(benchmark):
-    cells = benchmark("cells")
+def test_keys_tell_runs_apart_and_seeds_come_last():
     settings = list(
-        cells.settings("stsb", "default", "wanda", seeds=2, sources=["own", "c4"], keeps=[0.5, 0.7], tokens=[10, 20])
+        run_keys.settings("stsb", "default", "wanda", seeds=2, sources=["own", "c4"], keeps=[0.5, 0.7], tokens=[10, 20])
     )
-    names = [cells.Cell(setting, rule).path(Path()).name for setting in settings for rule in ("bias", "liar")]
-    assert len(set(names)) == len(names) == 32
-    assert names[0] == "stsb-default-wanda-keep0.5-tokens10-own-bias-seed0.json"
+    keys = [run_keys.RunKey(setting, rule).entries() for setting in settings for rule in ("bias", "liar")]
+    assert len({json.dumps(key) for key in keys}) == len(keys) == 32
+    assert keys[0] == {
+        "task": "stsb",
+        "model": "default",
+        "criterion": "wanda",
+        "seed": 0,
+        "source": "own",
+        "keep": 0.5,
+        "tokens": 10,
+        "rule": "bias",
+    }
     assert [setting.seed for setting in settings] == [0] * 8 + [1] * 8
-    assert cells.Cell(settings[0], "bias").coordinates()["rule"] == "bias"
 
 
-def test_results_are_written_whole_or_not_at_all(benchmark, tmp_path):
-    kept = benchmark("results").kept
-    path = tmp_path / "deep" / "run.json"
+def test_an_interrupted_run_leaves_no_record(tmp_path):
+    file = results.ResultFile(tmp_path / "deep" / "runs.jsonl")
     with pytest.raises(KeyboardInterrupt):
-        kept(path, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert not path.exists()
-    assert kept(path, lambda: {"value": 1})["value"] == 1
-    assert kept(path, lambda: {"value": 2})["value"] == 1
-    assert {"environment", "value"} == set(json.loads(path.read_text()))
-    assert [file.name for file in path.parent.iterdir()] == ["run.json"]
+        file.get_or_run({"seed": 0}, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert not file.path.exists()
+    assert file.get_or_run({"seed": 0}, lambda: {"value": 1})["value"] == 1
+    assert file.get_or_run({"seed": 0}, lambda: {"value": 2})["value"] == 1
+    assert file.get_or_run({"seed": 1}, lambda: {"value": 3})["value"] == 3
+    first, second = file.path.read_text().splitlines()
+    assert set(json.loads(first)) == {"environment", "seed", "value"}
+    assert list(json.loads(second)) == sorted(json.loads(second))
+    assert results.ResultFile(file.path).records == file.records == results.read_records(file.path)
+
+
+@pytest.mark.parametrize("half", ['{"seed":1,"val', '{"seed":1,"value":2}'])
+def test_a_half_written_line_is_ignored_and_removed(tmp_path, half):
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"seed":0,"value":1}\n' + half)
+    file = results.ResultFile(path)
+    assert file.records == [{"seed": 0, "value": 1}]
+    assert path.read_text().endswith(half)
+    file.append({"seed": 1, "value": 5})
+    assert path.read_text() == '{"seed":0,"value":1}\n{"seed":1,"value":5}\n'
+
+
+def test_only_the_first_line_was_begun(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"seed"')
+    assert results.read_records(path) == []
+    results.ResultFile(path).append({"seed": 0, "text": "é"})
+    assert path.read_text(encoding="utf-8") == '{"seed":0,"text":"é"}\n'
+
+
+def test_appended_lines_are_on_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(results.os, "fsync", lambda handle: synced.append((tmp_path / "runs.jsonl").read_text()))
+    results.ResultFile(tmp_path / "runs.jsonl").append({"seed": 0})
+    assert synced == ['{"seed":0}\n']
+
+
+def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
+    (tmp_path / "runs.jsonl").write_text('{"seed":0}\n{"se\n{"seed":2}\n')
+    with pytest.raises(json.JSONDecodeError):
+        results.read_records(tmp_path / "runs.jsonl")
 
 
 @pytest.fixture
-def climb(benchmark, mrpc, classifier, tmp_path, monkeypatch):
-    """Runs a small ladder; returns its runs and, per rule that ran, the mask and the batches it was given."""
-    ladder, bench_module = benchmark("ladder"), benchmark("bench")
+def run_grid(mrpc, classifier, tmp_path, monkeypatch):
+    """Runs a small grid; returns its records and, per rule that ran, the mask and the batches it was given."""
     given = []
 
     def spy(name, rule):
@@ -231,19 +268,19 @@ def climb(benchmark, mrpc, classifier, tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench_module, "RULES", {name: spy(name, rule) for name, rule in bench_module.RULES.items()})
 
-    def climb(rules, seeds=2, criterion="fluctuation"):
+    def run(rules, seeds=2, criterion="fluctuation"):
         given.clear()
-        bench = ladder.Bench(ladder.TASKS["glue-mrpc"], classifier, mrpc)
+        bench = grid.Bench(TASKS["glue-mrpc"], classifier, mrpc)
         settings = list(
-            ladder.settings("glue-mrpc", "model", criterion, seeds=seeds, sources=["own"], keeps=[0.6], tokens=[300, 600])
+            run_keys.settings("glue-mrpc", "model", criterion, seeds=seeds, sources=["own"], keeps=[0.6], tokens=[300, 600])
         )
-        return ladder.climb(bench, settings, rules, tmp_path / "results"), given
+        return grid.run_grid(bench, settings, rules, results.ResultFile(tmp_path / "runs.jsonl")), given
 
-    return climb
+    return run
 
 
-def test_rules_share_mask_and_tokens(climb):
-    runs, given = climb(["mask_only", "liar", "ours"])
+def test_rules_share_mask_and_tokens(run_grid):
+    runs, given = run_grid(["mask_only", "liar", "ours"])
     assert len(runs) == len(given) == 12
     for first in range(0, 12, 3):
         group = given[first : first + 3]
@@ -251,49 +288,60 @@ def test_rules_share_mask_and_tokens(climb):
         assert all(mask is group[0][1] and calib is group[0][2] for _, mask, calib in group)
     assert [run["seed"] for run in runs] == [0] * 6 + [1] * 6
     for run in runs:
-        assert run["got_tokens"] == run["tokens"]
-        assert 0.5 < run["got"] <= 0.6
+        assert run["used_tokens"] == run["tokens"]
+        assert 0.5 < run["achieved"] <= 0.6
         assert run["seconds"] > 0
         assert {"accuracy", "kl", "agreement", "environment", "source", "rule", "criterion"} <= set(run)
+        assert "labels" not in run
     assert runs[0]["kl"] > 0
 
 
-def test_a_killed_ladder_goes_on(climb, tmp_path):
-    before, _ = climb(["mask_only", "liar"])
-    lost = sorted((tmp_path / "results").iterdir())[2]
-    wanted = json.loads(lost.read_text())
-    lost.unlink()
-    after, given = climb(["mask_only", "liar"])
-    assert [name for name, _, _ in given] == [wanted["rule"]]
+def test_a_grid_that_was_killed_continues(run_grid, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    before, _ = run_grid(["mask_only", "liar"])
+    lines = path.read_text().splitlines(keepends=True)
+    lost = json.loads(lines.pop(2))
+    path.write_text("".join(lines) + '{"task":"glue-mr')
+    after, given = run_grid(["mask_only", "liar"])
+    assert [name for name, _, _ in given] == [lost["rule"]]
     timeless = lambda runs: [{key: value for key, value in run.items() if key != "seconds"} for run in runs]  # noqa: E731
     assert timeless(after) == timeless(before)
-    assert climb(["mask_only", "liar"])[1] == []
+    assert run_grid(["mask_only", "liar"])[1] == []
+    assert len(results.read_records(path)) == len(before)
 
 
 @pytest.mark.parametrize("criterion", ["kwon", "kprune", "fisher", "random"])
-def test_a_ladder_takes_any_selection(climb, tmp_path, criterion):
-    runs, given = climb(["mask_only", "liar"], seeds=1, criterion=criterion)
+def test_a_grid_takes_any_selection(run_grid, tmp_path, criterion):
+    runs, given = run_grid(["mask_only", "liar"], seeds=1, criterion=criterion)
     assert len(runs) == len(given) == 4
     assert all(given[i][1] is given[i + 1][1] for i in (0, 2))
+    assert results.read_records(tmp_path / "runs.jsonl") == runs
     for run in runs:
         assert run["criterion"] == criterion
-        assert 0.5 < run["got"] <= 0.6
-        name = f"glue-mrpc-model-{criterion}-keep0.6-tokens{run['tokens']}-own-{run['rule']}-seed0.json"
-        assert (tmp_path / "results" / name).is_file()
+        assert 0.5 < run["achieved"] <= 0.6
+        assert run.get("labels") == ("by sequence" if criterion in ("kwon", "fisher") else None)
+
+
+def test_a_rule_is_not_added_to_a_mask_of_the_former_sampling(run_grid, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    run_grid(["mask_only"], seeds=1, criterion="fisher")
+    path.write_text(path.read_text().replace("by sequence", "by batch"))
+    assert len(run_grid(["mask_only"], seeds=1, criterion="fisher")[0]) == 2
+    with pytest.raises(SystemExit, match="labels: by batch"):
+        run_grid(["mask_only", "liar"], seeds=1, criterion="fisher")
 
 
 def runs_of(values):
-    """{(rule, keep): accuracies by seed} as contents of result files."""
+    """{(rule, keep): accuracies by seed} as records."""
     shared = {"task": "t", "source": "own", "tokens": 100}
     return [
         {**shared, "rule": rule, "keep": keep, "seed": seed, "accuracy": value}
-        for (rule, keep), found in values.items()
-        for seed, value in enumerate(found)
+        for (rule, keep), result in values.items()
+        for seed, value in enumerate(result)
     ]
 
 
-def test_tables_show_mean_and_standard_error(benchmark):
-    summary = benchmark("summary")
+def test_tables_show_mean_and_standard_error():
     runs = runs_of({("bias", 0.5): [0.1, 0.2, 0.6], ("liar", 0.5): [0.4, 0.4, 0.4], ("bias", 0.7): [0.9]})
     (more,) = summary.tables(runs, {"accuracy": 0.95}, {"accuracy": True})
     (less,) = summary.tables(runs, {}, {"accuracy": False})
@@ -306,33 +354,33 @@ def test_tables_show_mean_and_standard_error(benchmark):
     assert "dense" not in less.title
 
 
-def test_the_figure_shows_every_rule(benchmark, tmp_path):
+def test_the_figure_shows_every_rule(tmp_path):
     runs = runs_of({("bias", 0.5): [0.1, 0.2], ("liar", 0.5): [0.4, 0.4], ("bias", 0.7): [0.9], ("liar", 0.7): [0.8]})
-    benchmark("figures").draw(runs, {"accuracy": 0.95}, "accuracy", tmp_path / "deep" / "figure.svg")
+    figures.draw(runs, {"accuracy": 0.95}, "accuracy", tmp_path / "deep" / "figure.svg")
     drawn = (tmp_path / "deep" / "figure.svg").read_text()
     assert {"bias", "liar", "dense", "accuracy"} <= set(re.findall(r"<!-- (\w+) -->", drawn))
 
 
 @pytest.mark.parametrize("number", ["accuracy", "spearman"])
-def test_what_chance_does_to_a_score(number, benchmark):
+def test_what_chance_does_to_a_score(number):
     """The formulas against resampling the examples."""
     generator = np.random.default_rng(0)
     labels = generator.normal(size=400)
-    said = labels + 0.6 * generator.normal(size=400)
+    predicted = labels + 0.6 * generator.normal(size=400)
     if number == "accuracy":
-        labels, said = labels > 0, said > 0
+        labels, predicted = labels > 0, predicted > 0
 
-    def score(said, labels):
-        return np.mean(said == labels) if number == "accuracy" else scipy.stats.spearmanr(said, labels).statistic
+    def score(predicted, labels):
+        return np.mean(predicted == labels) if number == "accuracy" else scipy.stats.spearmanr(predicted, labels).statistic
 
     resampled = scipy.stats.bootstrap(
-        (said, labels), score, paired=True, vectorized=False, n_resamples=800, method="percentile", rng=generator
+        (predicted, labels), score, paired=True, vectorized=False, n_resamples=800, method="percentile", rng=generator
     )
-    error = benchmark("summary").CHANCE[number](score(said, labels), 400)
+    error = summary.CHANCE[number](score(predicted, labels), 400)
     assert error == pytest.approx(resampled.standard_error, rel=0.15)
 
 
-def test_what_chance_does_to_perplexity(benchmark):
+def test_what_chance_does_to_perplexity():
     """The formula against resampling the texts, short ones and long ones."""
     generator = np.random.default_rng(1)
     tokens = generator.integers(20, 400, size=300)
@@ -344,55 +392,60 @@ def test_what_chance_does_to_perplexity(benchmark):
     resampled = scipy.stats.bootstrap(
         (losses, tokens), score, paired=True, vectorized=False, n_resamples=2000, method="percentile", rng=generator
     )
-    found = benchmark("metrics").metric("perplexity").compute(predictions=losses.tolist(), references=tokens.tolist())
-    assert found["perplexity"] == pytest.approx(score(losses, tokens))
-    assert found["perplexity_error"] == pytest.approx(resampled.standard_error, rel=0.1)
+    result = metric("perplexity").compute(predictions=losses.tolist(), references=tokens.tolist())
+    assert result["perplexity"] == pytest.approx(score(losses, tokens))
+    assert result["perplexity_error"] == pytest.approx(resampled.standard_error, rel=0.1)
     # A run without an error of its own has that of the dense model, in per cent.
-    assert benchmark("summary").chance("perplexity", 10.0, {"perplexity": 4.0, "perplexity_error": 0.1}) == pytest.approx(0.25)
+    assert summary.chance("perplexity", 10.0, {"perplexity": 4.0, "perplexity_error": 0.1}) == pytest.approx(0.25)
 
 
-def test_chance_stands_beside_the_dense_score(publish, tmp_path):
-    folder = files_of(tmp_path / "results", {("ours", 0.5, 16_000, "own", 0): 0.7, ("liar", 0.5, 16_000, "own", 0): 0.6})
-    (file,) = folder.glob("*-dense.json")
-    file.write_text(json.dumps({**json.loads(file.read_text()), "examples": 475}))
-    rows = body(publish.glue())
-    assert [row[4] for row in rows] == ["0.950 ± 0.010", "0.000", "1.000"]
+def test_the_dense_score_has_its_chance(pages, tmp_path):
+    folder = write_runs(tmp_path / "grid", {("ours", 0.5, 16_000, "own", 0): 0.7, ("liar", 0.5, 16_000, "own", 0): 0.6})
+    change_dense(folder, examples=475)
+    assert [row[4] for row in body(pages.glue())] == ["0.950 ± 0.010", "0.000", "1.000"]
 
 
-def files_of(folder, values, **coordinates):
-    """{(rule, keep, tokens, source, seed): accuracy} as result files of a task, and those of its dense model."""
+def write_runs(folder, values, **coordinates):
+    """{(rule, keep, tokens, source, seed): accuracy} as a file of records of a task, with that of its dense model."""
     shared = {"task": "glue-sst2", "model": "m", "criterion": "fluctuation", **coordinates}
-    folder.mkdir(exist_ok=True)
-    dense = {"accuracy": 0.95, "kl": 0.0, "agreement": 1.0}
-    (folder / f"{shared['task']}-{shared['model']}-dense.json").write_text(json.dumps(dense))
+    file = results.ResultFile(run_keys.grid_file(folder, shared["task"], shared["model"]))
+    dense = run_keys.dense_key(shared["task"], shared["model"])
+    if file.find(**dense) is None:
+        file.append({**dense, "accuracy": 0.95, "kl": 0.0, "agreement": 1.0})
     for (rule, keep, tokens, source, seed), value in values.items():
         where = {"rule": rule, "keep": keep, "tokens": tokens, "source": source, "seed": seed}
-        numbers = {"accuracy": value, "kl": 1 - value, "agreement": value, "seconds": 10 * value + seed}
-        name = "-".join(map(str, (*shared.values(), *where.values())))
-        (folder / f"{name}-seed{seed}.json").write_text(json.dumps({**shared, **where, **numbers}))
+        file.append({**shared, **where, "accuracy": value, "kl": 1 - value, "agreement": value, "seconds": 10 * value + seed})
     return folder
 
 
+def change(folder, change_record):
+    for path in folder.glob("*.jsonl"):
+        path.write_text("".join(results.line_of(change_record(record)) for record in results.read_records(path)))
+
+
+def change_dense(folder, **numbers):
+    change(folder, lambda record: record | numbers if record["rule"] == "dense" else record)
+
+
 @pytest.fixture
-def publish(benchmark, monkeypatch, tmp_path):
-    """The module, with the runs of the test's folder."""
-    module, summary = benchmark("publish"), benchmark("summary")
-    monkeypatch.setattr(module, "runs", lambda: summary.runs.__wrapped__(tmp_path / "results"))
-    return module
+def pages(monkeypatch, tmp_path):
+    """The module `publish`, with the runs of the test's folder."""
+    monkeypatch.setattr(publish, "runs", lambda: summary.runs.__wrapped__(tmp_path / "grid"))
+    return publish
 
 
 def body(text):
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines()[2:]]
 
 
-def test_pages_show_mean_and_standard_error_and_leave_out_what_is_missing(publish, tmp_path):
+def test_pages_show_mean_and_standard_error_and_leave_out_what_is_missing(pages, tmp_path):
     values = {("bias", 0.5, 16000, "own", 0): 0.6, ("bias", 0.5, 16000, "own", 1): 0.8, ("ours", 0.5, 16000, "own", 1): 0.9}
     values |= {("ours", 0.5, 16000, "own", 0): 0.9, ("liar", 0.5, 16000, "own", 0): 0.5, ("liar", 0.5, 16000, "own", 1): 0.5}
     values |= {("ours", 0.5, 16000, "own", 2): 0.1}  # the others have not had these texts
-    files_of(tmp_path / "results", values | {("bias", 0.7, 16000, "own", 0): 0.8, ("liar", 0.7, 16000, "own", 0): 0.75})
+    write_runs(tmp_path / "grid", values | {("bias", 0.7, 16000, "own", 0): 0.8, ("liar", 0.7, 16000, "own", 0): 0.75})
     wanda = {("ours", 0.5, 16000, "own", 0): 0.1, ("liar", 0.5, 16000, "own", 0): 0.05, ("ours", 0.3, 16000, "own", 0): 0.2}
-    files_of(tmp_path / "results", wanda, criterion="wanda")
-    text = publish.glue()
+    write_runs(tmp_path / "grid", wanda, criterion="wanda")
+    text = pages.glue()
     assert re.match(r"\| task \| kept \| number \| samples \| dense \| mask only \| .* \| \*\*ours\*\* \|\n", text)
     assert len(body(text)) == 6
     accuracy = body(text)[3]
@@ -402,33 +455,33 @@ def test_pages_show_mean_and_standard_error_and_leave_out_what_is_missing(publis
     assert body(text)[0][5:9] == ["", "**0.800**", "", "0.750"]
     assert body(text)[4][2:7] == ["kl ↓", "2", "0.000", "", "0.300 ± 0.100"]
     # Where one rule alone was run there is nothing to compare.
-    assert [[cell for cell in row[5:] if cell] for row in body(publish.glue("wanda"))][:1] == [["0.050", "**0.100**"]]
-    assert len(body(publish.glue("wanda"))) == 3
+    assert [[cell for cell in row[5:] if cell] for row in body(pages.glue("wanda"))][:1] == [["0.050", "**0.100**"]]
+    assert len(body(pages.glue("wanda"))) == 3
 
 
-def test_pages_compare_what_was_run_on_both_sides(publish, tmp_path):
+def test_pages_compare_what_was_run_on_both_sides(pages, tmp_path):
     own = {("ours", keep, 16000, "own", seed): keep + seed / 10 for keep in (0.5, 0.7) for seed in (0, 1, 2)}
-    trained = {("polish", 0.5, 16000, "own", seed): 0.9 for seed in (0, 2)}
+    trained = {("fine_tuning", 0.5, 16000, "own", seed): 0.9 for seed in (0, 2)}
     other = {("ours", 0.7, 16000, "c4-sentences", 0): 0.4, ("ours", 0.7, 1000, "own", 0): 0.3}
-    files_of(tmp_path / "results", own | trained | other)
-    assert body(publish.polish()) == [
+    write_runs(tmp_path / "grid", own | trained | other)
+    assert body(pages.fine_tuning()) == [
         ["glue-sst2", "50%", "16,000", "accuracy ↑", "2", "0.950", "0.600 ± 0.100", "**0.900 ± 0.000**"],
         ["glue-sst2", "50%", "16,000", "kl ↓", "2", "0.000", "0.400 ± 0.100", "**0.100 ± 0.000**"],
         ["glue-sst2", "50%", "16,000", "seconds ↓", "2", "", "7.0", "10.0"],
     ]
-    assert [row[1:5] for row in body(publish.other_texts())] == [
+    assert [row[1:5] for row in body(pages.other_texts())] == [
         ["70%", "16,000", source, number] for source in ("c4-sentences", "own") for number in ("accuracy ↑", "kl ↓")
     ]
-    assert [row[3] for row in body(publish.other_tokens())] == ["1,000"]
+    assert [row[3] for row in body(pages.other_tokens())] == ["1,000"]
 
 
-def test_selections_are_compared_on_the_texts_that_most_have_had(publish, tmp_path):
+def test_selections_are_compared_on_the_texts_that_most_have_had(pages, tmp_path):
     own = lambda *values: {("ours", keep, 16000, "own", seed): value for keep, seed, value in values}  # noqa: E731
-    files_of(tmp_path / "results", own((0.5, 0, 0.6), (0.5, 1, 0.8), (0.7, 0, 0.9)), criterion="random")
-    files_of(tmp_path / "results", own((0.5, 0, 0.65), (0.5, 2, 0.1)), criterion="kwon")
-    files_of(tmp_path / "results", own((0.5, 0, 0.7), (0.5, 1, 0.9)), criterion="reconstruction")
-    files_of(tmp_path / "results", {("liar", 0.7, 16000, "own", 0): 0.9}, criterion="wanda")
-    text = publish.criteria()
+    write_runs(tmp_path / "grid", own((0.5, 0, 0.6), (0.5, 1, 0.8), (0.7, 0, 0.9)), criterion="random")
+    write_runs(tmp_path / "grid", own((0.5, 0, 0.65), (0.5, 2, 0.1)), criterion="kwon")
+    write_runs(tmp_path / "grid", own((0.5, 0, 0.7), (0.5, 1, 0.9)), criterion="reconstruction")
+    write_runs(tmp_path / "grid", {("liar", 0.7, 16000, "own", 0): 0.9}, criterion="wanda")
+    text = pages.criteria()
     assert text.startswith("| task | kept | number | samples | dense | reconstruction | Kwon et al. | random |\n")
     # Sample 0 has three selections, sample 1 two, and sample 2 nothing to compare with; nor has the other share.
     shared = ["glue-sst2", "50%"]
@@ -436,8 +489,8 @@ def test_selections_are_compared_on_the_texts_that_most_have_had(publish, tmp_pa
         [*shared, "accuracy ↑", "1", "0.950", "**0.700**", "0.650", "0.600"],
         [*shared, "kl ↓", "1", "0.000", "**0.300**", "0.350", "0.400"],
     ]
-    files_of(tmp_path / "results", own((0.5, 1, 0.55)), criterion="kwon")
-    assert body(publish.criteria())[0] == [
+    write_runs(tmp_path / "grid", own((0.5, 1, 0.55)), criterion="kwon")
+    assert body(pages.criteria())[0] == [
         *shared,
         "accuracy ↑",
         "2",
@@ -448,64 +501,139 @@ def test_selections_are_compared_on_the_texts_that_most_have_had(publish, tmp_pa
     ]
 
 
-def test_standing_counts_cells_by_how_far_behind_the_default_is(publish, tmp_path):
-    def cells(keep, ours, best, *, source="own", seeds=(0,)):
+def test_wins_ties_and_losses_are_counted_by_how_far_behind_the_default_is(pages, tmp_path):
+    def runs(keep, ours, best, *, source="own", seeds=(0,)):
         return {(rule, keep, 16000, source, s): v for s in seeds for rule, v in (("ours", ours), ("liar", best), ("bias", 0.1))}
 
-    best = cells(0.7, 0.8, 0.8) | cells(0.5, 0.8, 0.7)
-    behind = cells(0.3, 0.8, 0.805) | cells(0.2, 0.8, 0.83)
-    alone = {("ours", 0.1, 16000, "own", 0): 0.5, ("polish", 0.1, 16000, "own", 0): 0.9}
+    best = runs(0.7, 0.8, 0.8) | runs(0.5, 0.8, 0.7)
+    behind = runs(0.3, 0.8, 0.805) | runs(0.2, 0.8, 0.83)
+    alone = {("ours", 0.1, 16000, "own", 0): 0.5, ("fine_tuning", 0.1, 16000, "own", 0): 0.9}
     # Within one standard error over the samples, of the two that are compared; others do not count.
-    spread = cells(0.5, 0.6, 0.55, source="c4", seeds=(0, 1)) | {("liar", 0.5, 16000, "c4", 1): 0.75}
-    wide = cells(0.3, 0.6, 0.66, source="c4", seeds=(0, 1)) | {("bias", 0.3, 16000, "c4", 1): 0.5}
-    folder = files_of(tmp_path / "results", best | behind | alone | spread | wide)
-    assert [row[:6] for row in body(publish.standing_of_rules())] == [
+    spread = runs(0.5, 0.6, 0.55, source="c4", seeds=(0, 1)) | {("liar", 0.5, 16000, "c4", 1): 0.75}
+    wide = runs(0.3, 0.6, 0.66, source="c4", seeds=(0, 1)) | {("bias", 0.3, 16000, "c4", 1): 0.5}
+    folder = write_runs(tmp_path / "grid", best | behind | alone | spread | wide)
+    assert [row[:6] for row in body(pages.win_tie_loss_of_rules())] == [
         [task, *row] for task in ("glue-sst2", "glue-*") for row in (["own", "4", "2", "0", "2"], ["c4", "2", "0", "1", "1"])
     ]
-    (file,) = folder.glob("*-dense.json")
-    file.write_text(json.dumps({**json.loads(file.read_text()), "examples": 475}))  # one standard error is 0.01 then
-    assert body(publish.standing_of_rules())[0][:6] == ["glue-sst2", "own", "4", "2", "1", "1"]
+    change_dense(folder, examples=475)  # one standard error is 0.01 then
+    assert body(pages.win_tie_loss_of_rules())[0][:6] == ["glue-sst2", "own", "4", "2", "1", "1"]
 
 
-def test_standing_on_average_is_of_relative_differences_to_the_next_rule(publish, tmp_path):
+def test_the_average_is_of_relative_differences_to_the_next_rule(pages, tmp_path):
     def runs(keep, ours, liar, bias):
         return {(rule, keep, 16000, "own", 0): v for rule, v in (("ours", ours), ("liar", liar), ("bias", bias))}
 
     missing = {("ours", 0.3, 16000, "own", 0): 0.9, ("bias", 0.3, 16000, "own", 0): 0.1}
-    files_of(tmp_path / "results", runs(0.7, 0.8, 0.4, 0.7) | runs(0.5, 0.6, 0.9, 0.1) | missing)
+    write_runs(tmp_path / "grid", runs(0.7, 0.8, 0.4, 0.7) | runs(0.5, 0.6, 0.9, 0.1) | missing)
     gains = np.log([0.8 / 0.4, 0.6 / 0.9])
     expected = ["LIAR", f"{gains.mean():.1%} ± {gains.std(ddof=1) / math.sqrt(2):.1%}"]
-    assert [row[6:] for row in body(publish.standing_of_rules())] == [expected, expected]
+    assert [row[6:] for row in body(pages.win_tie_loss_of_rules())] == [expected, expected]
 
 
-def test_standing_of_losses_is_by_the_least(publish, tmp_path):
+def test_less_of_a_loss_wins(pages, tmp_path):
     values = {("ours", 0.5, 16000, "own", 0): 0.6, ("liar", 0.5, 16000, "own", 0): 0.7}
-    folder = files_of(tmp_path / "results", values, task="tinystories")
-    for file in folder.glob("*.json"):
-        found = json.loads(file.read_text())
-        file.write_text(json.dumps(found | {"perplexity": 10 * found.get("accuracy", 0)}))
-    assert body(publish.standing_of_rules()) == [["tinystories", "own", "1", "1", "0", "0", "LIAR", "15.4%"]]
+    folder = write_runs(tmp_path / "grid", values, task="tinystories")
+    change(folder, lambda record: record | {"perplexity": 10 * record["accuracy"]})
+    assert body(pages.win_tie_loss_of_rules()) == [["tinystories", "own", "1", "1", "0", "0", "LIAR", "15.4%"]]
 
 
 # Tables of benchmarks that have results of their own, which are always there.
-ELSEWHERE = ("speed", "latency", "elimination", "elimination time", "dropping")
+ELSEWHERE = ("speed", "latency", "elimination", "elimination time")
 
 
-def test_pages_without_a_run_have_headings_only(publish):
-    of_the_ladder = {name: make for name, make in publish.TABLES.items() if name not in ELSEWHERE}
-    assert all(body(make()) == [] for make in of_the_ladder.values())
+def test_pages_without_a_run_have_headings_only(pages):
+    of_the_grid = {name: make for name, make in pages.TABLES.items() if name not in ELSEWHERE}
+    assert all(body(make()) == [] for make in of_the_grid.values())
 
 
-def test_pages_tell_models_apart(publish, tmp_path):
+def test_pages_tell_models_apart(pages, tmp_path):
     for model in ("small", "large"):
-        files_of(tmp_path / "results", {("ours", 0.5, 1000, "own", 0): 0.4}, model=model)
-    assert sorted(row[4] for row in body(publish.other_tokens())) == ["large", "small"]
+        write_runs(tmp_path / "grid", {("ours", 0.5, 1000, "own", 0): 0.4}, model=model)
+    assert sorted(row[4] for row in body(pages.other_tokens())) == ["large", "small"]
 
 
-def test_published_figures_show_every_rule(benchmark, publish, tmp_path):
-    values = {(rule, keep, 16000, "own", 0): 2 + keep for rule in publish.CLOSED_FORM for keep in (0.5, 0.7)}
-    files_of(tmp_path / "results", values)
+def test_published_figures_show_every_rule(pages, tmp_path):
+    values = {(rule, keep, 16000, "own", 0): 2 + keep for rule in pages.CLOSED_FORM for keep in (0.5, 0.7)}
+    write_runs(tmp_path / "grid", values)
     file = tmp_path / "deep" / "figure.svg"
-    benchmark("figures").published({"glue-sst2": publish.part(place=0)}, "keep", publish.CLOSED_FORM, file)
-    labels = benchmark("summary").LABELS
-    assert {labels[rule] for rule in publish.CLOSED_FORM} | {"dense"} <= set(re.findall(r"<!-- (.+?) -->", file.read_text()))
+    figures.published({"glue-sst2": pages.part(place=0)}, "keep", pages.CLOSED_FORM, file)
+    labels = summary.LABELS
+    assert {labels[rule] for rule in pages.CLOSED_FORM} | {"dense"} <= set(re.findall(r"<!-- (.+?) -->", file.read_text()))
+
+
+def test_masks_are_counted_by_their_label_sampling(pages, tmp_path):
+    runs = {(rule, 0.5, 16000, "own", seed): 0.5 for rule in ("ours", "liar") for seed in (0, 1, 2)}
+    folder = write_runs(tmp_path / "grid", runs, criterion="fisher")
+    change(folder, lambda run: run | {"labels": "by batch" if run["seed"] else "by sequence"} if "seed" in run else run)
+    write_runs(folder, runs, criterion="wanda")
+    assert body(pages.label_sampling()) == [["glue-sst2", "fisher", "1", "2"]]
+
+
+def test_every_table_is_in_the_benchmarks_page():
+    text = (publish.ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert {match["name"] for match in publish.RESULT_BLOCK.finditer(text)} == set(publish.TABLES)
+
+
+def test_the_committed_tables_are_current():
+    assert publish.stale() == []
+
+
+def test_committed_runs_are_there_once():
+    for path in (results.RESULTS / "grid").glob("*.jsonl"):
+        records = results.read_records(path)
+        assert path.read_bytes().endswith(b"\n")
+        keys = [tuple(record.get(name) for name in (*summary.SETTING, "rule")) for record in records]
+        assert len(set(keys)) == len(keys)
+        assert {run_keys.grid_file(path.parent, record["task"], record["model"]) for record in records} == {path}
+        assert sum(record["rule"] == "dense" for record in records) == 1
+
+
+def test_rules_of_a_setting_have_masks_of_one_label_sampling():
+    frame = summary.runs()
+    sampled = frame[frame["criterion"].isin(SAMPLE_LABELS)]
+    assert set(sampled["labels"]) <= {"by batch", "by sequence"}
+    assert sampled.groupby(summary.SETTING)["labels"].nunique().max() == 1
+    assert frame.loc[~frame["criterion"].isin(SAMPLE_LABELS), "labels"].isna().all()
+
+
+def test_the_error_of_a_subset_is_that_of_least_squares():
+    generator = np.random.default_rng(2)
+    x, weight = generator.normal(size=(50, 6)) @ generator.normal(size=(6, 6)), generator.normal(size=(6, 3))
+    unit_mask = remaining(torch.tensor([4, 1, 0, 5, 3, 2]), 4)
+    assert unit_mask.tolist() == [True, False, True, True, False, True]
+    kept = unit_mask.numpy()
+    missed = x @ weight - x[:, kept] @ np.linalg.lstsq(x[:, kept], x @ weight, rcond=None)[0]
+    assert error(torch.from_numpy(x.T @ x), torch.from_numpy(weight), unit_mask) == pytest.approx(np.square(missed).sum())
+
+
+@pytest.fixture
+def few_cases(monkeypatch):
+    some = {name: fitted_weights.CASES[name] for name in ("bert-layer-output", "gpt2")}
+    monkeypatch.setattr(fitted_weights, "CASES", some)
+
+
+def test_fitted_weights_are_equal_to_themselves(few_cases, tmp_path, capsys):
+    fitted_weights.save(tmp_path)
+    assert fitted_weights.compare(tmp_path)
+    assert capsys.readouterr().out.splitlines()[2:] == ["equal bert-layer-output", "equal gpt2"]
+
+
+@pytest.mark.parametrize(("change_weight", "near"), [(lambda x: x.nextafter(x + 1), True), (lambda x: x * 1.0001, False)])
+def test_a_changed_weight_is_seen(few_cases, tmp_path, capsys, change_weight, near):
+    fitted_weights.save(tmp_path)
+    path = tmp_path / "gpt2.safetensors"
+    weights = fitted_weights.load_file(path)
+    name = next(name for name, value in weights.items() if value.ndim == 2)
+    weights[name] = change_weight(weights[name])
+    fitted_weights.save_file(weights, path)
+    assert fitted_weights.compare(tmp_path) is near
+    assert re.search(r"differs by \d\.\de-\d\d gpt2", capsys.readouterr().out)
+
+
+def test_a_weight_of_another_shape_is_seen():
+    assert fitted_weights.difference({"a": torch.ones(2)}, {"a": torch.ones(3)}) == math.inf
+    assert fitted_weights.difference({"a": torch.ones(2)}, {"b": torch.ones(2)}) == math.inf
+    assert fitted_weights.difference({"a": torch.ones(2)}, {"a": torch.ones(2).double()}) == math.inf
+    nan = {"a": torch.tensor([1.0, torch.nan])}
+    assert fitted_weights.difference(nan, nan) == 0
+    assert fitted_weights.difference(nan, {"a": torch.tensor([1.0, 0.0])}) == math.inf

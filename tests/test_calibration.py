@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import liar
-from liar.batches import Calibration
-from liar.calibration import DOCUMENT, SHORTEST
+from liar.data import Calibration
+from liar.data.tokenise import DOCUMENT, SHORTEST
 from liar.errors import CalibrationError
 from liar.testing import tiny_model
 
@@ -122,8 +122,8 @@ LONG = "w1 " * 200
     ],
 )
 def test_short_texts_pairs_and_packed_sequences_are_not_taken_in_pieces(tokenizer, texts, options):
-    found = [real_ids(liar.calibration(texts, tokenizer, mixed_lengths=mixed, **options)) for mixed in (True, False)]
-    assert found[0] == found[1]
+    result = [real_ids(liar.calibration(texts, tokenizer, mixed_lengths=mixed, **options)) for mixed in (True, False)]
+    assert result[0] == result[1]
 
 
 @pytest.mark.parametrize("short", [True, False])
@@ -148,10 +148,10 @@ def test_a_tokenizer_that_gives_no_pieces(tokenizer):
         def __call__(self, text, truncation, max_length, return_overflowing_tokens=False):
             return dict(tokenizer(text, truncation=truncation, max_length=max_length))
 
-    wanted = {tuple(row) for row in real_ids(liar.calibration([LONG] * 9, tokenizer, max_length=64))}
+    expected = {tuple(row) for row in real_ids(liar.calibration([LONG] * 9, tokenizer, max_length=64))}
     rows = real_ids(liar.calibration([LONG] * 9, Slow(), max_length=64))
     assert len(rows) == 9
-    assert {tuple(row) for row in rows} <= wanted
+    assert {tuple(row) for row in rows} <= expected
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -193,11 +193,11 @@ def test_packing_joins_all_tokens_in_order(plain_tokenizer, lengths):
     full = [row for row in rows if len(row) == 8]
     rest = [row for row in rows if len(row) < 8]
     assert len(rest) == (len(words) % 8 > 0)
-    wanted = plain_tokenizer(" ".join(words))["input_ids"]
-    assert [token for row in (*full, *rest) for token in row] == wanted
+    expected = plain_tokenizer(" ".join(words))["input_ids"]
+    assert [token for row in (*full, *rest) for token in row] == expected
 
 
-def test_empty_texts_are_passed_over(tokenizer):
+def test_empty_texts_are_left_out(tokenizer):
     assert real_ids(liar.calibration(["", "w1", ""], tokenizer)) == [tokenizer("w1")["input_ids"]]
 
 

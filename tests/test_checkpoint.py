@@ -23,18 +23,21 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
 )
 
 import liar
-from liar import atomic, slim
 from liar.errors import CheckpointError
-from liar.families import discover
+from liar.io import atomic, versions
+from liar.models import discover
+from liar.surgery import cut_site
 
 BERT = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 64, "vocab_size": 100}
 LLAMA = {**BERT, "num_key_value_heads": 2, "max_position_embeddings": 64}
+GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 3, "vocab_size": 100, "n_positions": 64}
 CLASSES = [
     (BertModel, {}),
     (BertForMaskedLM, {}),
@@ -45,27 +48,31 @@ CLASSES = [
     (LlamaForCausalLM, {"num_key_value_heads": 4}),
     (LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
     (LlamaForSequenceClassification, {"num_labels": 3, "pad_token_id": 0}),
+    (GPT2LMHeadModel, {}),
+    (GPT2Model, {"n_inner": 48}),
 ]
 IDS = [f"{cls.__name__}-{'-'.join(more)}" for cls, more in CLASSES]
 
 
 def make(cls, seed=0, **more):
     torch.manual_seed(seed)
-    config = LlamaConfig(**{**LLAMA, **more}) if "Llama" in cls.__name__ else BertConfig(**{**BERT, **more})
-    return cls(config).eval()
+    config_class, sizes = {"Bert": (BertConfig, BERT), "Llam": (LlamaConfig, LLAMA), "GPT2": (GPT2Config, GPT2)}[
+        cls.__name__[:4]
+    ]
+    return cls(config_class(**{**sizes, **more})).eval()
 
 
 def cut(model, units=None, seed=0):
     """Cut every site, to a random number of units or to those named; the model and the mask."""
     draw = random.Random(seed)
-    keep = {}
+    masks = {}
     for site in discover(model).sites:
         count = units[site.kind] if units else draw.randint(1, site.units)
         kept = torch.zeros(site.units, dtype=torch.bool)
         kept[draw.sample(range(site.units), count)] = True
-        slim.cut_site(model.get_submodule(site.block), site, kept)
-        keep[site.name] = kept
-    return model, liar.Mask(keep)
+        cut_site(model.get_submodule(site.block), site, kept)
+        masks[site.name] = kept
+    return model, liar.Mask(masks)
 
 
 def ids(rows=2, length=9):
@@ -92,7 +99,7 @@ def test_round_trip_of_uneven_widths(cls, more, seed, tmp_path):
     assert type(again) is cls
     assert not again.training
     assert_same(model, again)
-    # Once more, from what was loaded: nothing is lost on the second way either.
+    # Once more, from what was loaded: nothing is lost the second time either.
     liar.save(again, tmp_path / "slim")
     assert_same(model, liar.load(tmp_path / "slim"))
 
@@ -262,6 +269,8 @@ def test_even_widths_load_without_liar(tmp_path):
         (BertForSequenceClassification, {"heads": 4, "neurons": 24}),
         (LlamaForCausalLM, {"heads": 1, "neurons": 24}),
         (LlamaForSequenceClassification, {"heads": 2, "neurons": 1}),
+        # GPT-2's `n_inner` is not in its configuration until it is pruned.
+        (GPT2LMHeadModel, {"heads": 4, "neurons": 24}),
     ]
     for cls, units in cases:
         model, _ = cut(make(cls, pad_token_id=0), units)
@@ -275,11 +284,10 @@ def test_even_widths_load_without_liar(tmp_path):
     assert done.stdout.strip() == "without liar"
 
 
-def test_unknown_family_loads_through_its_stock_class(tmp_path):
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=100, n_positions=32)).eval()
-    if model.config.model_type in {family.model_type for family in liar.families.registered()}:
-        pytest.skip("known by now")
+def test_unknown_family_loads_through_its_stock_class(tmp_path, registry):
+    registry.pop("gpt2")
+    model = make(GPT2LMHeadModel)
+    assert model.config.model_type not in {family.model_type for family in liar.families()}
     model.save_pretrained(tmp_path)
     assert_same(model, liar.load(tmp_path))
 
@@ -318,7 +326,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_folder(tmp_path):
     liar.save(models[24], tmp_path / "warm" / "up")
     pace = time.perf_counter() - began
     shutil.rmtree(tmp_path / "warm")
-    seen, inside = [], 0
+    widths, inside = [], 0
     for _ in range(30):
         number = child(save_for_ever, list(models.values()), target)
         time.sleep(draw.random() * 5 * pace)
@@ -326,9 +334,9 @@ def test_a_kill_at_any_moment_leaves_a_whole_folder(tmp_path):
         os.waitpid(number, 0)
         inside += any(path != target for path in tmp_path.iterdir())
         if target.exists():
-            seen.append(int((target / "which.txt").read_text()))
-            assert_same(models[seen[-1]], liar.load(target))
-    assert len(set(seen)) == 2, "the kills are to fall between several saves"
+            widths.append(int((target / "which.txt").read_text()))
+            assert_same(models[widths[-1]], liar.load(target))
+    assert len(set(widths)) == 2, "the kills are to fall between several saves"
     assert inside, "and some of them inside one"
     liar.save(make(BertModel), target)
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "what the killed runs left is gone"
@@ -497,8 +505,18 @@ def test_load_of_shapes_that_do_not_belong_together(tmp_path):
     model, _ = cut(make(LlamaForCausalLM), {"heads": 1, "neurons": 24})
     model.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 25, bias=False)
     model.save_pretrained(tmp_path)
-    message = r"neurons.1: expected tensors with one number of units, from 0 to \d+, got .*up_proj.weight \[25, 32\]"
+    message = r"neurons.1: expected tensors with one number of units, from 1 to 64, got .*up_proj.weight \[25, 32\]"
     with pytest.raises(CheckpointError, match=message):
+        liar.load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_load_of_a_site_without_units(tmp_path):
+    model = make(LlamaForCausalLM)
+    mlp = model.model.layers[1].mlp
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = (torch.nn.Linear(*size, bias=False) for size in ((32, 0), (32, 0), (0, 32)))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"neurons.1: expected .* from 1 to 64, got .*up_proj.weight \[0, 32\]"):
         liar.load(tmp_path)
 
 
@@ -506,9 +524,9 @@ def test_load_of_more_units_than_configured(tmp_path):
     liar.save(make(BertModel), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 8}))
-    with pytest.raises(CheckpointError, match=r"from 0 to 8, got .* do not belong together"):
+    with pytest.raises(CheckpointError, match=r"from 1 to 8, got .* do not belong together"):
         liar.load(tmp_path)
 
 
 def test_versions_name_this_library():
-    assert transformers.__version__ == liar.checkpoint.versions()["transformers"]
+    assert transformers.__version__ == versions()["transformers"]

@@ -7,27 +7,23 @@ import torch
 from cases import MODELS
 
 import liar
-from liar.costs import params
-from liar.criteria import CRITERIA, SCOPES, Budget, Units, allocate, scores
+from liar import options
 from liar.errors import BudgetError, OptionError
-from liar.families import discover
+from liar.models import discover
+from liar.options import SelectOptions
+from liar.selection import CRITERIA, Budget, Criterion, SiteWeights, allocate, params, register_criterion, scores
 from liar.statistics import ChannelMoments
 from liar.testing import tiny_batches, tiny_model
-
-PRODUCERS = {
-    "bert": {"heads": [f"attention.self.{name}" for name in ("query", "key", "value")], "neurons": ["intermediate.dense"]},
-    "llama": {"heads": [f"self_attn.{name}_proj" for name in "qkv"], "neurons": ["mlp.gate_proj", "mlp.up_proj"]},
-}
 
 
 def naive(criterion, model, batches, layer, kind):
     """Unit by unit, channel by channel, from the rows that enter the full model's consumer."""
     block = reference.blocks(model)[layer]
     consumer = block.get_submodule(reference.RESIDUALS[model.config.model_type][kind][0])
-    x, w = reference.look(model, batches, layer, kind)["x"], reference.numpy(consumer.weight)
+    x, w = reference.activations(model, batches, layer, kind)["x"], reference.numpy(reference.matrix(consumer)).T
     units = reference.units(model, kind)
     width = w.shape[1] // units
-    found = []
+    result = []
     for unit in range(units):
         score = 0.0
         for channel in range(unit * width, (unit + 1) * width):
@@ -37,28 +33,28 @@ def naive(criterion, model, batches, layer, kind):
                 score += np.sqrt(np.mean(x[:, channel] ** 2)) * np.sum(np.abs(w[:, channel]))
         if criterion == "magnitude":
             weights = [w[:, unit * width : (unit + 1) * width].ravel()]
-            for name in PRODUCERS[model.config.model_type][kind]:
-                rows = reference.numpy(block.get_submodule(name).weight)
-                per_unit = len(rows) // units
-                weights.append(rows[unit * per_unit : (unit + 1) * per_unit].ravel())
+            for name in reference.PRODUCERS[model.config.model_type][kind]:
+                layer_of_unit = block.get_submodule(name)
+                own = reference.kept_outputs(layer_of_unit, np.arange(units) == unit)
+                weights.append(reference.numpy(reference.matrix(layer_of_unit))[:, own].ravel())
             score = np.sqrt(np.mean(np.concatenate(weights) ** 2))
-        found.append(score)
-    return np.array(found)
+        result.append(score)
+    return np.array(result)
 
 
 @pytest.mark.parametrize("criterion", ["fluctuation", "wanda", "magnitude"])
-@pytest.mark.parametrize("name", ["bert", "bert-classifier", "llama", "llama-8q-2kv", "llama-wide-heads"])
+@pytest.mark.parametrize("name", ["bert", "bert-classifier", "llama", "llama-8q-2kv", "llama-wide-heads", "gpt2-lm"])
 def test_scores_equal_naive_loops(criterion, name):
     model = tiny_model(**MODELS[name])
     batches = tiny_batches(model, batches=2)
     layout = discover(model)
     for site in layout.sites:
         moments = ChannelMoments()
-        moments.update(torch.from_numpy(reference.look(model, batches, site.layer, site.kind)["x"]))
-        known = {"mean": moments.mean, "variance": moments.variance}
-        got = scores(criterion, Units.of(model.get_submodule(site.block), site, known))
-        want = naive(criterion, model, batches, site.layer, site.kind)
-        torch.testing.assert_close(got, torch.from_numpy(want), rtol=1e-6, atol=1e-9)
+        moments.update(torch.from_numpy(reference.activations(model, batches, site.layer, site.kind)["x"]))
+        collected = {"mean": moments.mean, "variance": moments.variance}
+        got = scores(criterion, SiteWeights.of(model.get_submodule(site.block), site, collected))
+        expected = naive(criterion, model, batches, site.layer, site.kind)
+        torch.testing.assert_close(got, torch.from_numpy(expected), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("criterion", ["fluctuation", "wanda", "magnitude"])
@@ -67,15 +63,15 @@ def test_select_keeps_the_best_units_of_every_site(criterion, name):
     """From end to end: no removed unit scores higher than a kept one of its site."""
     model = tiny_model(**MODELS[name])
     batches = tiny_batches(model)
-    mask = liar.select(model, batches, keep=0.5, criterion=criterion, scope="layer", progress=False)
+    mask = liar.select(model, batches, keep=0.5, criterion=criterion, widths="balanced", progress=False)
     for site in discover(model).sites:
-        want = naive(criterion, model, batches, site.layer, site.kind)
-        keep = mask[site.name].numpy()
-        assert 0 < keep.sum() < site.units
-        assert want[keep].min() > want[~keep].max()
+        expected = naive(criterion, model, batches, site.layer, site.kind)
+        kept = mask[site.name].numpy()
+        assert 0 < kept.sum() < site.units
+        assert expected[kept].min() > expected[~kept].max()
 
 
-def test_padding_has_no_say():
+def test_padding_does_not_matter():
     model = tiny_model("bert")
     batches = tiny_batches(model)
     other = [{**batch, "input_ids": batch["input_ids"].where(batch["attention_mask"].bool(), 9)} for batch in batches]
@@ -84,69 +80,88 @@ def test_padding_has_no_say():
         assert a == b
 
 
-@pytest.mark.parametrize("name", ["bert", "llama-8q-2kv"])
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.fixture(scope="module")
+def prepared():
+    """By name: a model and the statistics of all criteria, collected once."""
+    models = {name: tiny_model(**MODELS[name]) for name in ("bert", "llama-8q-2kv", "gpt2-lm")}
+    return {
+        name: (model, liar.collect(model, tiny_batches(model, batches=1), criteria=list(CRITERIA), progress=False))
+        for name, model in models.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-8q-2kv", "gpt2-lm"])
+@pytest.mark.parametrize("widths", ["free", "balanced"])
 @pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("keep", [0.35, 0.5, 0.77, 0.9, 0.999, 1.0, 1])
-def test_the_budget_is_met_and_never_exceeded(name, scope, criterion, keep):
-    model = tiny_model(**MODELS[name])
+def test_the_budget_is_met_and_never_exceeded(prepared, name, widths, criterion):
+    model, statistics = prepared[name]
     layout = discover(model)
-    mask = liar.select(model, tiny_batches(model, batches=1), keep=keep, criterion=criterion, scope=scope, progress=False)
-    got = mask.parameters(layout) / layout.parameters
-    assert keep - 0.01 <= got <= keep
-    assert mask.asked == keep
-    for site in layout.sites:
-        assert mask.kept(site.name) >= 1
-        assert len(mask[site.name]) == site.units
-    if keep == 1:
-        assert all(mask.whole(site.name) for site in layout.sites)
+    for keep in (0.35, 0.5, 0.77, 0.9, 0.999):
+        mask = liar.select(model, statistics, keep=keep, criterion=criterion, widths=widths, progress=False)
+        share = mask.parameters(layout) / layout.parameters
+        assert keep - 0.01 <= share <= keep
+        assert mask.requested == keep
+        for site in layout.sites:
+            assert mask.kept(site.name) >= 1
+            assert len(mask[site.name]) == site.units
+
+
+@pytest.mark.parametrize("widths", ["free", "balanced", "uniform"])
+@pytest.mark.parametrize("keep", [1.0, 1])
+def test_all_of_the_budget_keeps_everything(prepared, widths, keep):
+    model, statistics = prepared["bert"]
+    for criterion in CRITERIA:
+        for round_to in (1, 16):
+            how = {"criterion": criterion, "widths": widths, "round_to": round_to}
+            mask = liar.select(model, statistics, keep=keep, progress=False, **how)
+            assert all(mask.keeps_all(site.name) for site in discover(model).sites)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("scope", SCOPES)
-def test_the_least_budget_leaves_one_unit_everywhere(criterion, scope):
-    model = tiny_model("bert")
-    layout, batches = discover(model), tiny_batches(model, batches=1)
+@pytest.mark.parametrize("widths", ["free", "balanced"])
+def test_the_least_budget_leaves_one_unit_everywhere(prepared, criterion, widths):
+    model, statistics = prepared["bert"]
+    layout, how = discover(model), {"criterion": criterion, "widths": widths, "progress": False}
     floor = layout.kept_parameters({site.name: 1 for site in layout.sites}) / layout.parameters
-    mask = liar.select(model, batches, keep=floor + 1e-9, criterion=criterion, scope=scope, progress=False)
+    mask = liar.select(model, statistics, keep=floor + 1e-9, **how)
     assert [mask.kept(site.name) for site in layout.sites] == [1] * 4
     with pytest.raises(
         BudgetError, match=f"the least that is possible is {floor:.4f} of the parameters, with 1 heads, 1 neurons, 1"
     ):
-        liar.select(model, batches, keep=floor - 1e-3, criterion=criterion, scope=scope, progress=False)
+        liar.select(model, statistics, keep=floor - 1e-3, **how)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_layer_scope_keeps_equal_shares(criterion):
+def test_balanced_widths_keep_equal_shares(criterion):
     model = tiny_model("llama", num_key_value_heads=4)
-    mask = liar.select(model, tiny_batches(model), keep=0.5, criterion=criterion, scope="layer", progress=False)
+    mask = liar.select(model, tiny_batches(model), keep=0.5, criterion=criterion, widths="balanced", progress=False)
     for kind in ("heads", "neurons"):
         kept = [mask.kept(f"{kind}.{layer}") for layer in range(2)]
         assert abs(kept[0] - kept[1]) <= 1
 
 
-def test_global_scope_lets_sites_compete():
+def test_free_widths_let_sites_compete():
     """A site whose units are all alike but for a few keeps few of them."""
     model = tiny_model("bert")
     layout = discover(model)
-    budget = Budget.of(layout, params(model), 0.5)
+    budget = Budget.of(layout, params(model), SelectOptions(0.5))
     generator = torch.Generator().manual_seed(0)
-    found = {site.name: torch.rand(site.units, generator=generator, dtype=torch.float64) for site in layout.sites}
-    found["neurons.0"][:] = 0.1
-    found["neurons.0"][:3] = 5.0
-    mask = allocate(found, layout, budget, "global", sets={})
+    by_site = {site.name: torch.rand(site.units, generator=generator, dtype=torch.float64) for site in layout.sites}
+    by_site["neurons.0"][:] = 0.1
+    by_site["neurons.0"][:3] = 5.0
+    mask = allocate(by_site, layout, budget, "free")
     assert mask.kept("neurons.0") < mask.kept("neurons.1")
     assert bool(mask["neurons.0"][:3].all())
-    level = allocate(found, layout, budget, "layer", sets={})
-    assert abs(level.kept("neurons.0") - level.kept("neurons.1")) <= 1
+    balanced = allocate(by_site, layout, budget, "balanced")
+    assert abs(balanced.kept("neurons.0") - balanced.kept("neurons.1")) <= 1
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-def test_equal_scores_are_no_trouble(scope):
+@pytest.mark.parametrize("widths", ["free", "balanced"])
+def test_equal_scores_still_meet_the_budget(widths):
     model = tiny_model("bert")
     layout = discover(model)
     equal = {site.name: torch.ones(site.units, dtype=torch.float64) for site in layout.sites}
-    mask = allocate(equal, layout, Budget.of(layout, params(model), 0.5), scope, sets={})
+    mask = allocate(equal, layout, Budget.of(layout, params(model), SelectOptions(0.5)), widths)
     assert 0.49 < mask.parameters(layout) / layout.parameters <= 0.5
 
 
@@ -171,8 +186,8 @@ def test_the_dtype_of_the_model_hardly_matters():
     masks = [
         liar.select(m, tiny_batches(m), keep=0.5, progress=False) for m in (tiny_model(), tiny_model(dtype=torch.bfloat16))
     ]
-    agree = sum(int((masks[0][name] == masks[1][name]).sum()) for name in masks[0].keep)
-    assert agree > 0.9 * sum(len(keep) for keep in masks[0].keep.values())
+    agree = sum(int((masks[0][name] == masks[1][name]).sum()) for name in masks[0].masks)
+    assert agree > 0.9 * sum(len(units) for units in masks[0].masks.values())
 
 
 @pytest.mark.parametrize("keep", [0, -0.1, 1.0001, float("nan"), float("inf")])
@@ -188,3 +203,54 @@ def test_a_slim_model_can_be_selected_from():
     layout = discover(model)
     mask = liar.select(model, batches, keep=0.8, progress=False)
     assert 0.79 < mask.parameters(layout) / layout.parameters <= 0.8
+
+
+# Criteria of one's own
+
+
+@pytest.fixture
+def criteria():
+    """Criteria registered in a test are forgotten after it."""
+    tables = CRITERIA, options.CRITERIA
+    before = [dict(table) for table in tables]
+    yield CRITERIA
+    for table, content in zip(tables, before, strict=True):
+        table.clear()
+        table.update(content)
+
+
+def test_a_registered_criterion_is_used(criteria):
+    """By `select`, `collect` and `prune`; its statistics are collected, and high scores stay."""
+    model = tiny_model("bert")
+    batches = tiny_batches(model, batches=1)
+    with pytest.raises(OptionError, match="criterion='lively' is not known"):
+        liar.select(model, batches, keep=0.5, criterion="lively", progress=False)
+
+    def lively(units):
+        return units.per_channel(units.statistics["variance"]).sum(1)
+
+    register_criterion("lively", Criterion(lively, needs="channels"), "variance of the unit's activations")
+    assert options.CRITERIA["lively"] == "variance of the unit's activations"
+    statistics = liar.collect(model, batches, criteria=["lively"], progress=False)
+    mask = liar.select(model, statistics, keep=0.5, criterion="lively")
+    assert mask == liar.select(model, batches, keep=0.5, criterion="lively", progress=False)
+    variance = statistics.sites["neurons.0"]["variance"]
+    assert variance[mask["neurons.0"]].min() > variance[~mask["neurons.0"]].max()
+    report = liar.prune(model, batches, keep=0.5, criterion="lively", progress=False)
+    assert [site.kept for site in report.sites] == [mask.kept(site.site) for site in report.sites]
+
+
+@pytest.mark.parametrize("comparable", [True, False])
+def test_comparable_scores_compete_as_they_are(criteria, comparable):
+    """Neurons score between 2 and 3, heads between 0 and 1: only where that means something do all neurons stay."""
+    model = tiny_model("bert")
+    layout = discover(model)
+
+    def own(units):
+        count = len(units.consumer)
+        return torch.linspace(0, 1, count, dtype=torch.float64) + 2 * (count > 4)
+
+    register_criterion("own", Criterion(own, None, comparable), "for this test")
+    one_head = {site.name: 1 if site.kind == "heads" else site.units for site in layout.sites}
+    mask = liar.select(model, keep=layout.kept_parameters(one_head) / layout.parameters, criterion="own")
+    assert ({name: mask.kept(name) for name in mask.masks} == one_head) is comparable

@@ -1,4 +1,4 @@
-"""Whatever goes wrong is said in the library's own words, and leaves the user's model, modes, hooks and random state alone."""
+"""Whatever goes wrong is reported in the library's own words; the model, its hooks and the random state stay as they were."""
 
 import copy
 from collections.abc import Callable
@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 import liar
-from liar.errors import BudgetError, CalibrationError, LiarError, MaskError, ModelError, OptionError, Verdict
-from liar.testing import assert_same_state, guest_state, tiny_batches, tiny_model
+from liar.errors import BudgetError, CalibrationError, LiarError, MaskError, ModelError, OptionError
+from liar.selection import CRITERIA
+from liar.testing import assert_same_state, model_state, tiny_batches, tiny_model
+from liar.verdicts import Verdict
 
 HALF = {"neurons": torch.arange(64).repeat(2, 1) % 2 == 0}
 
@@ -27,7 +29,7 @@ def select(model, batches=None, **options):
 
 
 def heads(model):
-    return liar.families.discover(model)["heads.0"].units
+    return liar.discover(model)["heads.0"].units
 
 
 def used_up():
@@ -38,7 +40,7 @@ def used_up():
 
 def poisoned(model, value=float("nan"), layer=1):
     """A weight of a producer is damaged: the activations of `neurons.1` are not finite."""
-    block = model.get_submodule(liar.families.discover(model).blocks[layer])
+    block = model.get_submodule(liar.discover(model).blocks[layer])
     producer = block.intermediate.dense if model.config.model_type == "bert" else block.mlp.up_proj
     producer.weight.data[3, 5] = value
     return model
@@ -64,7 +66,7 @@ class Wrapped(nn.Module):
 
 
 def exchanged(model, make):
-    site = liar.families.discover(model).sites[-1]
+    site = liar.discover(model).sites[-1]
     owner, _, name = site.module.rpartition(".")
     parent = model.get_submodule(owner)
     setattr(parent, name, make(getattr(parent, name)))
@@ -130,15 +132,20 @@ RECONSTRUCT = {
     "empty list": Case(lambda m: reconstruct(m, {"neurons.1": []}), MaskError, r"neurons\.1 .*nothing is kept"),
     # the model
     "unknown family": Case(
-        reconstruct, ModelError, "known family .bert, llama.*got config.model_type='nobody-knows-this'.*register", renamed
+        reconstruct, ModelError, "known family .bert, gpt2, llama.*got config.model_type='nobody-knows-this'.*register", renamed
     ),
     "no configuration": Case(
         lambda m: reconstruct(m, batches=tiny_batches(tiny_model())), ModelError, "without config.model_type", nameless
     ),
     "quantised": Case(
-        reconstruct, ModelError, r"is a Quantised, expected nn\.Linear.*unquantised", lambda m: exchanged(m, Quantised)
+        reconstruct,
+        ModelError,
+        r"is a Quantised, expected Linear or Conv1D in float32.*unquantised",
+        lambda m: exchanged(m, Quantised),
     ),
-    "wrapped": Case(reconstruct, ModelError, r"is a Wrapped, expected nn\.Linear.*merge", lambda m: exchanged(m, Wrapped)),
+    "wrapped": Case(
+        reconstruct, ModelError, r"is a Wrapped, expected Linear or Conv1D.*merge", lambda m: exchanged(m, Wrapped)
+    ),
     "meta device": Case(
         lambda m: reconstruct(m, batches=tiny_batches(tiny_model())),
         ModelError,
@@ -218,7 +225,7 @@ RECONSTRUCT = {
         "expected a mapping.*got a tuple",
     ),
     "NaN in the weights": Case(
-        lambda m: reconstruct(m, target="same_input"),
+        lambda m: reconstruct(m, target="layer_output"),
         CalibrationError,
         r"neurons\.1 \(.*\): NaN or Inf in the activations",
         poisoned,
@@ -238,7 +245,7 @@ RECONSTRUCT = {
     ),
     # options
     "target": Case(
-        lambda m: reconstruct(m, target="dense"), OptionError, "target='dense' is not known; expected one of 'dense_stream'"
+        lambda m: reconstruct(m, target="dense"), OptionError, "target='dense' is not known; expected one of 'residual_stream'"
     ),
     "solver": Case(lambda m: reconstruct(m, solver="qr"), OptionError, "solver='qr'.*'cholesky'"),
     "bias": Case(lambda m: reconstruct(m, bias="no"), OptionError, "bias='no'.*'create'"),
@@ -255,9 +262,16 @@ SELECT = {
     "keep NaN": Case(lambda m: select(m, keep=float("nan")), OptionError, "keep=nan"),
     "keep too little": Case(lambda m: select(m, keep=0.01), BudgetError, "keep=0.01 cannot be met: the least that is"),
     "criterion": Case(lambda m: select(m, criterion="luck"), OptionError, "criterion='luck'.*'wanda'"),
-    "scope": Case(lambda m: select(m, scope="model"), OptionError, "scope='model'.*'layer', 'global'"),
+    "widths": Case(lambda m: select(m, widths="any"), OptionError, "widths='any'.*'free', 'balanced', 'uniform'"),
+    "budget": Case(lambda m: select(m, budget="time"), OptionError, "budget='time'.*'params', 'flops', 'latency'"),
+    "round_to": Case(lambda m: select(m, round_to=0), OptionError, "round_to=0: expected a whole number, at least 1"),
+    "protect": Case(
+        lambda m: select(m, protect="heads.0"), OptionError, "protect='heads.0': expected a list of names of sites"
+    ),
     "no batches given": Case(
-        lambda m: liar.select(m, keep=0.5), CalibrationError, "criterion='reconstruction' looks at activations"
+        lambda m: liar.select(m, keep=0.5),
+        CalibrationError,
+        "criterion='reconstruction' needs activations: pass calibration batches",
     ),
     "no batches": Case(lambda m: select(m, []), CalibrationError, "empty"),
     "ids too high": Case(lambda m: select(m, [torch.full((2, 5), 96)]), CalibrationError, "was another tokenizer used"),
@@ -282,16 +296,35 @@ SELECT = {
     "quantised": Case(select, ModelError, "Quantised", lambda m: exchanged(m, Quantised)),
 }
 
+PRUNE = {
+    "a number": Case(lambda m: liar.prune(m, 7, keep=0.5), CalibrationError, "expected a DataLoader .*got a int"),
+    "no batches given": Case(
+        lambda m: liar.prune(m, None, keep=0.5), CalibrationError, "expected a DataLoader .*got a NoneType"
+    ),
+    "used-up generator": Case(lambda m: liar.prune(m, used_up(), keep=0.5), CalibrationError, "empty.*used-up generator"),
+    "one string": Case(lambda m: liar.prune(m, "a text", keep=0.5), CalibrationError, "tokenise them first"),
+    "keep": Case(lambda m: liar.prune(m, tiny_batches(m), keep=0), OptionError, "keep=0: expected the share that stays"),
+    "solver": Case(lambda m: liar.prune(m, tiny_batches(m), keep=0.5, solver="qr"), OptionError, "solver='qr'"),
+    "too little": Case(lambda m: liar.prune(m, tiny_batches(m), keep=0.01), BudgetError, "keep=0.01 cannot be met"),
+    "unknown family": Case(lambda m: liar.prune(m, tiny_batches(m), keep=0.5), ModelError, "nobody-knows-this", renamed),
+    "meta device": Case(
+        lambda m: liar.prune(m, tiny_batches(tiny_model()), keep=0.5), ModelError, "meta device", lambda m: m.to("meta")
+    ),
+    "NaN": Case(
+        lambda m: liar.prune(m, tiny_batches(m), keep=0.5, progress=False), CalibrationError, r"neurons\.1.*NaN", poisoned
+    ),
+}
+
 CASES = [
     pytest.param(family, case, id=f"{verb}-{name}-{family}")
-    for verb, table in (("reconstruct", RECONSTRUCT), ("select", SELECT))
+    for verb, table in (("reconstruct", RECONSTRUCT), ("select", SELECT), ("prune", PRUNE))
     for name, case in table.items()
     for family in ("bert", "llama")
     if case.only in (None, family)
 ]
 
 
-def guest(model_type):
+def users_model(model_type):
     """A model as a user may bring it: half in training, some weights frozen, with hooks of its own."""
     model = tiny_model(model_type)
     model.train()
@@ -302,36 +335,44 @@ def guest(model_type):
     return model
 
 
+def recorded_state(model):
+    """`model_state`; a model on the meta device has no weights that could be compared."""
+    state = model_state(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        del state["weights"]
+    return state
+
+
 @pytest.mark.parametrize(("model_type", "case"), CASES)
 def test_a_mistake_is_named_and_changes_nothing(model_type, case):
-    model = case.damage(guest(model_type))
+    model = case.damage(users_model(model_type))
     torch.manual_seed(3)
-    meta = any(parameter.is_meta for parameter in model.parameters())
-    before = None if meta else guest_state(model)
+    before = recorded_state(model)
     with pytest.raises(case.error, match=f"(?s){case.says}"):
         case.call(model)
-    if not meta:
-        assert_same_state(model, before)
+    assert_same_state(model, before)
 
 
 @pytest.mark.parametrize(
-    "verb", [lambda m, b: reconstruct(m, batches=b), lambda m, b: liar.prune(m, b, keep=0.5, progress=False)]
+    "verb",
+    [lambda m, b: reconstruct(m, batches=b), lambda m, b: liar.prune(m, b, keep=0.5, progress=False)],
+    ids=["reconstruct", "prune"],
 )
 @pytest.mark.parametrize("where", ["first block", "last consumer", "middle of the second pass"])
 @pytest.mark.parametrize("raised", [RuntimeError, KeyboardInterrupt])
 def test_an_interruption_anywhere_changes_nothing(verb, where, raised):
     """Out of memory, Ctrl-C: not our errors, but the model is as before all the same."""
-    model = guest("bert")
-    passes = []
+    model = users_model("bert")
+    passes, last = [], 6 if where == "middle of the second pass" else 1
 
     def interrupt(*_):
         passes.append(1)
-        if where != "middle of the second pass" or len(passes) == 6:
+        if len(passes) == last:
             raise raised("planned")
 
     target = model.encoder.layer[0] if where == "first block" else model.encoder.layer[1].output.dense
     target.register_forward_pre_hook(interrupt)
-    before = guest_state(model)
+    before = model_state(model)
     with pytest.raises((raised, CalibrationError), match="planned"):
         verb(model, tiny_batches(model))
     assert_same_state(model, before)
@@ -358,7 +399,7 @@ def test_progress_bars_do_not_keep_an_error_from_the_user(capsys):
 def test_the_comparison_of_states_notices(damage):
     """Negative control of every test above."""
     model = tiny_model()
-    before = guest_state(model)
+    before = model_state(model)
     assert_same_state(model, before)
     damage(model)
     with pytest.raises(AssertionError, match="changed"):
@@ -368,10 +409,10 @@ def test_the_comparison_of_states_notices(damage):
 def test_success_leaves_the_rest_alone():
     """After a call that works: no hooks, modes as before, random state untouched, nothing recorded for autograd."""
     for verb in (reconstruct, lambda m: liar.prune(m, tiny_batches(m), keep=0.5, progress=False), select):
-        model = guest("llama")
-        before = guest_state(model)
+        model = users_model("llama")
+        before = model_state(model)
         verb(model)
-        after = guest_state(model)
+        after = model_state(model)
         for what in ("training modes", "hooks", "forward overrides", "gradient mode"):
             assert after[what] == before[what], what
         assert torch.equal(after["random state"], before["random state"])
@@ -379,11 +420,11 @@ def test_success_leaves_the_rest_alone():
         assert all(parameter.grad_fn is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("model_type", ["bert", "llama"])
+@pytest.mark.parametrize("model_type", ["bert", "llama", "gpt2"])
 def test_select_changes_nothing(model_type):
-    model = guest(model_type)
-    before = guest_state(model)
-    for criterion in ("fluctuation", "wanda", "magnitude", "random"):
+    model = users_model(model_type)
+    before = model_state(model)
+    for criterion in CRITERIA:
         select(model, criterion=criterion)
         assert_same_state(model, before)
 
@@ -412,7 +453,7 @@ def test_too_few_tokens_is_a_verdict():
     assert bool(torch.isfinite(model(**tiny_batches(model)[0])[0]).all())
 
 
-def test_a_slimmed_model_is_no_error():
+def test_a_pruned_model_is_no_error():
     model = tiny_model("llama")
     reconstruct(model)
     before = copy.deepcopy(model.state_dict())
@@ -421,7 +462,7 @@ def test_a_slimmed_model_is_no_error():
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     reconstruct(model, {"neurons": torch.arange(32).repeat(2, 1) % 2 == 0})
-    assert [site.units for site in liar.families.discover(model).of_kind("neurons")] == [16, 16]
+    assert [site.units for site in liar.discover(model).of_kind("neurons")] == [16, 16]
 
 
 def test_every_error_is_one_kind_of_value_error():

@@ -1,4 +1,4 @@
-"""The floor plan as data: imports point one way, the public names are what they are, and every example in a docstring runs."""
+"""The structure as data: imports point one way, the public names are what they are, and every example in a docstring runs."""
 
 import ast
 import doctest
@@ -16,68 +16,51 @@ import torch
 import liar
 from liar.testing import tiny_batches, tiny_model
 
-# Each room imports only from rooms that stand before it (docs: architecture).
+# Each package (or single file) imports only from those before it.
 ORDER = (
     "errors",
-    "sites",
-    "forms",
-    "mask",
-    "families",
-    "costs",
-    "batches",
+    "verdicts",
+    "options",
+    "models",
+    "data",
     "statistics",
-    "capture",
-    "streams",
-    "outputs",
-    "loss",
-    "gradients",
-    "moments",
-    "criteria",
-    "sensitivity",
-    "curves",
-    "collect",
     "solve",
-    "interpolation",
-    "fold",
-    "dropped",
-    "slim",
-    "timing",
+    "runtime",
+    "mask",
+    "surgery",
+    "analysis",
     "report",
-    "rebuild",
+    "repair",
+    "selection",
+    "io",
     "api",
-    "testing",
-    "atomic",
-    "shapes",
-    "checkpoint",
-    "plots",
-    "texts",
-    "calibration",
-    "run",
-    "arguments",
     "cli",
+    "testing",
 )
-# Tensors only: rooms of mathematics know neither models nor data, so nothing of what is listed here.
+# Tensors only: packages of mathematics know neither models nor data, so nothing but what is listed here.
 PURE = {
-    "statistics": {"errors"},
-    "solve": {"errors", "statistics"},
-    "fold": {"errors", "solve"},
-    "interpolation": {"errors", "solve", "statistics"},
     "errors": set(),
-    "sites": set(),
+    "verdicts": set(),
+    "options": {"errors"},
+    "statistics": {"errors"},
+    "solve": {"errors", "statistics", "verdicts"},
 }
 
 PUBLIC = (
+    "Calibration",
     "Costs",
+    "CriterionStatistics",
     "Family",
+    "FusedProducer",
     "Interpolation",
     "LiarError",
     "Mask",
     "Report",
     "SitePattern",
-    "Statistics",
     "Verdict",
     "calibration",
     "collect",
+    "discover",
     "families",
     "flops",
     "interpolation",
@@ -88,6 +71,7 @@ PUBLIC = (
     "prune",
     "reconstruct",
     "register",
+    "remove",
     "save",
     "select",
 )
@@ -100,50 +84,50 @@ def module_name(file):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def room(module):
+def package(module):
     return module.split(".")[1] if "." in module else ""
 
 
 def imported(source):
     """Full names of the modules of this library that a source text imports, wherever the import stands."""
-    found = set()
+    modules = {module_name(file) for file in FILES}
+    names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "liar"}
+            names |= {alias.name for alias in node.names if alias.name.split(".")[0] == "liar"}
         if isinstance(node, ast.ImportFrom):
             assert not node.level, "relative import"
-            if node.module == "liar":
-                found |= {f"liar.{alias.name}" if alias.name in ORDER else "liar" for alias in node.names}
-            elif node.module and node.module.startswith("liar."):
-                found.add(node.module)
-    return found
+            if node.module and node.module.split(".")[0] == "liar":
+                full = {f"{node.module}.{alias.name}" for alias in node.names}
+                names |= {name if name in modules else node.module for name in full}
+    return names
 
 
 def backward(own, names):
-    """The imports of a room that do not point to a room before it; the package itself stands behind all rooms."""
+    """The imports of a package that do not point to one before it; `liar` itself stands behind all."""
     allowed = ORDER[: ORDER.index(own) + 1]
-    return {name for name in names if room(name) not in allowed}
+    return {name for name in names if package(name) not in allowed}
 
 
-def test_every_file_is_in_a_room():
-    assert {room(module_name(file)) for file in FILES} - {""} == set(ORDER)
+def test_every_file_is_in_a_package():
+    assert {package(module_name(file)) for file in FILES} - {""} == set(ORDER)
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if room(module_name(file))], ids=module_name)
+@pytest.mark.parametrize("file", [file for file in FILES if package(module_name(file))], ids=module_name)
 def test_imports_point_one_way(file):
-    assert not backward(room(module_name(file)), imported(file.read_text(encoding="utf-8")))
+    assert not backward(package(module_name(file)), imported(file.read_text(encoding="utf-8")))
 
 
 def test_a_backward_import_is_seen():
-    lines = ("from liar.api import select", "import liar", "from liar import slim", "from liar.errors import LiarError")
+    lines = ("from liar.api import select", "import liar", "from liar import surgery", "from liar.errors import LiarError")
     source = "def f():\n    " + "\n    ".join(lines)
-    assert imported(source) == {"liar.api", "liar", "liar.slim", "liar.errors"}
-    assert backward("solve", imported(source)) == {"liar.api", "liar", "liar.slim"}
+    assert imported(source) == {"liar.api", "liar", "liar.surgery", "liar.errors"}
+    assert backward("solve", imported(source)) == {"liar.api", "liar", "liar.surgery"}
     assert backward("cli", imported(source)) == {"liar"}
 
 
 def test_files_do_not_import_each_other_in_circles():
-    """Inside a room as well: a package may not be imported by its own parts."""
+    """Inside a package as well: it may not be imported by its own parts."""
     graph = {module_name(file): imported(file.read_text(encoding="utf-8")) for file in FILES}
     assert set(TopologicalSorter(graph).static_order()) == set(graph)
     with pytest.raises(CycleError):
@@ -152,10 +136,10 @@ def test_files_do_not_import_each_other_in_circles():
 
 @pytest.mark.parametrize("name", PURE)
 def test_mathematics_knows_tensors_only(name):
-    sources = [file.read_text(encoding="utf-8") for file in FILES if room(module_name(file)) == name]
-    used = {room(module) for source in sources for module in imported(source)} - {name}
+    sources = [file.read_text(encoding="utf-8") for file in FILES if package(module_name(file)) == name]
+    used = {package(module) for source in sources for module in imported(source)} - {name}
     assert used <= PURE[name]
-    assert not any("transformers" in source for source in sources if name != "sites")
+    assert not any("transformers" in source for source in sources)
 
 
 def test_public_names():
@@ -166,10 +150,40 @@ def test_public_names():
 
 def test_importing_is_cheap_and_quiet():
     """No plotting library and no command line come with the library, and nothing is printed."""
-    code = "import liar, sys; print([name for name in ('matplotlib', 'typer', 'datasets', 'liar.cli') if name in sys.modules])"
+    names = "('matplotlib', 'typer', 'rich', 'datasets', 'liar.cli')"
+    code = f"""
+import sys, transformers
+before = set(sys.modules)
+import liar
+print([name for name in {names} if name in sys.modules and name not in before])
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert done.stderr == ""
+
+
+def test_the_library_works_without_the_extras():
+    """Without rich, typer, datasets and matplotlib a model is pruned, and its report printed as plain text."""
+    code = """
+import transformers, sys
+for name in ("rich", "rich.console", "rich.table", "typer", "datasets", "matplotlib", "matplotlib.figure"):
+    sys.modules[name] = None
+import liar
+from liar.testing import tiny_model, tiny_batches
+model = tiny_model("bert")
+report = liar.prune(model, tiny_batches(model), keep=0.5, progress=False)
+print(report)
+try:
+    next(liar.data.texts("a dataset"))
+except liar.LiarError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    title, headings, *rest = done.stdout.splitlines()
+    assert "of the block parameters kept (50.0% requested)" in title
+    assert headings.split("\t")[:3] == ["site", "kept", "of"]
+    assert [line.split("\t")[0] for line in rest[:4]] == ["heads.0", "neurons.0", "heads.1", "neurons.1"]
+    assert 'needs the package datasets, which is not installed: pip install "liar-prune[cli]"' in rest[-1]
 
 
 MODULES = ["liar", *(info.name for info in pkgutil.walk_packages(liar.__path__, "liar."))]
@@ -201,7 +215,7 @@ def test_examples_run(name, tmp_path, monkeypatch, tokenizer):
     assert not told, "".join(told)
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLIC if name != "families"])
+@pytest.mark.parametrize("name", PUBLIC)
 def test_every_public_name_shows_an_example(name):
     assert ">>> " in inspect.getdoc(getattr(liar, name))
 

@@ -20,49 +20,49 @@ def moments_of(x: torch.Tensor) -> Moments:
     return moments
 
 
-@pytest.mark.parametrize("keep", [[0, 2, 3], [5], [0, 1, 2, 3, 4]])
-def test_q_and_p_are_their_formulas(keep: list[int]) -> None:
+@pytest.mark.parametrize("kept", [[0, 2, 3], [5], [0, 1, 2, 3, 4]])
+def test_q_and_p_are_their_formulas(kept: list[int]) -> None:
     x = correlated(400, 6)
     mask = torch.zeros(6, dtype=torch.bool)
-    mask[keep] = True
-    found = liar.interpolation(moments_of(x), mask)
+    mask[kept] = True
+    result = liar.interpolation(moments_of(x), mask)
     u, m = x[:, mask], x[:, ~mask]
     centred = u - u.mean(0)
     q = torch.linalg.solve(centred.T @ centred, centred.T @ (m - m.mean(0)))
-    torch.testing.assert_close(found.Q, q)
-    torch.testing.assert_close(found.P, m.mean(0) - u.mean(0) @ q)
+    torch.testing.assert_close(result.Q, q)
+    torch.testing.assert_close(result.P, m.mean(0) - u.mean(0) @ q)
 
 
 def test_units_of_several_channels() -> None:
     x = correlated(400, 6)
-    found = liar.interpolation(moments_of(x), torch.tensor([True, False, True]))
-    assert found.kept.tolist() == [0, 1, 4, 5]
-    assert found.removed.tolist() == [2, 3]
-    assert found.Q.shape == (4, 2)
+    result = liar.interpolation(moments_of(x), torch.tensor([True, False, True]))
+    assert result.kept.tolist() == [0, 1, 4, 5]
+    assert result.removed.tolist() == [2, 3]
+    assert result.Q.shape == (4, 2)
 
 
-def test_folding_is_the_best_affine_rule_on_the_data() -> None:
+def test_interpolated_weights_are_the_best_affine_rule_on_the_data() -> None:
     x, mask = correlated(300, 5), torch.tensor([True, True, False, True, False])
     weight, bias = correlated(5, 4), torch.arange(4.0)
-    found = liar.interpolation(moments_of(x), mask)
-    new_weight, new_bias = found.folded(weight, bias)
+    result = liar.interpolation(moments_of(x), mask)
+    new_weight, new_bias = result.interpolate(weight, bias)
     target = x @ weight + bias
     rows = torch.cat([x[:, mask], torch.ones(300, 1, dtype=torch.float64)], 1)
     best = torch.linalg.lstsq(rows, target).solution
     torch.testing.assert_close(torch.cat([new_weight, new_bias[None]]), best)
 
 
-def test_collect_sees_what_the_consumer_reads_and_drops_padding() -> None:
+def test_moments_are_those_of_what_the_consumer_reads_without_padding() -> None:
     model = tiny_model("bert")
     batches = tiny_batches(model)
-    seen: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
     consumer = model.get_submodule("encoder.layer.1.output.dense")
-    handle = consumer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    handle = consumer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
     rows = []
     for batch in batches:
         model(**batch)
-        keep = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-        rows.append(seen.pop()[keep].double())
+        real = batch["attention_mask"].bool()
+        rows.append(inputs.pop()[real].double())
     handle.remove()
     x = torch.cat(rows)
     normal = liar.moments(model, batches, sites=["neurons.1"], progress=False)["neurons.1"].normal(affine=True)
@@ -71,7 +71,7 @@ def test_collect_sees_what_the_consumer_reads_and_drops_padding() -> None:
     torch.testing.assert_close(normal.gram, (x - x.mean(0)).T @ (x - x.mean(0)), rtol=1e-4, atol=1e-3)
 
 
-def test_unknown_site_and_unfit_mask_are_told() -> None:
+def test_unknown_site_and_unfit_mask_are_refused() -> None:
     model = tiny_model("bert")
     with pytest.raises(liar.LiarError, match=r"no such site: neurons\.99; expected some of heads\.0"):
         liar.moments(model, tiny_batches(model), sites=["neurons.99"])

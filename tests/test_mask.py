@@ -1,4 +1,4 @@
-"""Every form a mask may come in, every message, and the way to JSON and back."""
+"""Every format a mask may come in, every message, and the way to JSON and back."""
 
 import dataclasses
 
@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from liar import Mask
 from liar.errors import MaskError
-from liar.families import discover
+from liar.models import discover
 from liar.testing import tiny_model
 
 BERT = discover(tiny_model("bert"))
 HEADED = discover(tiny_model("bert", head="sequence-classification"))
 GROUPED = discover(tiny_model("llama", num_attention_heads=8, num_key_value_heads=2))
+FUSED = discover(tiny_model("gpt2"))
 
 ROWS = [[True, False, True, True], [False, True, False, False]]
 INDICES = [[0, 2, 3], [1]]
@@ -28,7 +29,7 @@ def assert_rows(mask, rows=ROWS, kind="heads"):
 
 
 @pytest.mark.parametrize(
-    "form",
+    "entries",
     [
         {"heads": torch.tensor(ROWS)},
         {"heads": torch.tensor(ROWS).float()},
@@ -49,14 +50,14 @@ def assert_rows(mask, rows=ROWS, kind="heads"):
         {"encoder.layer.0.attention.output.dense": ROWS[0], "encoder.layer.1.attention.output.dense": INDICES[1]},
         Mask({"heads.0": torch.tensor(ROWS[0]), "heads.1": torch.tensor(ROWS[1])}),
     ],
-    ids=lambda form: type(form).__name__,
+    ids=lambda entries: type(entries).__name__,
 )
-def test_forms(form):
-    mask = Mask.of(form, BERT)
+def test_formats(entries):
+    mask = Mask.of(entries, BERT)
     assert_rows(mask)
     # Sites that are not named stay whole.
-    assert all(mask.whole(f"neurons.{layer}") for layer in range(2))
-    assert list(mask.keep) == [site.name for site in BERT.sites]
+    assert all(mask.keeps_all(f"neurons.{layer}") for layer in range(2))
+    assert list(mask.masks) == [site.name for site in BERT.sites]
 
 
 def test_names_of_a_model_with_a_head():
@@ -75,14 +76,14 @@ def test_kinds_may_be_mixed():
 
 def test_an_empty_mapping_keeps_everything():
     mask = Mask.of({}, BERT)
-    assert all(mask.whole(site.name) for site in BERT.sites)
+    assert all(mask.keeps_all(site.name) for site in BERT.sites)
     assert mask.parameters(BERT) == BERT.parameters
 
 
-def test_the_asked_share_is_carried():
-    mask = Mask({"heads.0": torch.tensor(ROWS[0])}, asked=0.5)
-    assert Mask.of(mask, BERT).asked == 0.5
-    assert Mask.of({"heads": ROWS}, BERT).asked is None
+def test_the_requested_share_is_carried():
+    mask = Mask({"heads.0": torch.tensor(ROWS[0])}, requested=0.5)
+    assert Mask.of(mask, BERT).requested == 0.5
+    assert Mask.of({"heads": ROWS}, BERT).requested is None
 
 
 def test_masks_of_kwon():
@@ -125,7 +126,7 @@ def test_wrong_width_names_both_possibilities():
 
 
 @pytest.mark.parametrize(
-    ("form", "says"),
+    ("entries", "says"),
     [
         (
             {"heads": torch.ones(2, 3)},
@@ -147,7 +148,7 @@ def test_wrong_width_names_both_possibilities():
         ),
         ({"heads": torch.full((2, 4), float("nan"))}, "exactly 0 or 1"),
         ({"heads": torch.full((2, 4), 2)}, "exactly 0 or 1, got torch.int64"),
-        ({"heads": torch.zeros(2, 4)}, r"heads\.0 .*nothing is kept; keep at least one of 4 units, .*drop=True"),
+        ({"heads": torch.zeros(2, 4)}, r"heads\.0 .*nothing is kept; keep at least one of 4 units$"),
         ({"heads": [[0], []]}, r"heads\.1 .*nothing is kept"),
         ({"heads": [[False] * 4, [0]]}, r"heads\.0 .*nothing is kept"),
         ({"heads": [[0, 0], [1]]}, "each once and from 0 to 3, got 0, 0"),
@@ -168,40 +169,40 @@ def test_wrong_width_names_both_possibilities():
         (Mask({"heads.0": torch.full((4,), 0.3)}), "exactly 0 or 1"),
     ],
 )  # fmt: skip
-def test_messages(form, says):
+def test_messages(entries, says):
     with pytest.raises(MaskError, match=says):
-        Mask.of(form, BERT)
+        Mask.of(entries, BERT)
 
 
 def masks():
     """Any mask of the tiny BERT that keeps something everywhere."""
     row = {site.name: st.lists(st.booleans(), min_size=site.units, max_size=site.units).filter(any) for site in BERT.sites}
     rows = st.fixed_dictionaries(row)
-    asked = st.none() | st.floats(0.01, 1)
-    return st.builds(lambda keep, asked: Mask({name: torch.tensor(r) for name, r in keep.items()}, asked), rows, asked)
+    requested = st.none() | st.floats(0.01, 1)
+    return st.builds(lambda kept, share: Mask({name: torch.tensor(r) for name, r in kept.items()}, share), rows, requested)
 
 
 @given(mask=masks())
 def test_json_goes_round(mask):
     again = Mask.from_json(mask.to_json())
     assert again == mask
-    assert again.asked == mask.asked
+    assert again.requested == mask.requested
 
 
 @given(mask=masks())
-def test_every_form_of_a_mask_is_that_mask(mask):
+def test_every_format_of_a_mask_gives_that_mask(mask):
     heads = torch.stack([mask[f"heads.{layer}"] for layer in range(2)])
     neurons = torch.stack([mask[f"neurons.{layer}"] for layer in range(2)])
-    forms = [
+    formats = [
         mask,
-        mask.keep,
+        mask.masks,
         {"heads": heads, "neurons": neurons},
         {"heads": heads.numpy(), "neurons": neurons.double()},
         {kind: [row.nonzero().flatten().tolist() for row in rows] for kind, rows in (("heads", heads), ("neurons", neurons))},
-        {BERT[name].module: keep.tolist() for name, keep in mask.keep.items()},
+        {BERT[name].module: row.tolist() for name, row in mask.masks.items()},
     ]
-    for form in forms:
-        assert Mask.of(form, BERT) == mask
+    for entries in formats:
+        assert Mask.of(entries, BERT) == mask
 
 
 @given(mask=masks())
@@ -209,7 +210,7 @@ def test_counts(mask):
     removed = 0
     for site in BERT.sites:
         assert mask.kept(site.name) == sum(mask[site.name].tolist())
-        assert mask.whole(site.name) == (mask.kept(site.name) == site.units)
+        assert mask.keeps_all(site.name) == (mask.kept(site.name) == site.units)
         removed += site.parameters * (site.units - mask.kept(site.name))
     assert mask.parameters(BERT) == BERT.parameters - removed
 
@@ -219,46 +220,51 @@ def test_counts(mask):
 
 def units(mask):
     """Site name -> set of kept units."""
-    return {name: set(keep.nonzero().flatten().tolist()) for name, keep in mask.keep.items()}
-
-
-def meeting(first, second):
-    return all(units(first)[name] & units(second)[name] for name in first.keep)
+    return {name: set(row.nonzero().flatten().tolist()) for name, row in mask.masks.items()}
 
 
 @given(first=masks(), second=masks())
-def test_both_or_either_as_with_sets(first, second):
+def test_either_is_the_union(first, second):
     either = first | second
     assert units(either) == {name: kept | units(second)[name] for name, kept in units(first).items()}
     assert either == second | first
-    assert either.asked is None
-    if meeting(first, second):
-        both = first & second
-        assert units(both) == {name: kept & units(second)[name] for name, kept in units(first).items()}
-        assert both == second & first
-        assert both.asked is None
-        assert all(kept <= units(first)[name] for name, kept in units(both).items())
-        assert both | first == first == first & either
-    else:
-        with pytest.raises(MaskError, match="keeps nothing at"):
-            first & second
+    assert either.requested is None
+    assert first & either == first
+
+
+@given(first=masks(), other=masks(), shared=masks())
+def test_both_is_the_intersection(first, other, shared):
+    # Masks that have at least `shared` in common.
+    first, second = first | shared, other | shared
+    both = first & second
+    assert units(both) == {name: kept & units(second)[name] for name, kept in units(first).items()}
+    assert both == second & first
+    assert both.requested is None
+    assert both | first == first
+
+
+@given(mask=masks(), name=st.sampled_from([site.name for site in BERT.sites]))
+def test_nothing_in_common_is_refused(mask, name):
+    first, second = (torch.arange(BERT[name].units) < 2, torch.arange(BERT[name].units) >= 2)
+    with pytest.raises(MaskError, match=f"keeps nothing at {name}; keep at least one"):
+        Mask({**mask.masks, name: first}) & Mask({**mask.masks, name: second})
 
 
 @given(first=masks(), second=masks())
 def test_overlap_is_that_of_the_kept_sets(first, second):
-    found = first.overlap(second)
-    assert found == second.overlap(first)
-    assert list(found) == list(first.keep)
+    result = first.overlap(second)
+    assert result == second.overlap(first)
+    assert list(result) == list(first.masks)
     for name, kept in units(first).items():
         other = units(second)[name]
-        assert found[name] == len(kept & other) / len(kept | other)
-        assert (found[name] == 1) == (kept == other)
+        assert result[name] == len(kept & other) / len(kept | other)
+        assert (result[name] == 1) == (kept == other)
 
 
 @given(mask=masks())
 def test_a_mask_with_itself(mask):
     assert mask & mask == mask | mask == mask
-    assert mask.overlap(mask) == dict.fromkeys(mask.keep, 1.0)
+    assert mask.overlap(mask) == dict.fromkeys(mask.masks, 1.0)
 
 
 def test_shared_key_and_value_heads_are_compared_by_units():
@@ -271,9 +277,9 @@ def test_shared_key_and_value_heads_are_compared_by_units():
 
 def test_the_order_of_the_sites_does_not_matter():
     first, second = Mask.of({"heads": ROWS}, BERT), Mask.of({"heads": [[0], [1]]}, BERT)
-    turned = Mask(dict(reversed(second.keep.items())))
-    assert first & turned == first & second
-    assert list(first.overlap(turned)) == list(first.keep)
+    reordered = Mask(dict(reversed(second.masks.items())))
+    assert first & reordered == first & second
+    assert list(first.overlap(reordered)) == list(first.masks)
 
 
 def test_both_leave_the_masks_alone():
@@ -318,25 +324,25 @@ def test_masks_that_do_not_belong_together(join, other, says):
         join(Mask({"heads.0": torch.tensor(ROWS[0])}), other)
 
 
-# Index lists of what goes
+# Index lists of removed units
 
 
 QUERY, OUTPUT = "encoder.layer.0.attention.self.query", "encoder.layer.0.attention.output.dense"
 
 
 @given(mask=masks())
-def test_what_goes_is_the_rest_of_what_stays(mask):
-    gone = {name: (~keep).nonzero().flatten().tolist() for name, keep in mask.keep.items()}
-    assert Mask.from_removed(gone, BERT) == mask
+def test_removed_units_are_those_that_are_not_kept(mask):
+    removed = {name: (~row).nonzero().flatten().tolist() for name, row in mask.masks.items()}
+    assert Mask.from_removed(removed, BERT) == mask
     for number in range(4):
         # By every layer of a site in turn: the producers, of which neurons have one only, and the consumer.
         by_layer = {}
         for site in BERT.sites:
             edge = [*site.producers, site.consumer][number % (len(site.producers) + 1)]
             by_layer[f"{site.block}.{edge.module}"] = edge.channels(~mask[site.name]).tolist()
-        found = Mask.from_removed(by_layer, BERT)
-        assert found == mask
-        assert found.asked is None
+        result = Mask.from_removed(by_layer, BERT)
+        assert result == mask
+        assert result.requested is None
 
 
 def test_sites_that_are_not_named_stay_whole():
@@ -365,6 +371,48 @@ def test_shared_key_and_value_heads_go_with_their_query_heads():
         Mask.from_removed({"layers.0.self_attn.q_proj": list(range(16, 20))}, GROUPED)
     with pytest.raises(MaskError, match="each once and from 0 to 7, got 16, 17"):
         Mask.from_removed({"layers.0.self_attn.k_proj": wide}, GROUPED)
+
+
+def fused_channels(*heads):
+    """Output channels of the tiny GPT-2's `c_attn`: query, key and value of a head, 8 channels each, 32 apart."""
+    return [part * 32 + head * 8 + channel for part in range(3) for head in heads for channel in range(8)]
+
+
+def test_a_fused_layer_has_three_ranges_of_channels_per_unit():
+    expected = Mask.of({"heads.0": [0, 2]}, FUSED)
+    lists = {"h.0.attn.c_attn": fused_channels(1, 3), "h.0.attn.c_proj": [*range(8, 16), *range(24, 32)], "heads.0": [1, 3]}
+    for name, indices in lists.items():
+        assert Mask.from_removed({name: indices}, FUSED) == expected
+    assert Mask.from_removed({**lists, "h.0.attn.c_attn": fused_channels(3, 1)[::-1]}, FUSED) == expected
+    assert Mask.from_removed({"h.1.mlp.c_fc": [5], "h.1.mlp.c_proj": [5]}, FUSED).kept("neurons.1") == 127
+
+
+@pytest.mark.parametrize(
+    ("indices", "says"),
+    [
+        # Only the query of head 1: its key and its value are missing.
+        (list(range(8, 16)),
+         r"all 24 channels of a unit go or stay together; unit 1 of heads\.0 is channels 8 to 15, 40 to 47, 72 to 79 of this "
+         "layer, got 8 of them$"),
+        # Everything but one channel of the value of head 2.
+        (fused_channels(2)[:-1], r"unit 2 of heads\.0 is channels 16 to 23, 48 to 55, 80 to 87 of this layer, got 23 of them$"),
+        # As if the channels of a unit lay together.
+        (list(range(24)), r"got 8 of them; units 0, 1, 2 are mixed$"),
+        ([96], "each once and from 0 to 95, got 96"),
+        (list(range(96)), r"removed\['h\.0\.attn\.c_attn'\] of heads\.0: nothing is kept"),
+    ],
+)  # fmt: skip
+def test_parts_of_a_unit_of_a_fused_layer(indices, says):
+    with pytest.raises(MaskError, match=says):
+        Mask.from_removed({"h.0.attn.c_attn": indices}, FUSED)
+
+
+@given(kept=st.lists(st.booleans(), min_size=4, max_size=4).filter(any))
+def test_any_choice_of_heads_of_a_fused_layer(kept):
+    removed = fused_channels(*(head for head in range(4) if not kept[head]))
+    mask = Mask.from_removed({"h.1.attn.c_attn": removed}, FUSED)
+    assert mask["heads.1"].tolist() == kept
+    assert FUSED["heads.1"].producers[0].channels(~mask["heads.1"]).tolist() == sorted(removed)
 
 
 @pytest.mark.parametrize(
@@ -423,7 +471,7 @@ def test_a_mask_is_frozen_and_owns_its_tensors():
     row[:] = False
     assert mask.kept("heads.0") == 3
     with pytest.raises(dataclasses.FrozenInstanceError):
-        mask.asked = 1.0
+        mask.requested = 1.0
 
 
 def test_equality_sees_every_bit():

@@ -1,4 +1,4 @@
-"""Figures: what is drawn is what the report or the mask says; nothing else is needed."""
+"""Figures: they show what the report or the mask says, and need nothing else."""
 
 import itertools
 import sys
@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import liar
-from liar.errors import MaskError, Verdict
+from liar.errors import MaskError
 from liar.report import Report, SiteReport
+from liar.verdicts import Verdict
 
 pytest.importorskip("matplotlib")
 
@@ -30,7 +31,7 @@ def report():
         site("heads.2", 2, 4, nan, nan),
         site("neurons.2", 6, 60, 0.3, 0.2),
     ]
-    return Report(tuple(sites), 0.5, 0.497, (1000, 600), 12345, 10, {"target": "dense_stream"}, "float32", {"solve": 1.0})
+    return Report(tuple(sites), 0.5, 0.497, (1000, 600), 12345, 10, {"target": "residual_stream"}, "float32", {"solve": 1.0})
 
 
 def drawn_errors(axes):
@@ -118,8 +119,8 @@ def row(kept, units):
 
 @pytest.fixture
 def mask():
-    keep = {"heads.0": row({0, 2}, 4), "neurons.0": row(range(10), 60), "heads.1": row({3}, 4), "neurons.1": row(range(60), 60)}
-    return liar.Mask(keep, asked=0.5)
+    rows = {"heads.0": row({0, 2}, 4), "neurons.0": row(range(10), 60), "heads.1": row({3}, 4), "neurons.1": row(range(60), 60)}
+    return liar.Mask(rows, requested=0.5)
 
 
 def image(axes):
@@ -175,8 +176,8 @@ def test_layers_may_differ_or_be_missing():
 
 @pytest.mark.parametrize("layers", [1, 100])
 def test_a_mask_of_any_number_of_layers(layers):
-    keep = {f"{kind}.{layer}": row({0}, units) for layer in range(layers) for kind, units in (("heads", 2), ("neurons", 700))}
-    figure = liar.plot(liar.Mask(keep))
+    rows = {f"{kind}.{layer}": row({0}, units) for layer in range(layers) for kind, units in (("heads", 2), ("neurons", 700))}
+    figure = liar.plot(liar.Mask(rows))
     assert len(figure.axes[0].get_yticks()) <= 33
     assert figure.get_size_inches().max() <= 16
     figure.canvas.draw()
@@ -192,12 +193,12 @@ def test_a_file_of_a_mask_gives_the_same_figure(mask, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keep", "says"),
+    ("rows", "says"),
     [
         ({}, r'expected a mask of sites such as "heads\.0", got no site; see Mask\.of\(mask, layout\)'),
         ({"heads.0": row({0}, 2), "encoder.output.dense": row({0}, 2)}, r"got encoder\.output\.dense; see Mask\.of"),
     ],
 )  # fmt: skip
-def test_a_mask_without_sites_cannot_be_drawn(keep, says):
+def test_a_mask_without_sites_cannot_be_drawn(rows, says):
     with pytest.raises(MaskError, match=says):
-        liar.plot(liar.Mask(keep))
+        liar.plot(liar.Mask(rows))

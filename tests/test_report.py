@@ -1,6 +1,7 @@
 """Reports: to JSON and back with every number a float can be, and a table for people."""
 
 import json
+import sys
 from dataclasses import FrozenInstanceError, replace
 from math import inf, isnan, nan
 
@@ -20,8 +21,8 @@ SITE = SiteReport(
 REPORT = Report(
     sites=(replace(SITE, site="heads.3", verdict=Verdict.UNTOUCHED, before=0.0, after=0.0, ridge=nan, condition=nan), SITE,
            replace(SITE, site="neurons.4", verdict=Verdict.KEPT_BASELINE, before=nan, after=-inf, ridge=inf)),
-    asked=0.5, got=0.4987, parameters=(123456, 65432), tokens=5000, sequences=40,
-    options={"target": "dense_stream", "ridge": "auto", "solver": "auto", "bias": "keep"}, dtype="bfloat16",
+    requested=0.5, achieved=0.4987, parameters=(123456, 65432), tokens=5000, sequences=40,
+    options={"target": "residual_stream", "ridge": "auto", "solver": "auto", "bias": "preserve"}, dtype="bfloat16",
     seconds={"solve": 1.5, "statistics": 0.25},
 )  # fmt: skip
 
@@ -53,12 +54,12 @@ def test_the_json_is_strict():
 @given(
     numbers=st.tuples(*[st.floats(allow_nan=True, allow_infinity=True)] * 4),
     verdict=st.sampled_from(list(Verdict)),
-    asked=st.none() | st.floats(0.01, 1),
+    requested=st.none() | st.floats(0.01, 1),
 )
-def test_any_report_goes_round(numbers, verdict, asked):
+def test_any_report_goes_round(numbers, verdict, requested):
     before, after, ridge, condition = numbers
     site = replace(SITE, before=before, after=after, ridge=ridge, condition=condition, verdict=verdict)
-    report = replace(REPORT, sites=(site,), asked=asked)
+    report = replace(REPORT, sites=(site,), requested=requested)
     assert same(Report.from_json(report.to_json()), report)
 
 
@@ -69,14 +70,14 @@ def test_files(tmp_path):
 
 def test_a_report_is_frozen():
     with pytest.raises(FrozenInstanceError):
-        REPORT.got = 1.0
+        REPORT.achieved = 1.0
     with pytest.raises(FrozenInstanceError):
         SITE.kept = 1
 
 
 def test_the_table_says_what_happened():
     text = str(REPORT)
-    assert "49.9% of the block parameters kept (asked 50.0%)" in text
+    assert "49.9% of the block parameters kept (50.0% requested)" in text
     assert "123,456 to" in text.replace("\n", " ")
     rows = [line for line in text.splitlines() if "neurons.3" in line]
     assert len(rows) == 1
@@ -85,9 +86,20 @@ def test_the_table_says_what_happened():
     assert "kept_baseline" in next(line for line in text.splitlines() if "neurons.4" in line)
     # every verdict that occurs is explained once below the table
     for verdict in Verdict:
-        told = text.replace("\n", " ").count(f"{verdict.value}: ")
-        assert told == (verdict in REPORT.verdicts.values()), verdict
-    assert "asked" not in str(replace(REPORT, asked=None))
+        explained = text.replace("\n", " ").count(f"{verdict.value}: ")
+        assert explained == (verdict in REPORT.verdicts.values()), verdict
+    assert "requested" not in str(replace(REPORT, requested=None))
+
+
+def test_the_table_without_rich(monkeypatch):
+    """The library works without the command line's extras: the same cells, separated by tabs."""
+    rows = REPORT.rows()
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    lines = str(REPORT).splitlines()
+    assert lines[0].startswith("49.9% of the block parameters kept (50.0% requested); model 123,456 to 65,432 parameters;")
+    assert [tuple(line.split("\t")) for line in lines[2 : 2 + len(rows)]] == rows
+    assert rows[1] == ("neurons.3", "10", "64", "0.5000", "0.2500", "1e-02", "1e+03", "0.50", "ridged +bias")
+    assert [line.partition(": ")[0] for line in lines[2 + len(rows) :]] == ["kept_baseline", "ridged", "untouched"]
 
 
 def test_a_real_report():

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import absolute, centred, least_squares, squares
 
-from liar.errors import Verdict
-from liar.solve import fit, fit_drift, solve
+from liar.solve import RIDGES, SKETCH, fit, fit_drift, solve
+from liar.solve.ridge import sketch_of
 from liar.statistics import Factor, Folds, Moments
+from liar.verdicts import Verdict
 
 
 def tensor(values):
@@ -210,7 +211,7 @@ def test_removing_more_never_lowers_the_residual(seed, order, ridge, solver, sin
         start = tensor(p.start[list(order[:kept])])
         weight = start + solve(normal, start, tensor(ridge), solver).change
         residual = float(normal.error(weight, normal.mean_t - normal.mean_z @ weight))
-        assert residual >= previous - 1e-8 * normal.power
+        assert residual >= previous - 1e-8 * normal.target_energy
         previous = residual
 
 
@@ -234,17 +235,17 @@ def test_fit_solves_and_validates(solver, affine, ridge):
     want, want_bias = least_squares(p.z, p.t, p.start, bias, affine=affine, ridge=absolute(ridge, p.z, affine))
     torch.testing.assert_close(found.weight, tensor(want), rtol=1e-7, atol=1e-8)
     torch.testing.assert_close(found.bias, tensor(want_bias), rtol=1e-7, atol=1e-8)
-    before = after = power = 0.0
+    before = after = energy = 0.0
     for number in range(4):
         held = np.arange(200) % 4 == number
         z, t = p.z[~held], p.t[~held]
         weight, shift = least_squares(z, t, p.start, bias, affine=affine, ridge=absolute(ridge, z, affine))
         before += squares(p.z[held], p.t[held], p.start, bias)
         after += squares(p.z[held], p.t[held], weight, shift)
-        power += np.square(centred(p.t[held], affine)[0]).sum()
-    assert found.before == pytest.approx(before / power, rel=1e-7)
-    assert found.after == pytest.approx(after / power, rel=1e-7)
-    assert found.power == pytest.approx(np.square(centred(p.t, affine)[0]).sum() / 200)
+        energy += np.square(centred(p.t[held], affine)[0]).sum()
+    assert found.before == pytest.approx(before / energy, rel=1e-7)
+    assert found.after == pytest.approx(after / energy, rel=1e-7)
+    assert found.target_energy == pytest.approx(np.square(centred(p.t, affine)[0]).sum() / 200)
     assert found.ridge == ridge
     assert found.rank == 8
 
@@ -278,12 +279,100 @@ def test_condition_from_cholesky_is_a_lower_bound(ridge):
     assert 1 <= condition <= np.linalg.cond(z.T @ z + absolute(ridge, p.z, True) * np.eye(8)) * (1 + 1e-9)
 
 
-def test_auto_keeps_what_is_best_on_held_out_rows():
-    """Whatever is chosen, the choice is not worse than any fixed ridge that is among the possible ones, nor than nothing."""
-    p = problem(60, 20, 4, noise=5.0)
-    automatic = fitted(p, "auto", "auto", True)
-    assert automatic.after <= automatic.before
-    assert automatic.after <= min(fitted(p, "auto", ridge, True).after for ridge in (1e-2, 1.0)) * (1 + 1e-9)
+def held_out(p, affine, ridge, folds=4):
+    """Sums of squares on the held-out folds by hand, on the rows: (unchanged, bias alone refitted, updated with this ridge)."""
+    errors = np.zeros(3)
+    for fold in range(folds):
+        held = np.arange(len(p.z)) % folds == fold
+        z, t = p.z[~held], p.t[~held]
+        weight, bias = least_squares(z, t, p.start, p.bias, affine=affine, ridge=absolute(ridge, z, affine))
+        moved = t.mean(0) - z.mean(0) @ p.start if affine else p.bias
+        answers = [(p.start, p.bias), (p.start, moved), (weight, bias)]
+        errors += [squares(p.z[held], p.t[held], *answer) for answer in answers]
+    return errors
+
+
+# name -> (tokens, channels, outputs, noise), the ridge that the data asks for differs
+RIDGED = {
+    "no noise": (200, 8, 3, 1e-4),
+    "little noise": (120, 20, 5, 0.3),
+    "noise": (60, 20, 4, 3.0),
+    "much noise": (240, 20, 4, 6.0),
+    "as many outputs as the sketch": (60, 10, SKETCH, 2.0),
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("name", RIDGED)
+def test_the_chosen_ridge_is_the_best_of_all(name, affine, solver):
+    """Brute force over every ridge, by SVD on the rows. The start is near the truth, so noise asks for a stronger ridge."""
+    tokens, channels, out, noise = RIDGED[name]
+    p = problem(tokens, channels, out, noise=noise, mean=1.0 if affine else 0.0)
+    p = type(p)(p.z, p.t if affine else p.t - p.t.mean(0), p.start, p.bias if affine else np.zeros_like(p.bias))
+    errors = {ridge: held_out(p, affine, ridge)[2] for ridge in RIDGES}
+    unchanged, bias_only, _ = held_out(p, affine, RIDGES[0])
+    found = fitted(p, solver, "auto", affine)
+    assert min(errors.values()) < min(unchanged, bias_only), "the guard has no say here"
+    assert found.ridge == min(errors, key=errors.get)
+
+
+def test_the_ridges_of_these_problems_differ():
+    """Negative control: one ridge for all would fail the test above."""
+    chosen = {name: fitted(problem(*sizes[:3], noise=sizes[3]), "auto", "auto", True).ridge for name, sizes in RIDGED.items()}
+    assert len(set(chosen.values())) >= 4, chosen
+    assert chosen["no noise"] == min(RIDGES)
+
+
+@pytest.mark.parametrize("noise", [0.05, 1.0, 5.0])
+def test_a_sketch_of_many_outputs_chooses_a_ridge_as_good(noise):
+    """With more outputs than the sketch has columns, the choice is random but nearly the best."""
+    p = problem(90, 12, 3 * SKETCH, noise=noise)
+    errors = {ridge: held_out(p, True, ridge)[2] for ridge in RIDGES}
+    assert errors[fitted(p, "auto", "auto", True).ridge] <= 1.03 * min(errors.values())
+
+
+def test_a_sketch_has_few_columns_and_the_energy_of_all_outputs():
+    weight = torch.randn(5, 10 * SKETCH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    sketch = sketch_of(weight)
+    assert sketch.shape == (10 * SKETCH, SKETCH)
+    energy = float((weight @ sketch).square().sum() / weight.square().sum())
+    assert energy == pytest.approx(1.0, abs=0.2)
+    assert torch.equal(sketch_of(weight[:, :SKETCH]), torch.eye(SKETCH, dtype=torch.float64))
+
+
+def test_the_guard_keeps_the_weights_where_no_ridge_helps():
+    """Targets that have nothing to do with the rows, and weights at zero: whatever is fitted is chance."""
+    generator = np.random.default_rng(3)
+    p = problem(40, 20, 3)
+    p = type(p)(p.z, generator.normal(size=(40, 3)), np.zeros((20, 3)), np.zeros(3))
+    unchanged, bias_only, _ = held_out(p, True, 1.0)
+    assert all(held_out(p, True, ridge)[2] > min(unchanged, bias_only) for ridge in RIDGES), "no ridge helps"
+    found = fitted(p, "auto", "auto", True)
+    assert found.verdict is Verdict.KEPT_BASELINE
+    assert found.ridge == inf
+    assert torch.equal(found.weight, tensor(p.start))
+    assert found.after == pytest.approx(min(unchanged, bias_only) / squares_of_targets(p))
+    assert found.before == pytest.approx(unchanged / squares_of_targets(p))
+    assert fitted(p, "auto", 0.01, True).verdict is Verdict.RIDGED, "a number is used as it is"
+
+
+@pytest.mark.parametrize("shift", [0.0, 2.0])
+def test_the_guard_moves_the_bias_only_where_that_helps(shift):
+    """The same chance fit; targets with a mean ask for a new bias, targets without one for none."""
+    generator = np.random.default_rng(3)
+    p = problem(40, 20, 3)
+    t = generator.normal(size=(40, 3))
+    p = type(p)(p.z, t - t.mean(0) + shift, np.zeros((20, 3)), np.zeros(3))
+    found = fitted(p, "auto", "auto", True)
+    assert found.verdict is Verdict.KEPT_BASELINE
+    torch.testing.assert_close(found.bias, torch.full((3,), shift, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
+def squares_of_targets(p, folds=4):
+    """What held-out errors are relative to: the centred energy of the targets, fold by fold."""
+    parts = [p.t[np.arange(len(p.t)) % folds == fold] for fold in range(folds)]
+    return sum(np.square(part - part.mean(0)).sum() for part in parts)
 
 
 def test_auto_leaves_perfect_weights_alone():
@@ -293,18 +382,6 @@ def test_auto_leaves_perfect_weights_alone():
     found = fitted(type(p)(p.z, t, p.start, p.bias), "auto", "auto", True)
     torch.testing.assert_close(found.weight, tensor(p.start), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(found.bias, tensor(p.bias), rtol=1e-6, atol=1e-6)
-
-
-def test_kept_baseline_where_the_data_says_nothing():
-    """Targets unrelated to the rows, weights at zero: any fit is noise, and held-out rows say so."""
-    generator = np.random.default_rng(0)
-    p = problem(40, 20, 3)
-    p = type(p)(p.z, generator.normal(size=(40, 3)), np.zeros((20, 3)), np.zeros(3))
-    found = fitted(p, "auto", "auto", False)
-    assert found.after <= found.before
-    if found.ridge == inf:
-        assert found.verdict is Verdict.KEPT_BASELINE
-        assert torch.equal(found.weight, tensor(p.start))
 
 
 # Layers whose input has drifted
@@ -343,8 +420,8 @@ def test_the_ridge_of_a_drift_is_found():
 
 
 def drift_fitted(folds, weight, bias, affine, ridge):
-    whole, splits = folds.whole(affine=affine), folds.splits(affine=affine, channels=len(weight))
-    return fit_drift(whole, splits, torch.from_numpy(weight), torch.from_numpy(bias), ridge=ridge)
+    all_data, splits = folds.all_data(affine=affine), folds.splits(affine=affine, channels=len(weight))
+    return fit_drift(all_data, splits, torch.from_numpy(weight), torch.from_numpy(bias), ridge=ridge)
 
 
 def test_an_input_that_did_not_drift_changes_nothing():
@@ -352,7 +429,7 @@ def test_an_input_that_did_not_drift_changes_nothing():
     folds, same = Folds(4), torch.from_numpy(old)
     folds.update(same, same, [10] * 4)
     found, offset = fit_drift(
-        folds.whole(affine=True), folds.splits(affine=True, channels=7), torch.from_numpy(weight), torch.from_numpy(bias)
+        folds.all_data(affine=True), folds.splits(affine=True, channels=7), torch.from_numpy(weight), torch.from_numpy(bias)
     )
     torch.testing.assert_close(found, torch.from_numpy(weight), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(offset, torch.from_numpy(bias), rtol=1e-9, atol=1e-9)

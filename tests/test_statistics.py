@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from reference import centred, moments
 
 from liar.errors import CalibrationError
-from liar.statistics import ChannelMoments, Factor, Folds, Moments, Rows
+from liar.statistics import ChannelMoments, Factor, Folds, Moments, TokenIndex
 from liar.statistics.chunks import CHUNK, gram
 
 KINDS = [Moments, Factor]
@@ -33,7 +33,7 @@ def streamed(kind, z, t, sizes):
 
 def assert_normal(got, want, rtol=1e-10):
     """`want` is another Normal or a dict from the reference; compared by the scale of each quantity."""
-    for name in ("gram", "cross", "mean_z", "mean_t", "power"):
+    for name in ("gram", "cross", "mean_z", "mean_t", "target_energy"):
         expected = torch.as_tensor(want[name] if isinstance(want, dict) else getattr(want, name), dtype=torch.float64)
         scale = float(expected.abs().max()) + 1e-30
         torch.testing.assert_close(
@@ -260,9 +260,9 @@ def test_folds_split_every_row_once(kind):
     fold = torch.arange(900) % 5 % 4  # fold 0 has more rows than the others
     folds = Folds(4, kind)
     for part in torch.arange(900).split(110):
-        rows = Rows.of(torch.ones(1, len(part), dtype=torch.bool), fold[part], 4)
-        folds.update(rows(z[part][None]), rows(t[part][None]), rows.sizes)
-    assert_normal(folds.whole(affine=True), moments(z.numpy(), t.numpy(), True))
+        tokens = TokenIndex.of(torch.ones(1, len(part), dtype=torch.bool), fold[part], 4)
+        folds.update(tokens.gather(z[part][None]), tokens.gather(t[part][None]), tokens.sizes)
+    assert_normal(folds.all_data(affine=True), moments(z.numpy(), t.numpy(), True))
     splits = folds.splits(affine=True, channels=900)
     assert len(splits) == 4
     for number, (fitted, held) in enumerate(splits):
@@ -287,14 +287,14 @@ def test_one_fold_cannot_be_held_out():
     folds = Folds(4)
     folds.update(z, t, [0, 0, 50, 0])
     assert folds.splits(affine=True, channels=6) == []
-    assert folds.whole(affine=True).count == 50
+    assert folds.all_data(affine=True).count == 50
 
 
 def test_rows_are_the_kept_tokens_sorted_by_fold():
     value = torch.arange(12.0).reshape(2, 3, 2)
-    rows = Rows.of(torch.tensor([[True, False, True], [True, True, False]]), torch.tensor([1, 0, 1, 0]), 3)
-    assert rows.sizes == (2, 2, 0)
-    assert rows(value).tolist() == [[4, 5], [8, 9], [0, 1], [6, 7]]
+    tokens = TokenIndex.of(torch.tensor([[True, False, True], [True, True, False]]), torch.tensor([1, 0, 1, 0]), 3)
+    assert tokens.sizes == (2, 2, 0)
+    assert tokens.gather(value).tolist() == [[4, 5], [8, 9], [0, 1], [6, 7]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -310,7 +310,7 @@ def test_weighted_rows_count_as_often_as_their_weight_says(kind, affine):
     want = moments(z.numpy(), t.numpy(), affine, weight.numpy())
     for normal in (made.normal(affine=affine), halves[0].normal(affine=affine)):
         assert_normal(normal, want)
-        assert (normal.count, normal.total) == (5000, pytest.approx(float(weight.sum())))
+        assert (normal.count, normal.weight_sum) == (5000, pytest.approx(float(weight.sum())))
     whole = torch.randint(1, 4, (5000,), generator=torch.Generator().manual_seed(0))
     counted, copied = kind(), kind()
     counted.update(z, t, whole.double())
@@ -327,13 +327,13 @@ def test_the_gram_of_half_the_products_is_the_gram(channels):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("affine", [True, False])
 def test_another_target_from_the_same_sums(kind, affine):
-    """`through` is what streaming the new target would have given, but for its power."""
+    """`project_targets` is what streaming the new target would have given, but for its energy."""
     z, t = pair(400)
     weight, bias = torch.randn(3, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64) * affine
-    got = streamed(kind, z, t, 400).normal(affine=affine).through(weight, bias)
+    got = streamed(kind, z, t, 400).normal(affine=affine).project_targets(weight, bias)
     want = streamed(kind, z, t @ weight + bias, 400).normal(affine=affine)
-    assert got.power == 0
-    assert_normal(replace(got, power=want.power), want)
+    assert got.target_energy == 0
+    assert_normal(replace(got, target_energy=want.target_energy), want)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -353,3 +353,17 @@ def test_scale_is_the_mean_diagonal():
     z, t = pair(400)
     z_centred, _ = centred(z.numpy(), True)
     assert streamed(Moments, z, t, 400).normal(affine=True).scale == pytest.approx(np.square(z_centred).sum(0).mean())
+
+
+@pytest.mark.parametrize("kind", [*KINDS, ChannelMoments])
+def test_a_state_is_not_changed_by_later_rows(kind):
+    z, t = pair(tokens=3 * CHUNK)
+    rows_of = (z,) if kind is ChannelMoments else (z, t)
+    accumulator, again = kind(), kind()
+    accumulator.update(*rows_of)
+    state = accumulator.state_dict()
+    copied = pickle.loads(pickle.dumps(state))
+    accumulator.update(*(5 * rows for rows in rows_of))
+    again.load_state_dict(state)
+    for name, value in again.state_dict().items():
+        torch.testing.assert_close(value, copied[name], rtol=0, atol=0)

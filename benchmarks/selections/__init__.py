@@ -1,11 +1,10 @@
 """The selections, all under one signature: `selection(model, batches, keep, seed)` gives a `liar.Mask`.
 
-    from selections import SELECTIONS
+    from benchmarks.selections import SELECTIONS
     mask = SELECTIONS["kwon"](model, batches, 0.5, 0)
 
-Every criterion of the library (`dropping` is the default one with `drop=True`) and, one file each, whole procedures of others.
-The ladder's batches have no labels, and the procedures of others would not look at them. A criterion of the library also takes
-what `liar.collect` made of the batches.
+Every criterion of the library and, one file each, whole published methods. The batches of the grid have no labels, and the
+published methods would ignore them. A criterion of the library also takes what `liar.collect` made of the batches.
 """
 
 from __future__ import annotations
@@ -17,20 +16,21 @@ from typing import Any
 from torch import nn
 
 import liar
-from liar.criteria import CRITERIA
-from selections import kprune, kwon
-from selections.criterion import select
+from benchmarks.selections import kprune, kwon
+from benchmarks.selections.criterion import select
+from liar.selection import CRITERIA
 
 Select = Callable[[nn.Module, Any, float, int], liar.Mask]
 
 CRITERIA_ONLY: dict[str, Select] = {name: partial(select, criterion=name) for name in CRITERIA}
 # In the order of the tables: what looks at data, of the library and of others; then what does not.
 SELECTIONS: dict[str, Select] = {
-    **{name: made for name, made in CRITERIA_ONLY.items() if CRITERIA[name].needs},
+    **{name: selection for name, selection in CRITERIA_ONLY.items() if CRITERIA[name].needs},
     "kwon": kwon.select,
     "kprune": kprune.select,
-    **{name: made for name, made in CRITERIA_ONLY.items() if not CRITERIA[name].needs},
-    "dropping": partial(select, criterion="reconstruction", drop=True),
+    **{name: selection for name, selection in CRITERIA_ONLY.items() if not CRITERIA[name].needs},
 }
+# Those that sample labels from the model's own predictions where the batches have none.
+SAMPLE_LABELS = frozenset({"reconstruction", "fisher", "snip", "taylor", "kwon"})
 
-__all__ = ["SELECTIONS", "Select"]
+__all__ = ["SAMPLE_LABELS", "SELECTIONS", "Select"]

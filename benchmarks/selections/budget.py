@@ -1,4 +1,4 @@
-"""A share of the block parameters as the rivals' selections spend it: what a unit costs, and the best units that fit."""
+"""A share of the block parameters as the published methods spend it: what a unit costs, and the best units that fit."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from liar.costs import params
 from liar.errors import BudgetError
-from liar.sites import Site
+from liar.models import Site
+from liar.selection import params
 
 # Site and number of a unit.
 Unit = tuple[Site, int]
@@ -21,11 +21,11 @@ class Budget:
     """What units may cost.
 
     Attributes:
-        prices: parameters of one unit by site.
+        unit_costs: parameters of one unit by site.
         left: parameters that all units still to be decided may have together.
     """
 
-    prices: Mapping[str, float]
+    unit_costs: Mapping[str, float]
     left: float
 
     @classmethod
@@ -36,19 +36,19 @@ class Budget:
             BudgetError: not even one unit of every site fits.
         """
         costs = params(model)
-        prices = costs.prices
-        assert prices is not None, "parameters are the same for all units of a site"
+        unit_costs = costs.unit_costs
+        assert unit_costs is not None, "parameters are the same for all units of a site"
         left = keep * costs.dense - costs.fixed
-        if sum(prices.values()) > left:
-            least = (costs.fixed + sum(prices.values())) / costs.dense
+        if sum(unit_costs.values()) > left:
+            minimum = (costs.fixed + sum(unit_costs.values())) / costs.dense
             raise BudgetError(
-                f"one unit in each of {len(prices)} sites is {least:.4f} of the parameters; {keep:.4f} was asked for"
+                f"one unit in each of {len(unit_costs)} sites is {minimum:.4f} of the parameters; {keep:.4f} was requested"
             )
-        return cls(prices, left)
+        return cls(unit_costs, left)
 
     def cost(self, units: Iterable[Unit]) -> float:
         """Of some units together."""
-        return sum(self.prices[site.name] for site, _ in units)
+        return sum(self.unit_costs[site.name] for site, _ in units)
 
     def without(self, units: Iterable[Unit]) -> Budget:
         """What is left for the others once these units have been taken."""
@@ -64,16 +64,16 @@ class Budget:
         return units
 
 
-def ranked(worth: Mapping[str, Tensor], sites: Sequence[Site]) -> list[Unit]:
+def ranked(scores: Mapping[str, Tensor], sites: Sequence[Site]) -> list[Unit]:
     """All units of some sites: the best of every site, since one has to stay, and then all others, best first.
 
     Args:
-        worth: site name -> [units].
+        scores: site name -> [units].
         sites: whose units compete.
     """
-    best = {site.name: int(worth[site.name].argmax()) for site in sites}
+    best = {site.name: int(scores[site.name].argmax()) for site in sites}
     units = [(site, unit) for site in sites for unit in range(site.units)]
-    order = torch.cat([worth[site.name] for site in sites]).argsort(descending=True, stable=True).tolist()
+    order = torch.cat([scores[site.name] for site in sites]).argsort(descending=True, stable=True).tolist()
     others = (units[index] for index in order)
     return [(site, best[site.name]) for site in sites] + [(site, unit) for site, unit in others if best[site.name] != unit]
 

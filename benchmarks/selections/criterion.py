@@ -8,18 +8,12 @@ from typing import Any
 from torch import nn
 
 import liar
-from liar.criteria import CRITERIA
+from liar.selection import CRITERIA
 
 
 def select(
-    model: nn.Module,
-    batches: Sequence[Any] | liar.Statistics,
-    keep: float,
-    seed: int,
-    *,
-    criterion: str,
-    drop: bool = False,
+    model: nn.Module, batches: Sequence[Any] | liar.CriterionStatistics, keep: float, seed: int, *, criterion: str
 ) -> liar.Mask:
     """One budget for all sites where their scores are in one unit; elsewhere every layer keeps the same share."""
-    scope = "global" if CRITERIA[criterion].comparable else "layer"
-    return liar.select(model, batches, keep=keep, criterion=criterion, scope=scope, drop=drop, seed=seed, progress=False)
+    widths = "free" if CRITERIA[criterion].comparable else "balanced"
+    return liar.select(model, batches, keep=keep, criterion=criterion, widths=widths, seed=seed, progress=False)

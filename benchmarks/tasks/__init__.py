@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tasks.causal import TINYSTORIES, load_causal
-from tasks.encoder import STSB, embed, load_encoder
-from tasks.glue import GLUE_TASKS
-from tasks.passages import PASSAGES
-from tasks.table import SOURCES, Predictions, Task, read
+from benchmarks.tasks.causal import TINYSTORIES, load_causal
+from benchmarks.tasks.encoder import STSB, embed, load_encoder
+from benchmarks.tasks.glue import GLUE_TASKS
+from benchmarks.tasks.passages import PASSAGES
+from benchmarks.tasks.table import SOURCES, Predictions, Task, read
 
 TASKS = {task.name: task for task in (STSB, PASSAGES, *GLUE_TASKS, TINYSTORIES)}
 

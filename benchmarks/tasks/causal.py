@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from metrics import metric
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from tasks.table import Predictions, Task, read
+from benchmarks.metrics import metric
+from benchmarks.tasks.table import Predictions, Task, read
 
 MAX_LENGTH = 512
 # Whole next-token distributions are kept and compared for the first stories only.

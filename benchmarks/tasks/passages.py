@@ -11,18 +11,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from metrics import metric
 from torch import nn
 
-from tasks.encoder import embed, load_encoder
-from tasks.table import Predictions, Task, read
+from benchmarks.metrics import metric
+from benchmarks.tasks.encoder import embed, load_encoder
+from benchmarks.tasks.table import Predictions, Task, read
 
 # As many tokens as all-MiniLM-L6-v2 was made to read.
 MAX_LENGTH = 256
 
 
 @cache
-def asked(data_dir: Path, *, held_out: bool) -> tuple[list[str], list[str], list[int]]:
+def questions_and_paragraphs(data_dir: Path, *, held_out: bool) -> tuple[list[str], list[str], list[int]]:
     """The different paragraphs, the questions, and the number of each question's paragraph."""
     titles = set(json.loads((data_dir / "squad_v1.1/heldout_titles.json").read_text(encoding="utf-8")))
     rows = [row for row in read(data_dir, "squad_v1.1/dev.jsonl.gz") if (row["title"] in titles) is held_out]
@@ -32,7 +32,7 @@ def asked(data_dir: Path, *, held_out: bool) -> tuple[list[str], list[str], list
 
 def predict(model: nn.Module, tokenizer: Any, data_dir: Path) -> Predictions:
     """Embeddings of paragraphs and questions, each [texts, hidden]."""
-    paragraphs, questions, _ = asked(data_dir, held_out=True)
+    paragraphs, questions, _ = questions_and_paragraphs(data_dir, held_out=True)
     return {
         "paragraphs": embed(model, tokenizer, paragraphs, batch_size=32, max_length=MAX_LENGTH),
         "questions": embed(model, tokenizer, questions),
@@ -41,16 +41,16 @@ def predict(model: nn.Module, tokenizer: Any, data_dir: Path) -> Predictions:
 
 def score(predictions: Predictions, dense: Predictions, data_dir: Path) -> dict[str, float]:
     """Share of questions whose paragraph is nearest, mean cosines with the dense embeddings, number of questions."""
-    *_, right = asked(data_dir, held_out=True)
+    *_, right = questions_and_paragraphs(data_dir, held_out=True)
     nearest = (predictions["questions"] @ predictions["paragraphs"].T).argmax(1)
     cosines = {f"{name} cosine": float((predictions[name] * dense[name]).sum(1).mean()) for name in predictions}
-    found = metric("accuracy").compute(predictions=nearest.tolist(), references=right)
-    return {**found, **cosines, "examples": len(right)}
+    scores = metric("accuracy").compute(predictions=nearest.tolist(), references=right)
+    return {**scores, **cosines, "examples": len(right)}
 
 
 def own(data_dir: Path) -> list[str]:
     """Paragraphs and questions of the other articles."""
-    paragraphs, questions, _ = asked(data_dir, held_out=False)
+    paragraphs, questions, _ = questions_and_paragraphs(data_dir, held_out=False)
     return [*paragraphs, *questions]
 
 

@@ -66,8 +66,8 @@ class Task:
 
     def texts(self, data_dir: Path, source: str, seed: int) -> list[Text]:
         """Calibration texts of a source in the order of a seed."""
-        wanted = SOURCES[source]
-        texts = self.own(data_dir) if wanted.own else _c4(data_dir, sentences=wanted.sentences)
+        chosen = SOURCES[source]
+        texts = self.own(data_dir) if chosen.own else _c4(data_dir, sentences=chosen.sentences)
         return random.Random(seed).sample(texts, len(texts))
 
 

@@ -7,7 +7,8 @@ The unknown is the change `D = V - W_0` of the kept weights (W_0: what stays in 
 A ridge is relative: the number is multiplied by the mean diagonal of the Gram matrix.
 """
 
-from liar.solve.regression import RIDGES, SKETCH, Solution, check_ridge, fit, fit_drift
-from liar.solve.solvers import SOLVERS, solve
+from liar.solve.fit import Solution, fit, fit_drift
+from liar.solve.ridge import RIDGES, SKETCH
+from liar.solve.solvers import solve
 
-__all__ = ["RIDGES", "SKETCH", "SOLVERS", "Solution", "check_ridge", "fit", "fit_drift", "solve"]
+__all__ = ["RIDGES", "SKETCH", "Solution", "fit", "fit_drift", "solve"]

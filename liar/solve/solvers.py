@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import nan
 
 import torch
 from torch import Tensor
 
 from liar.statistics import Normal
-
-SOLVERS = ("auto", "cholesky", "eigh", "lstsq")
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ def cholesky(normal: Normal, rest: Tensor, ridges: Tensor) -> Solved | None:
     factor, info = torch.linalg.cholesky_ex(damped)
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
     condition = (diagonal.amax(-1) / diagonal.amin(-1)).square().max()
-    if bool((info != 0).any()) or not condition < 1 / normal.noise:
+    if bool((info != 0).any()) or not condition < 1 / normal.rank_tolerance:
         return None
     return Solved(torch.cholesky_solve(rest, factor), len(normal.gram), float(condition))
 
@@ -37,7 +34,7 @@ def eigh(normal: Normal, rest: Tensor, ridges: Tensor) -> Solved:
     """The same from one eigendecomposition, for every ridge; null directions get no change (the minimum norm)."""
     values, vectors = torch.linalg.eigh(normal.gram)
     largest = values[-1].clamp_min(torch.finfo(values.dtype).tiny)
-    live = values > normal.noise * largest
+    live = values > normal.rank_tolerance * largest
     damped = torch.where(live, 1 / (values.clamp_min(0) + ridges[..., None]).where(live, torch.ones_like(values)), 0.0)
     lowest = values[live].min() if bool(live.any()) else largest
     condition = ((largest + ridges) / (lowest + ridges)).max()
@@ -45,7 +42,7 @@ def eigh(normal: Normal, rest: Tensor, ridges: Tensor) -> Solved:
     return Solved(change, int(live.sum()), float(condition))
 
 
-def lstsq(normal: Normal, start: Tensor, ridges: Tensor) -> Solved:
+def lstsq(normal: Normal, weight: Tensor, ridges: Tensor) -> Solved:
     """The same through `torch.linalg.lstsq` on the streamed R factor: rows [R; sqrt(ridge) 1], batched over ridges.
 
     Runs on the CPU, where the driver (`gelsd`) gives the minimum norm for dependent columns.
@@ -56,27 +53,25 @@ def lstsq(normal: Normal, start: Tensor, ridges: Tensor) -> Solved:
     batch, channels = ridges.shape, z.shape[1]
     damp = ridges.sqrt()[..., None, None] * torch.eye(channels).to(z)
     left = torch.cat([z.expand(*batch, *z.shape), damp], -2)
-    right = (t - z @ start.cpu()).expand(*batch, -1, -1)
+    right = (t - z @ weight.cpu()).expand(*batch, -1, -1)
     right = torch.cat([right, right.new_zeros(*batch, channels, right.shape[-1])], -2)
-    found = torch.linalg.lstsq(left, right, rcond=normal.noise**0.5, driver="gelsd").solution
+    solution = torch.linalg.lstsq(left, right, rcond=normal.rank_tolerance**0.5, driver="gelsd").solution
     singular = torch.linalg.svdvals(z)
     largest = singular.max().clamp_min(torch.finfo(singular.dtype).tiny)
-    live = singular > normal.noise**0.5 * largest
+    live = singular > normal.rank_tolerance**0.5 * largest
     lowest = singular[live].min() if bool(live.any()) else largest
     condition = ((largest.square() + ridges) / (lowest.square() + ridges)).max()
-    return Solved(found.to(start.device), int(live.sum()), float(condition))
+    return Solved(solution.to(weight.device), int(live.sum()), float(condition))
 
 
-def solve(normal: Normal, start: Tensor, ridges: Tensor, solver: str) -> Solved:
-    """The change of `start` [channels, out] for every absolute ridge [*], by the named solver.
+def solve(normal: Normal, weight: Tensor, ridges: Tensor, solver: str) -> Solved:
+    """The change of `weight` [channels, out] for every absolute ridge [*], by the named solver.
 
     `auto` and `cholesky` try a Cholesky factorisation and turn to `eigh` when the Gram matrix is numerically singular;
     `Solved.rank` then tells. `lstsq` needs a `Normal` that was streamed as a `Factor`.
     """
-    if not len(start):
-        return Solved(start.expand(*ridges.shape, *start.shape), 0, nan)
     if solver == "lstsq":
-        return lstsq(normal, start, ridges)
-    rest = normal.cross - normal.gram @ start
-    found = None if solver == "eigh" else cholesky(normal, rest, ridges)
-    return found or eigh(normal, rest, ridges)
+        return lstsq(normal, weight, ridges)
+    rest = normal.cross - normal.gram @ weight
+    solved = None if solver == "eigh" else cholesky(normal, rest, ridges)
+    return solved or eigh(normal, rest, ridges)

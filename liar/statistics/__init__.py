@@ -2,8 +2,8 @@
 
 from liar.statistics.channels import ChannelMoments
 from liar.statistics.factor import Factor
-from liar.statistics.folds import Folds, Rows
+from liar.statistics.folds import Folds, TokenIndex
 from liar.statistics.moments import Moments
-from liar.statistics.normal import Normal
+from liar.statistics.normal import Normal, check_finite
 
-__all__ = ["ChannelMoments", "Factor", "Folds", "Moments", "Normal", "Rows"]
+__all__ = ["ChannelMoments", "Factor", "Folds", "Moments", "Normal", "TokenIndex", "check_finite"]

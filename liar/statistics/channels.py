@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,10 +27,26 @@ class ChannelMoments:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = x.mean(0)
         m2, mean = (x - mean).square().sum(0).double(), mean.double()
-        total, delta = self.count + len(x), mean - self._mean
-        self._m2 = self._m2 + m2 + delta.square() * self.count * len(x) / total
-        self._mean = self._mean + delta * len(x) / total
+        self._add(len(x), mean, m2)
+
+    def _add(self, count: int, mean: Tensor, m2: Tensor) -> None:
+        total, delta = self.count + count, mean - self._mean
+        self._m2 = self._m2 + m2 + delta.square() * self.count * count / total
+        self._mean = self._mean + delta * count / total
         self.count = total
+
+    def merge(self, other: ChannelMoments) -> None:
+        """Add another's rows. `other` keeps its content."""
+        if other.count:
+            self._add(other.count, other._mean, other._m2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on later."""
+        return {"count": self.count, "mean": self._mean, "m2": self._m2}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the content by what `state_dict` gave."""
+        self.count, self._mean, self._m2 = (state[name] for name in ("count", "mean", "m2"))
 
     @property
     def mean(self) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 CHUNK = 2048
 # Channels from which half a product is faster than a whole one.
 SYMMETRIC = 256
-# Share of a Gram matrix's largest eigenvalue below which a direction is rounding, by the precision of the products.
-NOISE = {torch.float32: 1e-7, torch.float64: 1e-13}
+# Share of a Gram matrix's largest eigenvalue below which a direction is rounding error, by the precision of the products.
+RANK_TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-13}
 
 
 class Chunks:
@@ -34,11 +34,11 @@ class Chunks:
         if self._rows < CHUNK:
             return
         rows = self._joined()
-        whole = self._rows // CHUNK * CHUNK
-        for start in range(0, whole, CHUNK):
+        full = self._rows // CHUNK * CHUNK
+        for start in range(0, full, CHUNK):
             yield _computed(part[start : start + CHUNK] for part in rows)
         # A view would keep the whole joined chunk alive.
-        self._waiting, self._rows = [tuple(part[whole:].clone() for part in rows)], self._rows - whole
+        self._waiting, self._rows = [tuple(part[full:].clone() for part in rows)], self._rows - full
 
     def rest(self) -> Iterator[tuple[Tensor, ...]]:
         """Give what is left, if anything."""
@@ -62,8 +62,8 @@ def gram(z: Tensor) -> Tensor:
     channels = z.shape[1]
     if channels < SYMMETRIC:
         return z.T @ z
-    half, made = channels // 2, z.new_empty(channels, channels)
-    made[:half, :half], made[half:, half:] = gram(z[:, :half]), gram(z[:, half:])
-    made[:half, half:] = z[:, :half].T @ z[:, half:]
-    made[half:, :half] = made[:half, half:].T
-    return made
+    half, result = channels // 2, z.new_empty(channels, channels)
+    result[:half, :half], result[half:, half:] = gram(z[:, :half]), gram(z[:, half:])
+    result[:half, half:] = z[:, :half].T @ z[:, half:]
+    result[half:, :half] = result[:half, half:].T
+    return result

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from liar.errors import CalibrationError
-from liar.statistics.chunks import NOISE, Chunks
+from liar.statistics.chunks import RANK_TOLERANCE, Chunks
 from liar.statistics.normal import NO_ROWS, Normal, check_finite
 
 
@@ -19,7 +21,7 @@ class Factor:
     def __init__(self) -> None:
         self._chunks = Chunks()
         self._count = 0
-        self._total = 0.0
+        self._weight_sum = 0.0
         self._channels = 0
         self._r: Tensor | None = None
 
@@ -33,10 +35,10 @@ class Factor:
         rows = torch.cat([root, z * root, t * root], 1).double()
         self._stack(rows, len(z), float(root.double().square().sum()), z.shape[1])
 
-    def _stack(self, rows: Tensor, count: int, total: float, channels: int) -> None:
+    def _stack(self, rows: Tensor, count: int, weight_sum: float, channels: int) -> None:
         check_finite(rows)
         self._count += count
-        self._total += total
+        self._weight_sum += weight_sum
         self._channels = channels
         self._r = torch.linalg.qr(rows if self._r is None else torch.cat([self._r, rows]), mode="r").R
 
@@ -50,13 +52,28 @@ class Factor:
         self._all()
         theirs = other._all()
         if theirs is not None:
-            self._stack(theirs, other._count, other._total, other._channels)
+            self._stack(theirs, other._count, other._weight_sum, other._channels)
 
     @property
     def count(self) -> int:
         """Rows so far."""
         self._all()
         return self._count
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on later: plain tensors and numbers."""
+        r = self._all()
+        if r is None:
+            return {}
+        return {"r": r, "count": self._count, "weight_sum": self._weight_sum, "channels": self._channels}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the content by what `state_dict` gave."""
+        self._chunks, self._count, self._weight_sum, self._channels, self._r = Chunks(), 0, 0.0, 0, None
+        if state:
+            self._r, self._count, self._weight_sum, self._channels = (
+                state[name] for name in ("r", "count", "weight_sum", "channels")
+            )
 
     def normal(self, *, affine: bool) -> Normal:
         """As `Moments.normal`, with `factor` set. The column of ones comes first, so what stands below it is centred."""
@@ -70,13 +87,13 @@ class Factor:
         reached = self._channels + 1 - skipped  # z is zero in all rows below
         return Normal(
             count=self._count,
-            total=self._total,
+            weight_sum=self._weight_sum,
             gram=z.T @ z,
             cross=z.T @ t,
-            power=float(t.square().sum()),
+            target_energy=float(t.square().sum()),
             mean_z=mean[1 : 1 + self._channels],
             mean_t=mean[1 + self._channels :],
             affine=affine,
-            noise=NOISE[torch.float64],
+            rank_tolerance=RANK_TOLERANCE[torch.float64],
             factor=(z[:reached], t[:reached]),
         )

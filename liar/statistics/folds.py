@@ -18,8 +18,8 @@ PLENTY = 10
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Which positions of a batch are rows of the statistics, sorted by fold.
+class TokenIndex:
+    """Which positions of a batch are real tokens, sorted by fold.
 
     Attributes:
         order: int64 [tokens], positions in the flattened batch.
@@ -30,18 +30,18 @@ class Rows:
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, keep: Tensor, fold: Tensor, folds: int) -> Rows:
-        """From `keep` bool [sequences, length] and the fold of each kept token, int64 [tokens]."""
-        order = keep.flatten().nonzero().squeeze(1)[fold.argsort(stable=True)]
+    def of(cls, token_mask: Tensor, fold: Tensor, folds: int) -> TokenIndex:
+        """From `token_mask` bool [sequences, length] and the fold of each real token, int64 [tokens]."""
+        order = token_mask.flatten().nonzero().squeeze(1)[fold.argsort(stable=True)]
         return cls(order, tuple(torch.bincount(fold, minlength=folds).tolist()))
 
-    def __call__(self, value: Tensor) -> Tensor:
+    def gather(self, value: Tensor) -> Tensor:
         """[sequences, length, channels] -> [tokens, channels]."""
         return value.flatten(0, 1).index_select(0, self.order)
 
 
 class Folds:
-    """One accumulator per fold of the calibration data, so that what is fitted can be tested on what was left out.
+    """One accumulator per fold of the calibration data, so that a fit can be tested on the fold it has not seen.
 
     Args:
         folds: how many.
@@ -61,7 +61,21 @@ class Folds:
             if size:
                 part.update(z[rows], t[rows], None if weight is None else weight[rows])
 
-    def whole(self, *, affine: bool) -> Normal:
+    def merge(self, other: Folds) -> None:
+        """Add another's rows, fold by fold. `other` keeps its content."""
+        for mine, theirs in zip(self._parts, other._parts, strict=True):
+            mine.merge(theirs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on later."""
+        return {"parts": [part.state_dict() for part in self._parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the content by what `state_dict` gave."""
+        for part, content in zip(self._parts, state["parts"], strict=True):
+            part.load_state_dict(content)
+
+    def all_data(self, *, affine: bool) -> Normal:
         """The normal equations of all rows."""
         normal: Normal = self._joined(self._parts).normal(affine=affine)
         return normal

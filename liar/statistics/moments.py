@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from liar.errors import CalibrationError
-from liar.statistics.chunks import NOISE, Chunks, gram
+from liar.statistics.chunks import RANK_TOLERANCE, Chunks, gram
 from liar.statistics.normal import NO_ROWS, Normal, check_finite
 
 
@@ -17,32 +17,33 @@ from liar.statistics.normal import NO_ROWS, Normal, check_finite
 class Sums:
     """Weighted sums over rows of (z - shift_z) and (t - shift_t), float64.
 
-    `count` is the number of rows, `total` the sum of their weights, `power` per target channel, `noise` as in `Normal`.
+    `count` is the number of rows, `weight_sum` the sum of their weights, `target_energy` that of each target channel,
+    `rank_tolerance` as in `Normal`.
     """
 
     count: int
-    total: float
+    weight_sum: float
     shift_z: Tensor
     shift_t: Tensor
     z: Tensor
     t: Tensor
     gram: Tensor
     cross: Tensor
-    power: Tensor
-    noise: float
+    target_energy: Tensor
+    rank_tolerance: float
 
     @classmethod
     def of(cls, z: Tensor, t: Tensor, weight: Tensor | None, shift_z: Tensor, shift_t: Tensor) -> Sums:
         """Sums of one chunk."""
-        z, t, total = z - shift_z.to(z), t - shift_t.to(t), float(len(z))
+        z, t, weight_sum = z - shift_z.to(z), t - shift_t.to(t), float(len(z))
         sums = z.sum(0), t.sum(0)
         if weight is not None:
-            root, total = weight.sqrt()[:, None], float(weight.sum(dtype=torch.float64))
+            root, weight_sum = weight.sqrt()[:, None], float(weight.sum(dtype=torch.float64))
             z, t = z * root, t * root
             sums = (root * z).sum(0), (root * t).sum(0)
         return cls(
             count=len(z),
-            total=total,
+            weight_sum=weight_sum,
             shift_z=shift_z,
             shift_t=shift_t,
             z=sums[0].double(),
@@ -50,8 +51,8 @@ class Sums:
             # Left in the precision of the product: adding it to float64 sums widens it on the way, without a copy.
             gram=gram(z),
             cross=z.T @ t,
-            power=t.square().sum(0).double(),
-            noise=NOISE[z.dtype],
+            target_energy=t.square().sum(0).double(),
+            rank_tolerance=RANK_TOLERANCE[z.dtype],
         )
 
     def __add__(self, other: Sums) -> Sums:
@@ -59,29 +60,29 @@ class Sums:
         return replace(
             self,
             count=self.count + other.count,
-            total=self.total + other.total,
+            weight_sum=self.weight_sum + other.weight_sum,
             z=self.z + other.z,
             t=self.t + other.t,
             gram=self.gram.add_(other.gram),
             cross=self.cross.add_(other.cross),
-            power=self.power + other.power,
-            noise=max(self.noise, other.noise),
+            target_energy=self.target_energy + other.target_energy,
+            rank_tolerance=max(self.rank_tolerance, other.rank_tolerance),
         )
 
     def at(self, shift_z: Tensor, shift_t: Tensor) -> Sums:
         """The same rows seen from another shift (a new object; nothing is shared)."""
-        dz, dt, n = self.shift_z - shift_z, self.shift_t - shift_t, self.total
+        dz, dt, n = self.shift_z - shift_z, self.shift_t - shift_t, self.weight_sum
         return Sums(
             count=self.count,
-            total=n,
+            weight_sum=n,
             shift_z=shift_z,
             shift_t=shift_t,
             z=self.z + n * dz,
             t=self.t + n * dt,
             gram=self.gram.clone().addr_(self.z, dz).addr_(dz, self.z + n * dz),
             cross=self.cross.clone().addr_(self.z, dt).addr_(dz, self.t + n * dt),
-            power=self.power + 2 * self.t * dt + n * dt.square(),
-            noise=self.noise,
+            target_energy=self.target_energy + 2 * self.t * dt + n * dt.square(),
+            rank_tolerance=self.rank_tolerance,
         )
 
 
@@ -134,19 +135,19 @@ class Moments:
             CalibrationError: no rows, or NaN or Inf among them.
         """
         sums = _checked(self._all())
-        n, zeros = sums.total, (torch.zeros_like(sums.z), torch.zeros_like(sums.t))
+        n, zeros = sums.weight_sum, (torch.zeros_like(sums.z), torch.zeros_like(sums.t))
         means = (sums.shift_z + sums.z / n, sums.shift_t + sums.t / n) if affine else zeros
         sums = sums.at(*means)
         return Normal(
             count=sums.count,
-            total=n,
+            weight_sum=n,
             gram=sums.gram,
             cross=sums.cross,
-            power=float(sums.power.sum()),
+            target_energy=float(sums.target_energy.sum()),
             mean_z=means[0],
             mean_t=means[1],
             affine=affine,
-            noise=sums.noise,
+            rank_tolerance=sums.rank_tolerance,
         )
 
     @property
@@ -156,9 +157,12 @@ class Moments:
         return 0 if sums is None else sums.count
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on later: plain tensors and the count."""
+        """Everything needed to go on later: plain tensors and numbers, which later rows do not change."""
         sums = self._all()
-        return {} if sums is None else {field.name: getattr(sums, field.name) for field in fields(sums)}
+        if sums is None:
+            return {}
+        own = sums.at(sums.shift_z, sums.shift_t)
+        return {field.name: getattr(own, field.name) for field in fields(own)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the content by what `state_dict` gave."""
@@ -171,5 +175,5 @@ class Moments:
 def _checked(sums: Sums | None) -> Sums:
     if sums is None:
         raise CalibrationError(NO_ROWS)
-    check_finite(sums.gram, sums.cross, sums.power)
+    check_finite(sums.gram, sums.cross, sums.target_energy)
     return sums

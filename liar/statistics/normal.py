@@ -28,27 +28,27 @@ class Normal:
 
     Attributes:
         count: number of rows (tokens).
-        total: sum of the rows' weights (their number where they have none); all sums below are weighted.
+        weight_sum: sum of the rows' weights (their number where they have none); all sums below are weighted.
         gram: [channels, channels], `z' z` (centred if `affine`).
         cross: [channels, out], `z' t` (centred if `affine`).
-        power: sum of squares of t (centred if `affine`).
+        target_energy: sum of squares of t (centred if `affine`).
         mean_z: [channels]; zero if not `affine`.
         mean_t: [out]; zero if not `affine`.
         affine: whether an intercept is part of the model.
-        noise: share of the largest eigenvalue of the Gram matrix below which a direction is rounding error.
+        rank_tolerance: share of the largest eigenvalue of the Gram matrix below which a direction is rounding error.
         factor: R of the QR decomposition of z and the rotated t, ([channels, channels], [channels, out]), where it was
             streamed (`Factor`).
     """
 
     count: int
-    total: float
+    weight_sum: float
     gram: Tensor
     cross: Tensor
-    power: float
+    target_energy: float
     mean_z: Tensor
     mean_t: Tensor
     affine: bool
-    noise: float
+    rank_tolerance: float
     factor: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -56,16 +56,16 @@ class Normal:
         """Mean diagonal of the Gram matrix: the unit of a relative ridge."""
         return float(self.gram.diagonal().mean())
 
-    def through(self, weight: Tensor, bias: Tensor) -> Normal:
+    def project_targets(self, weight: Tensor, bias: Tensor) -> Normal:
         """The same rows with the target `t weight + bias` instead of t: weight [out, new out], bias [new out].
 
-        The power of the new target is not known from these sums and left out (0): errors are then all smaller by it.
+        The energy of the new target is not known from these sums and left out (0): errors are then all smaller by it.
         """
         return replace(
             self,
             cross=self.cross @ weight,
             mean_t=self.mean_t @ weight + bias if self.affine else self.mean_t @ weight,
-            power=0.0,
+            target_energy=0.0,
             factor=self.factor and (self.factor[0], self.factor[1] @ weight),
         )
 
@@ -76,4 +76,4 @@ class Normal:
         """
         quadratic = (weight * (self.gram @ weight - 2 * self.cross)).sum((-2, -1))
         offset = self.mean_t - self.mean_z @ weight - bias
-        return quadratic + self.power + self.total * offset.square().sum(-1)
+        return quadratic + self.target_energy + self.weight_sum * offset.square().sum(-1)

@@ -8,7 +8,7 @@ Example:
 """
 
 from liar.testing.contract import check_family
-from liar.testing.guest import assert_same_state, guest_state
+from liar.testing.state import assert_same_state, model_state
 from liar.testing.tiny import tiny_batches, tiny_model
 
-__all__ = ["assert_same_state", "check_family", "guest_state", "tiny_batches", "tiny_model"]
+__all__ = ["assert_same_state", "check_family", "model_state", "tiny_batches", "tiny_model"]

@@ -1,4 +1,4 @@
-"""What the checks compare: models with units cut off, and their outputs at the tokens that are kept."""
+"""What the checks compare: outputs of models at their real tokens."""
 
 from __future__ import annotations
 
@@ -7,25 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from liar import slim
-from liar.batches import Calibration
-from liar.families import base_and_prefix
-from liar.mask import Mask
-from liar.sites import Layout
-
-
-def without(model: nn.Module, layout: Layout, mask: Mask) -> None:
-    """Remove units for good and repair nothing."""
-    for name in layout.blocks:
-        block = model.get_submodule(name)
-        student = slim.student(block)
-        for site in layout.of_block(name):
-            slim.cut_site(student, site, mask[site.name])
-        slim.adopt(block, student)
+from liar.data import Calibration
+from liar.models import base_and_prefix
 
 
 def last_hidden(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """What the bare model hands on for one batch, [sequences, length, hidden]."""
+    """The last hidden states of the bare model for one batch, [sequences, length, hidden]."""
     base, _ = base_and_prefix(model)
     with torch.no_grad():
         output = base(**Calibration.of([batch], model).batches[0])[0]
@@ -33,11 +20,11 @@ def last_hidden(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return output
 
 
-def close(got: Tensor, wanted: Tensor, keep: Tensor, what: str) -> None:
-    """Compare at the kept tokens, by the scale of what is wanted."""
-    got, wanted = got[keep], wanted[keep]
-    scale = float(wanted.square().mean().sqrt())
+def close(actual: Tensor, expected: Tensor, token_mask: Tensor, what: str) -> None:
+    """Compare at the real tokens, relative to the scale of what is expected."""
+    actual, expected = actual[token_mask], expected[token_mask]
+    scale = float(expected.square().mean().sqrt())
     try:
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * scale)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * scale)
     except AssertionError as error:
         raise AssertionError(f"{what}\n{error}") from error

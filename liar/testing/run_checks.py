@@ -1,4 +1,4 @@
-"""Checks of what the library makes of a model: nothing where all is kept, a better one where not, no harm on errors."""
+"""Checks of running the library: nothing changes where all is kept, repair helps elsewhere, errors do no harm."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from liar.api import reconstruct
-from liar.batches import Calibration
-from liar.capture import preserved
-from liar.errors import LiarError, Verdict
-from liar.families import discover
+from liar.data import Calibration
+from liar.errors import LiarError
 from liar.mask import Mask
-from liar.rebuild import TARGETS, Job, Options, rebuild
-from liar.sites import Layout
-from liar.testing.compare import last_hidden, without
-from liar.testing.guest import assert_same_state, expect, guest_state, same_bits
+from liar.models import Layout, discover
+from liar.options import TARGETS, ReconstructOptions
+from liar.repair import RepairContext, closed_form_steps, walk_blocks
+from liar.runtime import preserve_model_state
+from liar.surgery import remove
+from liar.testing.compare import last_hidden
+from liar.testing.state import assert_same_state, expect, model_state, same_bits
+from liar.verdicts import Verdict
 
 
 def keep_all(model: nn.Module, layout: Layout, batches: Sequence[Mapping[str, Tensor]]) -> None:
@@ -36,31 +38,34 @@ def keep_all(model: nn.Module, layout: Layout, batches: Sequence[Mapping[str, Te
 
 def repair(model: nn.Module, layout: Layout, mask: Mask, batches: Sequence[Mapping[str, Tensor]]) -> None:
     """Reconstruction on all batches but the last brings the output on the last one nearer to the dense model's."""
-    *seen, new = batches
+    *calibration_batches, new = batches
     bare, repaired = copy.deepcopy(model), copy.deepcopy(model)
-    without(bare, layout, mask)
-    report = reconstruct(repaired, mask, seen, progress=False)
+    remove(bare, mask)
+    report = reconstruct(repaired, mask, calibration_batches, progress=False)
     kept = {site.site: site.kept for site in report.sites}
-    expect(kept == {name: mask.kept(name) for name in mask.keep}, f"the report says {kept} units were kept; the mask differs")
-    keep = Calibration.of([new], model).keep[0]
-    dense = last_hidden(model, new)[keep]
-    worse, better = (float((last_hidden(m, new)[keep] - dense).square().mean()) for m in (bare, repaired))
+    expect(kept == {name: mask.kept(name) for name in mask.masks}, f"the report says {kept} units were kept; the mask differs")
+    token_mask = Calibration.of([new], model).token_masks[0]
+    dense = last_hidden(model, new)[token_mask]
+    worse, better = (float((last_hidden(m, new)[token_mask] - dense).square().mean()) for m in (bare, repaired))
     expect(better < worse, f"reconstruction raised the held-out error from {worse:.3g} to {better:.3g}; check residual")
 
 
 def replay(model: nn.Module, layout: Layout, mask: Mask, batches: Sequence[Mapping[str, Tensor]]) -> None:
-    """Replaying what the mixers gave is the same as running them again."""
-    again = replace(layout, sites=tuple(replace(site, mixer=None) for site in layout.sites))
-    calibration, options = Calibration.of(batches[:2], model), Options("dense_stream", 0.01, True, "auto", "keep")
-    with preserved(model):
+    """Replaying what the sublayers gave is the same as running them again."""
+    calibration, options = Calibration.of(batches[:2], model), ReconstructOptions(ridge=0.01)
+    without = replace(layout, sites=tuple(replace(site, sublayer=None) for site in layout.sites))
+    with preserve_model_state(model):
         try:
-            made = [rebuild(Job(mask, calibration, options, int), model, each) for each in (again, layout)]
+            again, replayed = (
+                walk_blocks(model, each, calibration, closed_form_steps(RepairContext(options, int)), mask=mask)
+                for each in (without, layout)
+            )
         except (RuntimeError, TypeError, ValueError) as error:
-            raise AssertionError(f"mixer: its output cannot be replayed: {error}") from error
-        for other, one in zip(*made, strict=True):
-            for (name, value), want in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
-                close = torch.allclose(value, want, rtol=1e-4, atol=1e-5)
-                expect(close, f"mixer: replaying it gives other weights in {name}; it must do nothing but feed the consumer")
+            raise AssertionError(f"sublayer: its output cannot be replayed: {error}") from error
+    for other, one in zip(again, replayed, strict=True):
+        for (name, value), expected in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+            same = torch.allclose(value, expected, rtol=1e-4, atol=1e-5)
+            expect(same, f"sublayer: replaying it gives other weights in {name}; it must do nothing but feed the consumer")
 
 
 def error(model: nn.Module, mask: Mask, batches: Sequence[Mapping[str, Tensor]]) -> None:
@@ -69,7 +74,7 @@ def error(model: nn.Module, mask: Mask, batches: Sequence[Mapping[str, Tensor]])
     next(model.children()).eval()
     consumer = model.get_submodule(discover(model).sites[-1].module)
     handle = consumer.register_forward_hook(_fail)
-    before = guest_state(model)
+    before = model_state(model)
     try:
         reconstruct(model, mask, batches, progress=False)
     except (_PlannedError, LiarError):

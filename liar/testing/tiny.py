@@ -54,9 +54,9 @@ def tiny_model(
         torch.Size([8, 3])
     """
     entries = {**_SIZES, **_TYPE_SIZES.get(model_type, {}), **config}
-    made = transformers.AutoConfig.for_model(model_type, **entries)
+    configuration = transformers.AutoConfig.for_model(model_type, **entries)
     with torch.random.fork_rng(devices=[]):
-        model = _HEADS[head].from_config(made, attn_implementation=attention)  # type: ignore[no-untyped-call]
+        model = _HEADS[head].from_config(configuration, attn_implementation=attention)  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
@@ -94,7 +94,7 @@ def tiny_batches(
     """
     generator = torch.Generator().manual_seed(seed)
     device, vocabulary = next(model.parameters()).device, int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    made = []
+    result = []
     for _ in range(batches):
         ids = torch.randint(1, vocabulary, (sequences, length), generator=generator)
         lengths = torch.randint(length // 2, length + 1, (sequences,), generator=generator)
@@ -102,5 +102,5 @@ def tiny_batches(
         real = torch.arange(length) < lengths[:, None] if padding else torch.ones_like(ids, dtype=torch.bool)
         if padding == "left":
             real = real.flip(1)
-        made.append({"input_ids": ids.where(real, 0).to(device), "attention_mask": real.long().to(device)})
-    return made
+        result.append({"input_ids": ids.where(real, 0).to(device), "attention_mask": real.long().to(device)})
+    return result

@@ -1,0 +1,46 @@
+"""The published repair rules, all under one signature: `rule(model, mask, calib)` makes the model smaller in place.
+
+    from benchmarks.baselines import RULES
+    RULES["kprune"](model, mask, calib)
+
+One file per rule; `site_data.py` says what a closed-form rule may look at, `closed_form.py` is the repair step that applies it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+import liar
+from benchmarks.baselines import bias, grail, kprune, liar_rule, mask_only, mask_tuning, osscar_update
+from benchmarks.baselines.closed_form import repair
+from benchmarks.baselines.fine_tuning import fine_tune
+from benchmarks.baselines.site_data import Rule, SiteData
+
+Apply = Callable[[nn.Module, liar.Mask, Sequence[Any]], None]
+
+
+def ours(model: nn.Module, mask: liar.Mask, calib: Sequence[Any]) -> None:
+    """This library as it ships, no options."""
+    liar.reconstruct(model, mask, calib, progress=False)
+
+
+SOLVERS: dict[str, Rule] = {
+    "mask_only": mask_only.RULE,
+    "bias": bias.RULE,
+    "mask_tuning": mask_tuning.RULE,
+    "liar": liar_rule.RULE,
+    "grail": grail.RULE,
+    "kprune": kprune.RULE,
+    "osscar_update": osscar_update.RULE,
+}
+RULES: dict[str, Apply] = {
+    **{name: partial(repair, rule=rule) for name, rule in SOLVERS.items()},
+    "ours": ours,
+    "fine_tuning": fine_tune,
+}
+
+__all__ = ["RULES", "SOLVERS", "Apply", "Rule", "SiteData"]

@@ -1,0 +1,85 @@
+"""One plain pass of the dense model: moments of what every site's consumer reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from liar.data import Calibration
+from liar.errors import MaskError, at_site
+from liar.models import Layout, base_and_prefix, discover_with_weights
+from liar.runtime import Point, capture_activations, preserve_model_state, run_model
+from liar.statistics import ChannelMoments, Moments
+
+
+def moments(
+    model: nn.Module, calib: Iterable[Any], *, sites: Sequence[str] | None = None, progress: bool = True
+) -> dict[str, Moments]:
+    """Moments of what each site's consumer reads in the dense model: one pass, good for every mask.
+
+    Args:
+        model: a Hugging Face model of a known family; it is not changed.
+        calib: calibration batches (see `Calibration.of`).
+        sites: names of the sites wanted, all by default; memory is 8 bytes times the square of the channels for each.
+        progress: show a bar.
+
+    Returns:
+        Site name -> `Moments`; `liar.interpolation` turns one into Q and P.
+
+    Raises:
+        MaskError, CalibrationError, ModelError: with what was expected, what came, and what to do.
+
+    Example:
+        >>> gathered = liar.moments(model, calib, sites=["neurons.0"])
+        >>> liar.interpolation(gathered["neurons.0"], mask["neurons.0"]).Q.shape[0] == mask.kept("neurons.0")
+        True
+    """
+    layout = discover_with_weights(model)
+    site_names = [site.name for site in layout.sites]
+    if unknown := sorted(set(sites or ()) - set(site_names)):
+        raise MaskError(f"no such site: {', '.join(unknown)}; expected some of {', '.join(site_names)}")
+    accumulators = {name: Moments() for name in sites or site_names}
+    updates = {name: lambda rows, part=part: part.update(rows, rows[:, :0]) for name, part in accumulators.items()}
+    _read(model, layout, Calibration.of(calib, model), updates, "moments", progress)
+    return accumulators
+
+
+def channel_moments(model: nn.Module, layout: Layout, calibration: Calibration, progress: bool) -> dict[str, dict[str, Tensor]]:
+    """By site: `mean` and `variance` of every channel of the consumer's input, [channels] float64 each.
+
+    Raises:
+        CalibrationError: NaN or Inf in the activations of a site, which it names.
+    """
+    streamed = {site.name: ChannelMoments() for site in layout.sites}
+    updates = {name: part.update for name, part in streamed.items()}
+    _read(model, layout, calibration, updates, "select", progress)
+    moments_of = {}
+    for site in layout.sites:
+        with at_site(site.name, site.module):
+            moments_of[site.name] = {"mean": streamed[site.name].mean, "variance": streamed[site.name].variance}
+    return moments_of
+
+
+def _read(
+    model: nn.Module,
+    layout: Layout,
+    calibration: Calibration,
+    updates: Mapping[str, Callable[[Tensor], None]],
+    title: str,
+    progress: bool,
+) -> None:
+    """One forward pass of the dense model; what a site's consumer reads, [tokens, channels] per batch, goes to its update."""
+    consumers = {name: model.get_submodule(layout[name].module) for name in updates}
+    points = {name: Point(consumer, 0) for name, consumer in consumers.items()}
+    base, _ = base_and_prefix(model)
+    bar = tqdm(total=calibration.tokens, desc=title, unit="tok", unit_scale=True, disable=not progress)
+    with preserve_model_state(model), bar:
+        for number, (batch, token_mask) in enumerate(zip(calibration.batches, calibration.token_masks, strict=True)):
+            with capture_activations(points) as activations:
+                run_model(base, batch, number)
+            for name, value in activations.items():
+                updates[name](value[token_mask])
+            bar.update(int(token_mask.sum()))

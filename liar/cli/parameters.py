@@ -1,0 +1,111 @@
+"""Command-line parameters made from `liar.options`: names, defaults, help and checks stand there and nowhere else."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from liar.errors import OptionError, check_choice
+from liar.options import BUDGETS, Option, options_in
+
+Model = Annotated[str, typer.Argument(help="Model folder, or a name on the hub.")]
+Out = Annotated[Path, typer.Argument(help="Folder to write: model, tokenizer, mask.json, report.json, run.json.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")]
+MaskFile = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="JSON file with the mask.")]
+
+BUDGET_HELP = f"{', '.join(BUDGETS)}, or a file that liar latency wrote"
+
+
+def _ridge(value: str) -> float | str:
+    if value == "auto":
+        return value
+    try:
+        return float(value)
+    except ValueError as error:
+        raise OptionError(f"expected auto or a number >= 0, got {value!r}") from error
+
+
+def _budget(value: str) -> str:
+    if value not in BUDGETS and not Path(value).is_file():
+        raise OptionError(f"expected {BUDGET_HELP}; got {value!r}")
+    return value
+
+
+def _protect(value: Sequence[str]) -> list[str | int]:
+    return [int(name) if name.isdigit() else name for name in value]
+
+
+# What the command line reads where Python takes more than text: type, text -> value.
+READERS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "ridge": (str, _ridge),
+    "budget": (str, _budget),
+    "protect": (list[str], _protect),
+}
+
+
+def with_options(*groups: type, optional: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a subcommand that takes `**options` a parameter for every option of some classes of `liar.options`.
+
+    Args:
+        groups: the classes.
+        optional: options without a default that may be left out here, and are None then.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [each for each in inspect.signature(command).parameters.values() if each.kind is not each.VAR_KEYWORD]
+        hints = get_type_hints(command, include_extras=True)
+        own = [each.replace(annotation=hints[each.name]) for each in own]
+        added = [
+            _parameter(each, option, types[each.name], required=each.name not in optional)
+            for group in groups
+            for types in [get_type_hints(group)]
+            for each, option in options_in(group)
+        ]
+        flags = [each for each in own if each.default is not each.empty]
+        ordered = [*(each for each in own if each not in flags), *added, *flags]
+        parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in ordered]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {each.name: each.annotation for each in parameters}
+        return command
+
+    return decorate
+
+
+def _parameter(each: Field[Any], option: Option, kind: Any, *, required: bool) -> inspect.Parameter:
+    kind, read = READERS.get(each.name, (kind, None))
+    default = inspect.Parameter.empty if each.default is MISSING else each.default
+    if default is inspect.Parameter.empty and not required:
+        kind, default = kind | None, None
+    if isinstance(default, tuple):
+        default = list(default)
+    annotation = Annotated[kind, typer.Option(callback=_checked(each.name, option, read), help=_help(each.name, option))]
+    return inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _help(name: str, option: Option) -> str:
+    if name == "budget":
+        return f"{option.help} One of {BUDGET_HELP}."
+    return f"{option.help} One of {', '.join(option.choices)}." if option.choices else option.help
+
+
+def _checked(name: str, option: Option, read: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
+    """A callback that reads and checks a value; what is wrong with it is wrong usage."""
+
+    def check(value: Any) -> Any:
+        try:
+            value = read(value) if read else value
+            if (option.check and name not in READERS) or name == "ridge":
+                assert option.check is not None
+                option.check(name, value)
+            elif option.choices and name not in READERS:
+                check_choice(name, value, option.choices)
+        except OptionError as error:
+            raise typer.BadParameter(str(error)) from error
+        return value
+
+    return check

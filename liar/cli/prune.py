@@ -1,0 +1,27 @@
+"""`liar prune`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from liar.cli.app import app, report_errors
+from liar.cli.parameters import Force, Model, Out, with_options
+from liar.cli.run import finish, run_from
+from liar.options import CalibrationOptions, LoadOptions, ReconstructOptions, SelectOptions, SourceOptions
+
+
+@app.command()
+@with_options(SelectOptions, ReconstructOptions, SourceOptions, CalibrationOptions, LoadOptions)
+def prune(model: Model, out: Out, force: Force = False, **options: Any) -> None:
+    """Choose what stays, remove the rest, and repair the model by least squares.
+
+    For example:
+
+        liar prune bert-base-uncased slim --keep 0.5 --calib texts.txt
+
+        liar prune ./llama slim --keep 0.7 --calib wikitext --config wikitext-2-raw-v1 --pack --tokens 100000
+
+        liar prune bert-base-uncased slim --keep 0.5 --budget latency.json --calib texts.txt
+    """
+    with report_errors():
+        finish(run_from("prune", model, out, options), overwrite=force)

@@ -1,0 +1,30 @@
+"""`liar replay`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from liar.cli.app import app, report_errors
+from liar.cli.parameters import Force
+from liar.cli.run import Run, finish
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A run.json that an earlier run wrote.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; that of the earlier run if not given.")] = None,
+    force: Force = False,
+) -> None:
+    """Repeat an earlier run, from its run.json.
+
+    For example:
+
+        liar replay slim/run.json --out again
+    """
+    with report_errors():
+        earlier = Run.from_json(run.read_text(encoding="utf-8"))
+        finish(replace(earlier, out=str(out)) if out else earlier, overwrite=force)

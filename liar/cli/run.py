@@ -1,0 +1,211 @@
+"""One run of the command line as data: what `run.json` holds, how it is checked and how it is carried out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from liar.api import reconstruct_with, select_with
+from liar.data import builder_of, calibration, texts
+from liar.errors import CheckpointError, MaskError, OptionError, check_choice, wrap_parse_errors
+from liar.io import check_target, load, save, versions
+from liar.mask import Mask
+from liar.models import discover
+from liar.options import (
+    BUDGETS,
+    CalibrationOptions,
+    LoadOptions,
+    ReconstructOptions,
+    SelectOptions,
+    SourceOptions,
+    check_options,
+)
+from liar.report import Report
+from liar.selection import Costs
+
+logger = logging.getLogger(__name__)
+
+COMMANDS = ("prune", "reconstruct")
+GROUPS: dict[str, type] = {
+    "source": SourceOptions,
+    "calibration": CalibrationOptions,
+    "load": LoadOptions,
+    "select": SelectOptions,
+    "reconstruct": ReconstructOptions,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """All arguments of `liar prune` or `liar reconstruct`.
+
+    Attributes:
+        command: `"prune"` or `"reconstruct"`.
+        model: folder, or name on the hub.
+        out: folder that is written.
+        source: where the texts are.
+        calibration: how they become batches.
+        load: how the model is loaded.
+        reconstruct: how it is repaired.
+        select: which units stay (prune). A `budget` that is a mapping is the content of a file that `liar latency` wrote.
+        mask: content of a mask file, in any form `Mask.of` takes or as `Mask.save` writes it (reconstruct).
+    """
+
+    command: str
+    model: str
+    out: str
+    source: SourceOptions
+    calibration: CalibrationOptions
+    load: LoadOptions
+    reconstruct: ReconstructOptions
+    select: SelectOptions | None = None
+    mask: Mapping[str, Any] | None = None
+
+    def check(self, *, overwrite: bool) -> None:
+        """Check everything that can be checked before anything is loaded.
+
+        Raises:
+            LiarError: of the kind that fits, with what was expected, what came, and what to do.
+        """
+        check_target(self.out, overwrite=overwrite)
+        if Path(self.out).resolve() == Path(self.model).resolve():
+            raise OptionError(f"OUT is the folder of MODEL ({self.out}): it could not be repeated; choose another OUT")
+        check_choice("command", self.command, COMMANDS)
+        for name in GROUPS:
+            if (group := getattr(self, name)) is not None:
+                check_options(group)
+        if self.command == "reconstruct":
+            self._checked_mask()
+        elif self.select is None:
+            raise OptionError("command='prune': expected the options that select units, got none")
+        _ = self._selection()
+        check_source(self.source, self.load)
+
+    def carry_out(self, *, overwrite: bool = False, progress: bool = True) -> Report:
+        """Check, load, prune or reconstruct, and write `out`: model, tokenizer, mask, report and `run.json`, in one step.
+
+        Raises:
+            LiarError: with what was expected, what came, and what to do; `out` is then as it was.
+        """
+        self.check(overwrite=overwrite)
+        tokenizer = load_tokenizer(self.model)
+        batches = calibration_batches(tokenizer, self.source, self.calibration)
+        model = load_model(self.model, self.load)
+        selection = self._selection()
+        if selection is not None:
+            mask = select_with(model, batches, selection, progress=progress)
+        else:
+            mask = Mask.of(self._checked_mask(), discover(model))
+        report = reconstruct_with(model, mask, batches, self.reconstruct, progress=progress)
+        extra = {"mask.json": mask.to_json(), "run.json": self.to_json()}
+        save(model, self.out, tokenizer=tokenizer, mask=mask, report=report, extra=extra, overwrite=overwrite)  # type: ignore[arg-type]
+        return report
+
+    def _selection(self) -> SelectOptions | None:
+        """The options that select units, with a measured budget as `Costs`."""
+        if self.select is None or not isinstance(self.select.budget, Mapping):
+            return self.select
+        return replace(self.select, budget=Costs.from_json(json.dumps(self.select.budget)))
+
+    def _checked_mask(self) -> Mask | Mapping[str, Any]:
+        """The mask that was given, as far as it can be understood without a model."""
+        if not isinstance(self.mask, Mapping):
+            raise MaskError(f"expected the content of a mask file, a JSON object, got a {type(self.mask).__name__}")
+        return Mask.from_json(json.dumps(self.mask)) if "mask" in self.mask else self.mask
+
+    def to_json(self) -> str:
+        """The arguments and the versions they ran with."""
+        return json.dumps({"run": asdict(self), "versions": {**versions(), "datasets": version("datasets")}}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Run:
+        """The inverse of `to_json`; versions other than today's are logged.
+
+        Raises:
+            OptionError: the text is not such a JSON.
+        """
+        names = ", ".join(field.name for field in fields(cls))
+        with wrap_parse_errors(OptionError, f'a run.json with {{"run": {{…}}}} of {names}'):
+            content = json.loads(text)
+            entries = dict(content["run"])
+            given = [name for name in GROUPS if name != "select" or entries.get(name) is not None]
+            groups = {name: GROUPS[name](**entries[name]) for name in given}
+            run = cls(**{**entries, **groups})
+            earlier = dict(content.get("versions", {}))
+        for name, now in json.loads(run.to_json())["versions"].items():
+            then = earlier.get(name)
+            if then != now:
+                logger.warning("the run was made with %s %s, this is %s: numbers may differ", name, then, now)
+        return run
+
+
+def run_from(command: str, model: str, out: Path, options: Mapping[str, Any], *, mask: Any = None) -> Run:
+    """A run from the parameters of a subcommand; options by the names they have in `liar.options`."""
+    given = dict(options)
+    if given.get("budget") not in (None, *BUDGETS):
+        given["budget"] = json.loads(Costs.load(given["budget"]).to_json())
+    # A run.json has to work from anywhere.
+    given["calib"] = _absolute(given["calib"])
+    groups = {name: _group(group, given) for name, group in GROUPS.items() if name != "select" or command == "prune"}
+    return Run(command, _absolute(model), str(out.resolve()), mask=mask, **groups)
+
+
+def finish(run: Run, *, overwrite: bool) -> None:
+    """Carry out a run and print its report."""
+    typer.echo(str(run.carry_out(overwrite=overwrite)))
+    typer.echo(f"written to {run.out}")
+
+
+def _group(group: Any, given: Mapping[str, Any]) -> Any:
+    return group(**{each.name: given[each.name] for each in fields(group)})
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{model}: expected a model folder with a tokenizer, or a name on the hub: {error}. Save the tokenizer to it"
+        ) from error
+
+
+def load_model(model: str, options: LoadOptions) -> nn.Module:
+    """The model of a folder, on the device."""
+    loaded: nn.Module = load(model, dtype=options.dtype)
+    return loaded.to(options.device)
+
+
+def calibration_batches(tokenizer: Any, source: SourceOptions, options: CalibrationOptions) -> list[dict[str, Tensor]]:
+    """The texts of a source as batches."""
+    lines: Iterator[Any] = texts(source.calib, config=source.config, split=source.split, column=source.column)
+    return calibration(lines, tokenizer, **asdict(options))
+
+
+def check_source(source: SourceOptions | None, load: LoadOptions) -> None:
+    """Check, before anything is loaded, that texts can be read and the device used."""
+    if source is not None:
+        builder_of(source.calib)
+    try:
+        torch.empty(0, device=load.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"device={load.device!r}: expected one torch can use here, such as cpu or cuda: {reason}") from error

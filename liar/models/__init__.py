@@ -1,0 +1,25 @@
+"""What the library knows about models: one table per family, the layout of a model's sites, and one view of every layer."""
+
+from liar.models.family import Family, FusedProducer, SitePattern
+from liar.models.layers import Axis, LayerView
+from liar.models.layout import Edge, Layout, Segment, Site, layer_of
+from liar.models.registry import base_and_prefix, discover, discover_with_weights, families, family_of, register
+
+__all__ = [
+    "Axis",
+    "Edge",
+    "Family",
+    "FusedProducer",
+    "LayerView",
+    "Layout",
+    "Segment",
+    "Site",
+    "SitePattern",
+    "base_and_prefix",
+    "discover",
+    "discover_with_weights",
+    "families",
+    "family_of",
+    "layer_of",
+    "register",
+]

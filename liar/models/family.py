@@ -1,0 +1,88 @@
+"""What a family of models has to say about itself: names of layers and the order of a block, nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from liar.models.layout import Kind
+
+
+@dataclass(frozen=True)
+class FusedProducer:
+    """A layer that computes several producers at once, as equal blocks of output channels side by side.
+
+    A layer that interleaves them unit by unit is an ordinary producer: the channels of a unit then lie together.
+
+    Attributes:
+        module: name of the layer, relative to the block.
+        parts: number of blocks (3 for query, key and value).
+
+    Example:
+        >>> from liar.models.tables.gpt2 import GPT2
+        >>> GPT2.patterns[0].producers
+        (FusedProducer(module='attn.c_attn', parts=3),)
+    """
+
+    module: str
+    parts: int
+
+
+@dataclass(frozen=True)
+class SitePattern:
+    """Where the units of one kind are inside a transformer block; all names are relative to the block.
+
+    Attributes:
+        kind: `"heads"` or `"neurons"`.
+        producers: layers whose output channels belong to the units: names, or `FusedProducer`.
+        consumer: layer that reads the units; units are counted on its input channels.
+        residual: module and positional argument of its forward that hold the residual stream which the consumer's
+            output is added to.
+        sublayer: module that computes what the consumer reads, and does nothing else but perhaps call the consumer; its output
+            is then replayed where the block has to run again. Left out, it runs again.
+        unit_width: attribute path of the size of a head; None where a unit is one channel.
+        group_size: attribute path of the query heads that share one key/value head; None where none are shared.
+        size_attributes: attribute paths of integers in proportion to the number of units (corrected when the model is cut).
+        config_keys: keys of the configuration in proportion to the number of units.
+
+    Example:
+        >>> neurons = SitePattern("neurons", ("intermediate.dense",), "output.dense", residual=("output", 1))
+        >>> neurons.unit_width is None
+        True
+    """
+
+    kind: Kind
+    producers: tuple[str | FusedProducer, ...]
+    consumer: str
+    residual: tuple[str, int]
+    sublayer: str | None = None
+    unit_width: str | None = None
+    group_size: str | None = None
+    size_attributes: tuple[str, ...] = ()
+    config_keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """A table of module names for every model with one `config.model_type`.
+
+    Attributes:
+        model_type: as in the model's Hugging Face configuration.
+        blocks: the `nn.ModuleList` of transformer blocks, relative to the bare model (`model.base_model`).
+        patterns: the sites of one block, in the order in which data passes them.
+        is_pre_norm: True if a block outputs its last residual sum as it is and the next reader normalises it (LLaMA, GPT-2);
+            False if a block normalises its sums itself (BERT).
+        is_parallel: True if attention and feed-forward part read the same residual stream and are added to it together
+            (GPT-J); False if the feed-forward part reads the sum with the attention.
+        note: one line for people, shown by `liar families`.
+
+    Example:
+        >>> [family.model_type for family in liar.families()]
+        ['bert', 'gpt2', 'llama']
+    """
+
+    model_type: str
+    blocks: str
+    patterns: tuple[SitePattern, ...]
+    is_pre_norm: bool
+    is_parallel: bool = False
+    note: str = ""

@@ -1,0 +1,140 @@
+"""Where a model can be cut: an `Edge` is one layer that a unit passes through, a `Site` all that belongs together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from liar.models.layers import Axis, LayerView
+
+Kind = Literal["heads", "neurons"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Channels of all units in one layer: unit u has channels offset + u * stride to offset + u * stride + width - 1."""
+
+    offset: int
+    width: int
+    stride: int
+
+    def by_unit(self, units: int) -> Tensor:
+        """The channels of every unit, int64 [units, width]."""
+        return self.offset + self.stride * torch.arange(units)[:, None] + torch.arange(self.width)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One layer that carries the channels of a site's units.
+
+    Attributes:
+        module: name of the layer inside its transformer block.
+        axis: `"out"` if the units are its output channels (a producer), `"in"` if its input channels (the consumer).
+        segments: where the channels of a unit are; several where one layer computes query, key and value together.
+    """
+
+    module: str
+    axis: Axis
+    segments: tuple[Segment, ...]
+
+    @property
+    def width(self) -> int:
+        """Channels of one unit in this layer."""
+        return sum(segment.width for segment in self.segments)
+
+    def by_unit(self, units: int) -> Tensor:
+        """The channels of every unit, int64 [units, width]."""
+        return torch.cat([segment.by_unit(units) for segment in self.segments], 1)
+
+    def channels(self, unit_mask: Tensor) -> Tensor:
+        """The channels of the kept units in ascending order: bool [units] -> int64 [kept * width]."""
+        return self.by_unit(len(unit_mask))[unit_mask].flatten().sort().values
+
+
+@dataclass(frozen=True)
+class Site:
+    """A consumer layer whose input channels can be removed in units, with the producers that lose them too.
+
+    Attributes:
+        name: `"heads.3"` or `"neurons.3"`: kind and layer; the same for every head class of a model.
+        units: number of units now (heads, groups of heads that share a key and value head, or neurons).
+        producers: layers whose output channels belong to the units.
+        consumer: the layer whose input channels belong to the units.
+        block: full name of the transformer block that holds the site; all other names are relative to it.
+        residual: module, and the index of the positional argument of its forward that is the residual stream.
+        added_before: consumers of the same block whose output is added to the same residual stream before this one's
+            (parallel blocks); empty where the residual stream already contains them (sequential blocks).
+        sublayer: module whose output may be replayed, if there is one (see `SitePattern`).
+        size_attributes: attribute paths of integers in proportion to the number of units, corrected when cutting.
+        query_heads: query heads per unit (1 for neurons and for attention without groups).
+        parameters: parameters removed with one unit.
+        out: output channels of the consumer.
+    """
+
+    name: str
+    kind: Kind
+    layer: int
+    units: int
+    producers: tuple[Edge, ...]
+    consumer: Edge
+    block: str
+    residual: tuple[str, int]
+    added_before: tuple[str, ...]
+    sublayer: str | None
+    size_attributes: tuple[str, ...]
+    query_heads: int
+    parameters: int
+    out: int
+
+    @property
+    def module(self) -> str:
+        """Full name of the consumer inside the model."""
+        return f"{self.block}.{self.consumer.module}"
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """All layers of the site."""
+        return (*self.producers, self.consumer)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All sites of one model, in the order in which data passes them.
+
+    Attributes:
+        sites: in the order of the data.
+        blocks: full names of the transformer blocks, in order.
+        parameters: parameters in all blocks together (the base that budgets refer to).
+        uncovered: linear layers inside the blocks that belong to no site, so are never cut.
+        is_pre_norm: whether a block outputs its last residual sum as it is (see `Family`).
+    """
+
+    sites: tuple[Site, ...]
+    blocks: tuple[str, ...]
+    parameters: int
+    uncovered: tuple[str, ...]
+    is_pre_norm: bool
+
+    def __getitem__(self, name: str) -> Site:
+        return next(site for site in self.sites if site.name == name)
+
+    def of_kind(self, kind: str) -> tuple[Site, ...]:
+        """The sites of one kind, by layer."""
+        return tuple(site for site in self.sites if site.kind == kind)
+
+    def of_block(self, block: str) -> tuple[Site, ...]:
+        """The sites of one block, in the order of the data."""
+        return tuple(site for site in self.sites if site.block == block)
+
+    def kept_parameters(self, kept: Mapping[str, int]) -> int:
+        """Parameters left in the blocks when `kept` units remain per site name."""
+        return self.parameters - sum(site.parameters * (site.units - kept[site.name]) for site in self.sites)
+
+
+def layer_of(block: nn.Module, edge: Edge) -> LayerView:
+    """The layer of an edge inside its block."""
+    return LayerView.of(block.get_submodule(edge.module), edge.module)

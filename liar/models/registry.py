@@ -1,0 +1,183 @@
+"""The known families of models, and `discover`, which applies a family's table to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from operator import attrgetter
+from pkgutil import iter_modules
+
+from torch import nn
+
+from liar.errors import ModelError
+from liar.models import tables
+from liar.models.family import Family, FusedProducer
+from liar.models.layers import LayerView, storage_of
+from liar.models.layout import Edge, Layout, Segment, Site
+
+
+def _shipped() -> Iterator[Family]:
+    """The tables in the files of `liar/models/tables`: a new file there is known without another change."""
+    for module in sorted(iter_modules(tables.__path__), key=lambda actual: actual.name):
+        yield from import_module(f"{tables.__name__}.{module.name}").FAMILIES
+
+
+_FAMILIES: dict[str, Family] = {family.model_type: family for family in _shipped()}
+
+
+def register(family: Family) -> None:
+    """Make a family known to every function of this library; an entry of the same `model_type` is replaced.
+
+    Check a new family with `liar.testing.check_family` on a tiny random model.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from liar.models.tables.bert import BERT
+        >>> liar.register(replace(BERT, model_type="my-bert"))
+        >>> _ = _FAMILIES.pop("my-bert")
+    """
+    _FAMILIES[family.model_type] = family
+
+
+def families() -> tuple[Family, ...]:
+    """All known families.
+
+    Example:
+        >>> [family.model_type for family in liar.families()]
+        ['bert', 'gpt2', 'llama']
+    """
+    return tuple(_FAMILIES.values())
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a Hugging Face model.
+
+    Raises:
+        ModelError: the model has no `config.model_type`, or one that nobody registered.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in _FAMILIES:
+        return _FAMILIES[model_type]
+    actual = f"config.model_type={model_type!r}" if model_type else f"a {type(model).__name__} without config.model_type"
+    raise ModelError(
+        f"expected a model of a known family ({', '.join(_FAMILIES)}), got {actual}; "
+        "add the family with liar.register(liar.Family(...)), see docs/extending.md"
+    )
+
+
+def base_and_prefix(model: nn.Module) -> tuple[nn.Module, str]:
+    """The bare model inside a model with a task head, and the prefix of its modules' names ("" or "bert.")."""
+    base = getattr(model, "base_model", model)
+    return base, next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
+
+
+def discover_with_weights(model: nn.Module) -> Layout:
+    """`discover`, for a model whose weights are about to be read.
+
+    Raises:
+        ModelError: as `discover`; or the model is on the meta device.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError(
+            "the model is on the meta device: its weights are not there; load it with real weights (without "
+            'device_map="auto" offloading, or with enough memory)'
+        )
+    return discover(model)
+
+
+def discover(model: nn.Module) -> Layout:
+    """Find all sites of a model, dense or already cut: sizes are read off the layers, not off the configuration.
+
+    Args:
+        model: a Hugging Face model of a known family; it is not changed.
+
+    Returns:
+        The model's `Layout`: its sites in the order of the data, its blocks, and the parameters in them.
+
+    Raises:
+        ModelError: unknown family, or the model's modules are not what the family's table says.
+
+    Example:
+        >>> layout = liar.discover(model)
+        >>> [site.name for site in layout.sites]
+        ['heads.0', 'neurons.0', 'heads.1', 'neurons.1']
+    """
+    family = family_of(model)
+    base, prefix = base_and_prefix(model)
+    try:
+        blocks = [f"{prefix}{family.blocks}.{i}" for i in range(len(base.get_submodule(family.blocks)))]  # type: ignore[arg-type]
+        sites = tuple(
+            _site(model, family, block, layer, i) for layer, block in enumerate(blocks) for i in range(len(family.patterns))
+        )
+    except (AttributeError, TypeError, ZeroDivisionError) as error:
+        raise ModelError(
+            f"the table of family {family.model_type!r} does not fit this {type(model).__name__}: {error}"
+        ) from error
+    if len({id(model.get_submodule(block)) for block in blocks}) < len(blocks):
+        raise ModelError(f"{type(model).__name__} uses one block for several layers; shared blocks cannot be cut one by one")
+    covered = {f"{site.block}.{edge.module}" for site in sites for edge in site.edges}
+    return Layout(
+        sites=sites,
+        blocks=tuple(blocks),
+        parameters=sum(p.numel() for block in blocks for p in model.get_submodule(block).parameters()),
+        uncovered=tuple(
+            f"{block}.{name}"
+            for block in blocks
+            for name, module in model.get_submodule(block).named_modules()
+            if storage_of(module) and f"{block}.{name}" not in covered
+        ),
+        is_pre_norm=family.is_pre_norm,
+    )
+
+
+def _site(model: nn.Module, family: Family, block_name: str, layer: int, number: int) -> Site:
+    block, pattern = model.get_submodule(block_name), family.patterns[number]
+    consumer = _layer(block, block_name, pattern.consumer)
+    head, heads = (attrgetter(path)(block) if path else 1 for path in (pattern.unit_width, pattern.group_size))
+    units, rest = divmod(consumer.size("in"), head * heads)
+    if rest or not units:
+        raise ModelError(
+            f"{block_name}.{pattern.consumer} has {consumer.size('in')} input channels, which are not whole units of "
+            f"{head * heads}; check unit_width and group_size in the table of family {family.model_type!r}"
+        )
+    producers = tuple(_producer(block, block_name, producer, units) for producer in pattern.producers)
+    reader = Edge(pattern.consumer, "in", (Segment(0, head * heads, head * heads),))
+    return Site(
+        name=f"{pattern.kind}.{layer}",
+        kind=pattern.kind,
+        layer=layer,
+        units=units,
+        producers=producers,
+        consumer=reader,
+        block=block_name,
+        residual=pattern.residual,
+        added_before=tuple(earlier.consumer for earlier in family.patterns[:number]) if family.is_parallel else (),
+        sublayer=pattern.sublayer,
+        size_attributes=pattern.size_attributes,
+        query_heads=heads,
+        parameters=sum(_unit_parameters(block, edge) for edge in (*producers, reader)),
+        out=consumer.size("out"),
+    )
+
+
+def _producer(block: nn.Module, block_name: str, producer: str | FusedProducer, units: int) -> Edge:
+    fused = producer if isinstance(producer, FusedProducer) else FusedProducer(producer, 1)
+    outputs = _layer(block, block_name, fused.module).size("out")
+    width, rest = divmod(outputs, fused.parts * units)
+    if rest:
+        raise ModelError(
+            f"{block_name}.{fused.module} has {outputs} output channels, which cannot be divided among {units} units"
+            f"{f' in {fused.parts} parts' if fused.parts > 1 else ''}; check the family's table"
+        )
+    return Edge(fused.module, "out", tuple(Segment(part * units * width, width, width) for part in range(fused.parts)))
+
+
+def _unit_parameters(block: nn.Module, edge: Edge) -> int:
+    """Parameters that leave a layer with one unit."""
+    layer = LayerView.of(block.get_submodule(edge.module))
+    per_channel = layer.size("in") + (layer.bias is not None) if edge.axis == "out" else layer.size("out")
+    return edge.width * per_channel
+
+
+def _layer(block: nn.Module, block_name: str, name: str) -> LayerView:
+    return LayerView.of(block.get_submodule(name), f"{block_name}.{name}")

@@ -1,0 +1,233 @@
+"""Every option once: its default, its possible values, its check and its help.
+
+Python signatures, `run.json`, the command line's `--help` and the tables in the docs are all made from these classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from math import inf
+from typing import Any
+
+from liar.errors import OptionError, check_choice
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of one option besides its name, type and default.
+
+    Attributes:
+        help: one sentence for people.
+        choices: possible values with what each means; None where the values are not a few names.
+        check: raises an `OptionError` for a bad value, given the option's name and the value; None where any value is good.
+    """
+
+    help: str
+    choices: Mapping[str, str] | None = None
+    check: Callable[[str, Any], None] | None = None
+
+
+def _option(
+    help: str,
+    *,
+    default: Any = MISSING,
+    choices: Mapping[str, str] | None = None,
+    check: Callable[[str, Any], None] | None = None,
+) -> Any:
+    return field(default=default, metadata={"option": Option(help, choices, check)})
+
+
+def check_share(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is a share above 0 and at most 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise OptionError(f"{name}={value!r}: expected the share that stays, above 0 and at most 1")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is None or an integer of at least 1."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise OptionError(f"{name}={value!r}: expected a whole number, at least 1")
+
+
+def check_integer(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is an integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise OptionError(f"{name}={value!r}: expected a whole number")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise OptionError(f"{name}={value!r}: expected True or False")
+
+
+def check_ridge(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is "auto" or a finite number of at least 0."""
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < inf):
+        raise OptionError(f'{name}={value!r}: expected "auto" or a number >= 0 (relative to the mean diagonal of the Gram)')
+
+
+def _check_budget(name: str, value: Any) -> None:
+    # `Costs`, which cannot be imported here, or their content in a run.json.
+    if not isinstance(value, Mapping) and not hasattr(type(value), "unit_costs"):
+        check_choice(name, value, BUDGETS)
+
+
+def _check_names(name: str, value: Any) -> None:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise OptionError(
+            f"{name}={value!r}: expected a list of names of sites and numbers of layers, got a {type(value).__name__}"
+        )
+
+
+# The criteria of the library; `liar.selection.register_criterion` adds to them.
+CRITERIA: dict[str, str] = {
+    "reconstruction": "what the output loses without the unit once the rest is reconstructed",
+    "fluctuation": "variance of the unit's activations times the weights that read them (FLAP)",
+    "wanda": "absolute weights times the norm of their input (Wanda)",
+    "taylor": "change of the loss to first order, from gradients",
+    "fisher": "squared gradients, summed over sequences",
+    "snip": "absolute weights times their gradients",
+    "magnitude": "root mean square of the weights; needs no data",
+    "random": "uniform scores; needs no data",
+}
+BUDGETS: dict[str, str] = {
+    "params": "parameters in the transformer blocks",
+    "flops": "matrix products in the blocks for sequences of 128 tokens",
+    "latency": "measured time of the whole model for one sequence of 128 tokens",
+}
+WIDTHS: dict[str, str] = {
+    "free": "all units compete for one budget; layers differ in width",
+    "balanced": "every layer keeps the same share, as nearly as the budget allows",
+    "uniform": "the same widths in every layer, and only those that the stock class can load",
+}
+TARGETS: dict[str, str] = {
+    "residual_stream": "the dense model's residual stream after the layer, on the pruned model's own activations",
+    "layer_output": "the layer's own output, on the dense model's activations (our reading of LIAR)",
+}
+SOLVERS: dict[str, str] = {
+    "auto": "Cholesky, and an eigendecomposition where it fails",
+    "cholesky": "the same",
+    "eigh": "eigendecomposition of the Gram matrix",
+    "lstsq": "torch.linalg.lstsq on a streamed R factor: slower, for badly conditioned layers",
+}
+BIASES: dict[str, str] = {
+    "preserve": "a bias is refitted where the layer has one",
+    "create": "layers without a bias get one; stock classes may then be unable to load the model",
+}
+DTYPES: dict[str, str] = {
+    "auto": "as stored",
+    "float32": "32 bits",
+    "bfloat16": "16 bits, the range of float32",
+    "float16": "16 bits, a small range",
+}
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How texts become batches; see `liar.calibration`."""
+
+    max_length: int = _option("Tokens per sequence.", default=256, check=check_count)
+    batch_size: int = _option("Sequences per batch.", default=32, check=check_count)
+    tokens: int | None = _option("Calibration tokens; all texts if not given.", default=None, check=check_count)
+    pack: bool = _option(
+        "Join the texts and cut full sequences, as language models are trained.", default=False, check=check_flag
+    )
+    mixed_lengths: bool = _option(
+        "Take an encoder's long texts in pieces, from short to the longest length.", default=True, check=check_flag
+    )
+
+    def check(self) -> None:
+        """Raise an `OptionError` that names the first bad value."""
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class SelectOptions:
+    """Which units stay; see `liar.select`."""
+
+    keep: float = _option("Share of the budget that stays, above 0, at most 1.", check=check_share)
+    criterion: str = _option("What makes a head or neuron worth keeping.", default="reconstruction", choices=CRITERIA)
+    budget: Any = _option("What the kept share is a share of.", default="params", choices=BUDGETS, check=_check_budget)
+    widths: str = _option("How widths may differ between layers.", default="free", choices=WIDTHS)
+    round_to: int = _option("A layer keeps a multiple of so many channels, or all.", default=1, check=check_count)
+    protect: Sequence[str | int] = _option(
+        "Sites (heads.0) and numbers of layers that stay whole.", default=(), check=_check_names
+    )
+    seed: int = _option("For the random criterion.", default=0, check=check_integer)
+
+    def check(self) -> None:
+        """Raise an `OptionError` that names the first bad value."""
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class ReconstructOptions:
+    """How the rest is repaired; see `liar.reconstruct`."""
+
+    target: str = _option("What the kept channels are fitted to.", default="residual_stream", choices=TARGETS)
+    ridge: float | str = _option(
+        "Pull toward the kept weights: auto (chosen per site on held-out text), or a number relative to the mean diagonal of "
+        "the Gram matrix.",
+        default="auto",
+        check=check_ridge,
+    )
+    refit: bool = _option("First fit the layers before the kept units to their dense output.", default=True, check=check_flag)
+    solver: str = _option("How the least squares are solved.", default="auto", choices=SOLVERS)
+    bias: str = _option("What happens to biases.", default="preserve", choices=BIASES)
+
+    def check(self) -> None:
+        """Raise an `OptionError` that names the first bad value."""
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Where the command line finds calibration texts."""
+
+    calib: str = _option("Texts: a .txt file (a text per line), .jsonl[.gz], .csv, .parquet, or the name of a dataset.")
+    config: str | None = _option("Configuration of the dataset.", default=None)
+    split: str = _option("Split of the dataset.", default="train")
+    column: str = _option("Column that holds the texts.", default="text")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How the command line loads a model."""
+
+    dtype: str = _option("Type of the weights.", default="auto", choices=DTYPES)
+    device: str = _option("Where to run: cpu, cuda, …", default="cpu")
+
+
+def option_of(each: Field[Any]) -> Option:
+    """What is known of the option in a field of one of the classes above."""
+    option: Option = each.metadata["option"]
+    return option
+
+
+def options_in(*groups: type) -> Iterator[tuple[Field[Any], Option]]:
+    """The options of some classes, in order."""
+    for group in groups:
+        for each in fields(group):
+            yield each, option_of(each)
+
+
+def check_options(group: Any) -> None:
+    """Raise an `OptionError` that names the first bad value of an object of one of the classes above."""
+    for each, option in options_in(type(group)):
+        value = getattr(group, each.name)
+        if option.check:
+            option.check(each.name, value)
+        elif option.choices is not None:
+            check_choice(each.name, value, option.choices)
+
+
+def options_table(*groups: type) -> str:
+    """A Markdown table of options, for the docs."""
+    rows = ["| option | default | meaning |", "| --- | --- | --- |"]
+    for each, option in options_in(*groups):
+        default = "required" if each.default is MISSING else f"`{each.default!r}`"
+        choices = "".join(f"<br>`{value}`: {meaning}" for value, meaning in (option.choices or {}).items())
+        rows.append(f"| `{each.name}` | {default} | {option.help}{choices} |")
+    return "\n".join(rows)

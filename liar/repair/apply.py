@@ -1,0 +1,59 @@
+"""From a walk to a smaller model: the cut and repaired copies of the blocks take the place of the blocks, all at the end."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from torch import nn
+
+from liar.data import Calibration
+from liar.mask import Mask
+from liar.models import Layout
+from liar.repair.step import RepairStep
+from liar.repair.walker import walk_blocks
+from liar.runtime import preserve_model_state
+from liar.surgery import adopt, update_config
+
+
+def apply_steps(
+    model: nn.Module,
+    layout: Layout,
+    calibration: Calibration,
+    steps: Sequence[RepairStep],
+    mask: Mask,
+    *,
+    teacher: nn.Module | None = None,
+    has_pruned_stream: bool = True,
+    clock: defaultdict[str, float] | None = None,
+) -> None:
+    """Cut a model and repair it with some steps, in place; on an error it is as it was.
+
+    Args:
+        model: changed at the very end.
+        layout: its sites.
+        calibration: batches for it.
+        steps: what is done at every site, in order.
+        mask: the units that stay.
+        teacher: as for `walk_blocks`.
+        has_pruned_stream: as for `walk_blocks`.
+        clock: as for `walk_blocks`.
+
+    Raises:
+        ModelError, CalibrationError: as `walk_blocks`.
+    """
+    with preserve_model_state(model):
+        pruned_blocks = walk_blocks(
+            model,
+            layout,
+            calibration,
+            steps,
+            mask=mask,
+            teacher=teacher,
+            has_pruned_stream=has_pruned_stream,
+            clock=clock,
+        )
+    # Nothing above has touched the model; what follows cannot fail half-way.
+    for name, pruned_block in zip(layout.blocks, pruned_blocks, strict=True):
+        adopt(model.get_submodule(name), pruned_block)
+    update_config(model)

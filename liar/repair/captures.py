@@ -1,0 +1,41 @@
+"""What a step may ask for around a site, and where that is found in a block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from liar.models import Site
+from liar.runtime import Point, residual_points, residual_sum
+
+# "stream" is the residual stream after the site: the residual and the consumer's output together.
+Capture = Literal["producer_input", "consumer_input", "consumer_output", "residual", "stream"]
+
+
+def capture_points(block: nn.Module, site: Site, captures: Sequence[Capture]) -> dict[str, Point]:
+    """What has to be captured of a block for some captures of one site."""
+    points: dict[str, Point] = {}
+    consumer = block.get_submodule(site.consumer.module)
+    if "producer_input" in captures:
+        points["producer_input"] = Point(block.get_submodule(site.producers[0].module), 0)
+    if "consumer_input" in captures:
+        points["consumer_input"] = Point(consumer, 0)
+    if "consumer_output" in captures or "stream" in captures:
+        points["consumer_output"] = Point(consumer, None)
+    if "residual" in captures or "stream" in captures:
+        points |= residual_points(block, site)
+    return points
+
+
+def read_captures(activations: Mapping[str, Tensor], site: Site, captures: Sequence[Capture]) -> dict[str, Tensor]:
+    """The captures of one site, from the activations at its `capture_points`."""
+    result: dict[str, Tensor] = {name: activations[name] for name in captures if name not in ("residual", "stream")}
+    if "residual" in captures or "stream" in captures:
+        residual = residual_sum(activations, site)
+        if "residual" in captures:
+            result["residual"] = residual
+        if "stream" in captures:
+            result["stream"] = residual + activations["consumer_output"]
+    return result

@@ -1,0 +1,141 @@
+"""The closed-form steps: refit producers, fit consumers to the residual stream, or fit them to the layer's own output.
+
+On the residual stream, site after site on the pruned model's own activations, every site repairs what those before it left.
+What a site should add is what the dense model's residual stream is after it, less what the pruned stream is before it
+(K-prune's target; "global propagation" in Shin et al. 2024). What the producers read has drifted as well: they are first
+fitted to their dense output.
+
+In a pre-norm model every reader normalises the stream first: what counts is a token's error relative to its size, and a few
+tokens may be hundreds of times larger than the rest. So tokens are weighted by 1 / mean square. A post-norm block normalises
+its sums itself; there the weights would only add noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from liar.errors import at_site
+from liar.repair.context import RepairContext
+from liar.repair.state import SiteState
+from liar.repair.step import RepairStep
+from liar.runtime import token_weights, widen
+from liar.solve import fit_drift
+from liar.statistics import Folds
+
+
+class RefitProducers(RepairStep):
+    """Fit the layers before the units, whose input has drifted, to what they give in the dense model.
+
+    They are linear, so one regression of the old input on the new one serves them all.
+    """
+
+    captures = frozenset({"producer_input"})
+
+    def __init__(self, context: RepairContext) -> None:
+        self.context = context
+
+    def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
+        """Keep what the producers read in the dense model."""
+        site.put("producer input", batch, dense["producer_input"])
+
+    def skip(self, site: SiteState) -> None:
+        """Nothing has drifted."""
+        site.discard("producer input")
+
+    def repair(self, site: SiteState) -> None:
+        """One regression for all producers, written into each."""
+        if site.drifted:
+            folds = self.context.new_folds()
+            for batch, pruned in site.run_pruned("producer_input"):
+                with site.walk.timed("statistics"):
+                    tokens = site.walk.tokens[batch]
+                    old = site.get("producer input", batch)
+                    folds.update(tokens.gather(pruned["producer_input"]), tokens.gather(old), tokens.sizes)
+            self._fit(site, folds)
+        site.discard("producer input")
+
+    def _fit(self, site: SiteState, folds: Folds) -> None:
+        with site.walk.timed("solve"), at_site(site.name, site.site.module):
+            layers, options = site.producers, self.context.options
+            initial = [layer.initial_weights() for layer in layers]
+            weight, bias = (torch.cat(parts, -1) for parts in zip(*initial, strict=True))
+            affine = all(layer.bias is not None for layer in layers)
+            all_data, splits = folds.all_data(affine=affine), folds.splits(affine=affine, channels=len(weight))
+            weight, bias = fit_drift(all_data, splits, weight, bias, ridge=options.ridge, solver=options.solver)
+            widths = [layer.size("out") for layer in layers]
+            parts = torch.split(weight, widths, 1), torch.split(bias, widths)
+            for layer, part, offset in zip(layers, *parts, strict=True):
+                layer.write(part, offset)
+
+
+class FitToResidualStream(RepairStep):
+    """Fit the consumer to what the residual stream of the pruned model still lacks."""
+
+    captures = frozenset({"stream"})
+
+    def __init__(self, context: RepairContext) -> None:
+        self.context = context
+
+    def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
+        """Keep the dense stream after the site."""
+        site.put("target", batch, dense["stream"])
+
+    def skip(self, site: SiteState) -> None:
+        """The stream is the dense one."""
+        site.discard("target")
+        self.context.leave(site)
+
+    def repair(self, site: SiteState) -> None:
+        """Fit on the pruned stream; the sublayer need not run again afterwards."""
+        folds = self.context.new_folds()
+        for batch, pruned in site.run_pruned("consumer_input", "residual"):
+            with site.walk.timed("statistics"):
+                tokens = site.walk.tokens[batch]
+                target = widen(tokens.gather(site.get("target", batch)))
+                weight = token_weights(target) if site.walk.layout.is_pre_norm else None
+                missing = target - widen(tokens.gather(pruned["residual"]))
+                folds.update(tokens.gather(pruned["consumer_input"]), missing, tokens.sizes, weight)
+            site.keep_for_replay(batch, pruned["consumer_input"])
+        site.discard("target")
+        self.context.fit_consumer(site, folds)
+
+
+class FitToLayerOutput(RepairStep):
+    """Fit the consumer to its own dense output, on the dense model's activations: our reading of LIAR."""
+
+    captures = frozenset({"consumer_input", "consumer_output"})
+
+    def __init__(self, context: RepairContext) -> None:
+        self.context = context
+        self.folds: dict[str, Folds] = {}
+
+    def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
+        """Add a batch to the statistics of the kept channels."""
+        if site.keeps_all:
+            return
+        with site.walk.timed("statistics"):
+            if site.name not in self.folds:
+                self.folds[site.name] = self.context.new_folds()
+            tokens = site.walk.tokens[batch]
+            z, t = (tokens.gather(dense[name]) for name in ("consumer_input", "consumer_output"))
+            channels = site.site.consumer.channels(site.unit_mask).to(z.device)
+            self.folds[site.name].update(z.index_select(1, channels), t, tokens.sizes)
+
+    def skip(self, site: SiteState) -> None:
+        """Everything is kept."""
+        self.context.leave(site)
+
+    def repair(self, site: SiteState) -> None:
+        """Fit, from statistics that are complete by now."""
+        self.context.fit_consumer(site, self.folds.pop(site.name))
+
+
+def closed_form_steps(context: RepairContext) -> list[RepairStep]:
+    """The steps that the options ask for."""
+    if context.options.target == "layer_output":
+        return [FitToLayerOutput(context)]
+    refit: list[RepairStep] = [RefitProducers(context)] if context.options.refit else []
+    return [*refit, FitToResidualStream(context)]

@@ -1,0 +1,198 @@
+"""The state of a walk: what all blocks share, one block beside its pruned copy, one site under repair."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from liar.data import FOLDS, Calibration
+from liar.mask import Mask
+from liar.models import LayerView, Layout, Site, layer_of
+from liar.repair.captures import Capture, capture_points, read_captures
+from liar.runtime import ActivationStore, BlockCall, calls_of, capture_activations, replay_output, run_block
+from liar.statistics import TokenIndex
+
+# The two streams in the store.
+DENSE, PRUNED = "dense", "pruned"
+
+
+@dataclass
+class BlockPair:
+    """A dense block beside its pruned copy (None where nothing is cut), and the sublayers that need not run again.
+
+    Attributes:
+        sites: of the pruned block, in the order of the data.
+        dense_sites: of the dense block, which may be another model's.
+        returns: by site, how many values its sublayer returns as a tuple (None: one value by itself).
+        replayed: sites whose sublayer replays what it gave.
+    """
+
+    number: int
+    dense: nn.Module
+    pruned: nn.Module | None
+    sites: tuple[Site, ...]
+    dense_sites: tuple[Site, ...]
+    returns: dict[str, int | None] = field(default_factory=dict)
+    replayed: list[Site] = field(default_factory=list)
+
+
+@dataclass
+class Walk:
+    """What all blocks of a walk share.
+
+    Attributes:
+        layout: sites of the model that is cut.
+        calibration: the batches.
+        mask: None where nothing is cut: only the dense model is walked.
+        store: both streams, how blocks are called, and what the steps keep.
+        tokens: per batch, which positions are real tokens, sorted by fold.
+        clock: seconds by stage.
+        has_pruned_stream: False where the steps look at the dense stream only.
+        drifted: whether the pruned stream differs from the dense one by now.
+    """
+
+    layout: Layout
+    calibration: Calibration
+    mask: Mask | None
+    store: ActivationStore
+    clock: defaultdict[str, float]
+    has_pruned_stream: bool
+    drifted: bool
+    tokens: list[TokenIndex] = field(init=False)
+
+    def __post_init__(self) -> None:
+        pairs = zip(self.calibration.token_masks, self.calibration.folds, strict=True)
+        self.tokens = [TokenIndex.of(*pair, FOLDS) for pair in pairs]
+
+    @property
+    def batches(self) -> range:
+        """Numbers of the batches."""
+        return range(len(self.calibration.batches))
+
+    def arguments(self, stream: str, block: int, batch: int) -> tuple[Tensor, BlockCall]:
+        """What a block is run on: the hidden states of a stream, and the rest of the call."""
+        return self.store.get(stream, batch), self.store.get(calls_of(stream, block), batch)
+
+    def replays(self, block: BlockPair, batch: int) -> ExitStack:
+        """A context in which the sublayers of repaired sites return what they gave, with their consumers as they are now."""
+        stack = ExitStack()
+        for site in block.replayed:
+            assert block.pruned is not None
+            assert site.sublayer is not None
+            value = self.store.get(f"{site.name} replay", batch)
+            if site.consumer.module.startswith(f"{site.sublayer}."):
+                value = block.pruned.get_submodule(site.consumer.module)(value)
+            length = block.returns[site.name]
+            output = value if length is None else (value, *[None] * (length - 1))
+            stack.enter_context(replay_output(block.pruned.get_submodule(site.sublayer), output))
+        return stack
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time of the body to the clock."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.clock[stage] += time.perf_counter() - began
+
+
+@dataclass
+class SiteState:
+    """One site under repair: what a step reads, runs and changes.
+
+    Attributes:
+        walk: what all blocks share.
+        block: the dense block and its pruned copy.
+        site: of the pruned block.
+        dense_site: of the dense block.
+    """
+
+    walk: Walk
+    block: BlockPair
+    site: Site
+    dense_site: Site
+
+    @property
+    def name(self) -> str:
+        """The site's name."""
+        return self.site.name
+
+    @property
+    def unit_mask(self) -> Tensor:
+        """Bool [units]: True for the units that stay."""
+        assert self.walk.mask is not None
+        return self.walk.mask[self.name]
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing of the site is removed."""
+        return bool(self.unit_mask.all())
+
+    @property
+    def drifted(self) -> bool:
+        """Whether the pruned stream that reaches the site differs from the dense one."""
+        return self.walk.drifted
+
+    @property
+    def pruned_block(self) -> nn.Module:
+        """The pruned copy of the block, with modules of its own."""
+        assert self.block.pruned is not None, "a walk without a mask has no pruned blocks"
+        return self.block.pruned
+
+    @property
+    def consumer(self) -> LayerView:
+        """The consumer in the pruned block."""
+        return layer_of(self.pruned_block, self.site.consumer)
+
+    @property
+    def dense_consumer(self) -> LayerView:
+        """The consumer in the dense block."""
+        return layer_of(self.block.dense, self.dense_site.consumer)
+
+    @property
+    def producers(self) -> list[LayerView]:
+        """The producers in the pruned block."""
+        return [layer_of(self.pruned_block, edge) for edge in self.site.producers]
+
+    def put(self, series: str, batch: int, value: Tensor) -> None:
+        """Keep a value of this site for later."""
+        self.walk.store.put(f"{self.name} {series}", batch, value)
+
+    def get(self, series: str, batch: int) -> Tensor:
+        """A value that was put."""
+        value: Tensor = self.walk.store.get(f"{self.name} {series}", batch)
+        return value
+
+    def discard(self, series: str) -> None:
+        """Drop all values of a series of this site."""
+        self.walk.store.discard(f"{self.name} {series}")
+
+    def run_pruned(self, *captures: Capture) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Run the pruned block on every batch as far as needed: (batch, [sequences, length, channels] by capture)."""
+        for batch in self.walk.batches:
+            yield batch, self.run_batch(batch, *captures)
+
+    def run_batch(self, batch: int, *captures: Capture) -> dict[str, Tensor]:
+        """`run_pruned` for one batch."""
+        points = capture_points(self.pruned_block, self.site, captures)
+        with (
+            self.walk.timed("pruned forward"),
+            capture_activations(points, stop=True) as activations,
+            self.walk.replays(self.block, batch),
+        ):
+            run_block(self.pruned_block, *self.walk.arguments(PRUNED, self.block.number, batch))
+        return read_captures(activations, self.site, captures)
+
+    def keep_for_replay(self, batch: int, consumer_input: Tensor) -> None:
+        """Note what the consumer read, so that the site's sublayer need not run again while later sites are repaired.
+
+        Only right if the producers do not change afterwards. The consumer may.
+        """
+        if self.site.sublayer is not None:
+            self.put("replay", batch, consumer_input)

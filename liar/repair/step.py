@@ -1,0 +1,32 @@
+"""What plugs into the walk over blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from liar.repair.captures import Capture
+from liar.repair.state import SiteState
+
+
+class RepairStep:
+    """One thing that is done at every site. Override what is needed; everything else does nothing.
+
+    Attributes:
+        captures: what `observe` gets of the dense block.
+    """
+
+    captures: frozenset[Capture] = frozenset()
+
+    def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
+        """See one batch at a site of the dense block, [sequences, length, channels] by capture, before any site is cut."""
+
+    def before_cut(self, site: SiteState) -> None:
+        """Run when the sites before this one are done and this one is still whole."""
+
+    def repair(self, site: SiteState) -> None:
+        """Change the layers of the site, which is cut by now."""
+
+    def skip(self, site: SiteState) -> None:
+        """Run in place of `before_cut` and `repair` where everything is kept and nothing before the site has changed."""

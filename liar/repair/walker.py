@@ -1,0 +1,181 @@
+"""One walk over the blocks of a model, with the dense stream and the pruned stream side by side.
+
+Reconstruction, error curves, the benchmark's baselines and training are steps that plug into this walk. Memory beside the
+model and its pruned copy: the two streams, and what the steps keep of one block.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from liar.data import Calibration
+from liar.errors import ModelError
+from liar.mask import Mask
+from liar.models import Layout, base_and_prefix, discover
+from liar.repair.captures import capture_points, read_captures
+from liar.repair.state import DENSE, PRUNED, BlockPair, SiteState, Walk
+from liar.repair.step import RepairStep
+from liar.runtime import ActivationStore, Point, calls_of, capture_activations, record_block_calls, run_block
+from liar.surgery import copy_block, cut_site
+
+
+def walk_blocks(
+    model: nn.Module,
+    layout: Layout,
+    calibration: Calibration,
+    steps: Sequence[RepairStep],
+    *,
+    mask: Mask | None = None,
+    teacher: nn.Module | None = None,
+    has_pruned_stream: bool = True,
+    clock: defaultdict[str, float] | None = None,
+) -> list[nn.Module]:
+    """Walk the blocks once, and let the steps look at every site and repair it.
+
+    In each block the dense copy runs first, and steps `observe` its activations. Then site after site is cut and repaired, so
+    that each step sees the pruned stream as the sites before it left it.
+
+    Args:
+        model: the model to cut; it is left alone.
+        layout: its sites.
+        calibration: batches for it.
+        steps: what is done at every site, in order.
+        mask: the units that stay; None to walk the dense model only.
+        teacher: the model whose stream is the dense one, if it is another: with as many blocks, and a residual stream of the
+            same width. Heads and neurons may differ.
+        has_pruned_stream: False saves the pruned stream where no step runs the pruned block.
+        clock: seconds by stage are added here.
+
+    Returns:
+        The pruned and repaired copy of every block, in order; empty without a mask.
+
+    Raises:
+        ModelError: the teacher has other blocks than the model.
+        CalibrationError: the model does not take a batch.
+    """
+    has_pruned_stream = has_pruned_stream and mask is not None
+    source, dense_layout = (model, layout) if teacher is None else (teacher, discover(teacher))
+    _check_teacher(dense_layout, layout)
+    clock = defaultdict(float) if clock is None else clock
+    walk = Walk(layout, calibration, mask, ActivationStore(), clock, has_pruned_stream, drifted=teacher is not None)
+    with walk.timed("enter"):
+        _enter(walk, source, dense_layout, DENSE)
+        if has_pruned_stream:
+            _enter_pruned(walk, model, share=teacher is None)
+    pruned_blocks: list[nn.Module] = []
+    for number, (name, dense_name) in enumerate(zip(layout.blocks, dense_layout.blocks, strict=True)):
+        block = BlockPair(
+            number=number,
+            dense=source.get_submodule(dense_name),
+            pruned=None if mask is None else copy_block(model.get_submodule(name)),
+            sites=layout.of_block(name),
+            dense_sites=dense_layout.of_block(dense_name),
+        )
+        _walk_block(walk, block, steps, is_pre_norm=dense_layout.is_pre_norm)
+        if block.pruned is not None:
+            pruned_blocks.append(block.pruned)
+    return pruned_blocks
+
+
+def _walk_block(walk: Walk, block: BlockPair, steps: Sequence[RepairStep], *, is_pre_norm: bool) -> None:
+    """Observe, cut and repair all sites of one block, and move the streams past it."""
+    states = [SiteState(walk, block, *pair) for pair in zip(block.sites, block.dense_sites, strict=True)]
+    _dense_pass(walk, block, states, steps, is_pre_norm=is_pre_norm)
+    for state in states:
+        _visit(state, steps)
+    if walk.has_pruned_stream and block.number < len(walk.layout.blocks) - 1:
+        _advance(walk, block)
+    calls = (calls_of(stream, block.number) for stream in (DENSE, PRUNED))
+    walk.store.discard(*calls, *(f"{site.name} replay" for site in block.replayed))
+
+
+def _check_teacher(dense: Layout, pruned: Layout) -> None:
+    shapes = [([site.name for site in layout.sites], [site.out for site in layout.sites]) for layout in (dense, pruned)]
+    if len(dense.blocks) != len(pruned.blocks) or shapes[0] != shapes[1]:
+        widths = [sorted({site.out for site in layout.sites}) for layout in (dense, pruned)]
+        raise ModelError(
+            f"the teacher has {len(dense.blocks)} blocks and a residual stream of width {widths[0]}, the model "
+            f"{len(pruned.blocks)} and {widths[1]}: expected the same; only heads and neurons may differ"
+        )
+
+
+def _enter(walk: Walk, model: nn.Module, layout: Layout, stream: str) -> None:
+    """Store what enters the first block of a model, and how its blocks are called."""
+    base, _ = base_and_prefix(model)
+    blocks = [model.get_submodule(name) for name in layout.blocks]
+    record_block_calls(base, blocks, walk.calibration.batches, walk.store, stream)
+
+
+def _enter_pruned(walk: Walk, model: nn.Module, *, share: bool) -> None:
+    """The same for the pruned stream, which begins as the dense one where both come from one model."""
+    if not share:
+        _enter(walk, model, walk.layout, PRUNED)
+        return
+    walk.store.share(DENSE, PRUNED)
+    for number in range(len(walk.layout.blocks)):
+        walk.store.share(calls_of(DENSE, number), calls_of(PRUNED, number))
+
+
+def _dense_pass(
+    walk: Walk, block: BlockPair, states: Sequence[SiteState], steps: Sequence[RepairStep], *, is_pre_norm: bool
+) -> None:
+    """Run the dense block on its stream and move that on; the steps observe every site."""
+    captures = sorted({capture for step in steps for capture in step.captures})
+    points: dict[str, Point] = {}
+    for site in block.dense_sites:
+        points |= {f"{site.name} {name}": point for name, point in capture_points(block.dense, site, captures).items()}
+        if site.sublayer and walk.has_pruned_stream:
+            points[f"{site.name} sublayer"] = Point(block.dense.get_submodule(site.sublayer), None)
+    for batch in walk.batches:
+        hidden, call = walk.arguments(DENSE, block.number, batch)
+        with walk.timed("dense forward"), capture_activations(points) as activations:
+            output = run_block(block.dense, hidden, call)
+        walk.store.put(DENSE, batch, output)
+        for state in states:
+            prefix = f"{state.name} "
+            own = {name.removeprefix(prefix): value for name, value in activations.items() if name.startswith(prefix)}
+            if "sublayer" in own:
+                returned: Any = own["sublayer"]
+                block.returns[state.name] = len(returned) if isinstance(returned, tuple) else None
+            with walk.timed("dense forward"):
+                dense = read_captures(own, state.dense_site, captures)
+                if is_pre_norm and "stream" in dense and state is states[-1] and torch.equal(dense["stream"], output):
+                    dense["stream"] = output  # the same values: one tensor less to keep
+            for step in steps:
+                step.observe(state, batch, {name: dense[name] for name in step.captures})
+
+
+def _visit(state: SiteState, steps: Sequence[RepairStep]) -> None:
+    """Cut one site and let the steps repair it."""
+    walk = state.walk
+    if walk.mask is not None and state.keeps_all and not walk.drifted:
+        for step in steps:
+            step.skip(state)
+        return
+    for step in steps:
+        step.before_cut(state)
+    if walk.mask is not None:
+        # Also where everything is kept: a step may change the layers, and the user's model shares them until they are cut.
+        cut_site(state.pruned_block, state.site, state.unit_mask)
+    for step in steps:
+        step.repair(state)
+    if walk.store.batches(f"{state.name} replay"):
+        state.block.replayed.append(state.site)
+    # Without a pruned stream nothing a site does reaches the next one.
+    walk.drifted = walk.drifted or walk.has_pruned_stream
+
+
+def _advance(walk: Walk, block: BlockPair) -> None:
+    """Move the pruned stream past a block; as long as nothing was cut it is the dense one."""
+    assert block.pruned is not None
+    for batch in walk.batches:
+        with walk.timed("pruned forward"), walk.replays(block, batch):
+            if walk.drifted:
+                walk.store.put(PRUNED, batch, run_block(block.pruned, *walk.arguments(PRUNED, block.number, batch)))
+            else:
+                walk.store.put(PRUNED, batch, walk.store.get(DENSE, batch))

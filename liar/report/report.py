@@ -1,0 +1,182 @@
+"""What happened at every site: a frozen `Report`, as a table for people and JSON for programs."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from liar.errors import CheckpointError, wrap_parse_errors
+from liar.verdicts import Verdict
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WRITTEN = "a report.json that liar wrote"
+HEADINGS = ("site", "kept", "of", "error before", "after", "ridge", "condition", "seconds", "verdict")
+CAPTION = "error: held-out residual energy over the target's energy, before and after reconstruction"
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site.
+
+    Attributes:
+        site: name, such as `"neurons.3"`.
+        module: full name of the consumer.
+        kept: units left.
+        total: units before.
+        before: residual energy over the target's, on held-out tokens, with the kept weights as they were (NaN if nothing
+            could be held out).
+        after: the same after reconstruction (fitted without those tokens).
+        verdict: how the solve ended.
+        ridge: relative ridge; infinite where the kept weights stayed.
+        condition: of the system solved.
+        seconds: statistics and solve of this site.
+        bias_created: whether the layer got a bias it did not have.
+    """
+
+    site: str
+    module: str
+    kept: int
+    total: int
+    before: float
+    after: float
+    verdict: Verdict
+    ridge: float
+    condition: float
+    seconds: float
+    bias_created: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of one reconstruction.
+
+    Attributes:
+        sites: one entry per site, in the order of the data.
+        requested: share of the blocks' parameters that was requested; None if the mask came from elsewhere.
+        achieved: share of the blocks' parameters that is left.
+        parameters: of the whole model, (before, after).
+        tokens: calibration tokens used.
+        sequences: calibration sequences used.
+        options: target, ridge, refit, solver, bias.
+        dtype: of the weights.
+        seconds: wall time by stage.
+
+    Example:
+        >>> report = liar.prune(model, calib, keep=0.5)
+        >>> report.sites[1].kept < report.sites[1].total
+        True
+        >>> Report.from_json(report.to_json()).verdicts == report.verdicts
+        True
+    """
+
+    sites: tuple[SiteReport, ...]
+    requested: float | None
+    achieved: float
+    parameters: tuple[int, int]
+    tokens: int
+    sequences: int
+    options: Mapping[str, Any]
+    dtype: str
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def verdicts(self) -> dict[str, Verdict]:
+        """Site name -> verdict."""
+        return {site.site: site.verdict for site in self.sites}
+
+    def to_json(self) -> str:
+        """JSON text; NaN and infinity become strings, since JSON has no such numbers."""
+        content = asdict(self)
+        content["sites"] = [
+            {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in site.items()}
+            for site in content["sites"]
+        ]
+        return json.dumps(content, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The inverse of `to_json`.
+
+        Raises:
+            CheckpointError: the text is not such a JSON.
+        """
+        with wrap_parse_errors(CheckpointError, WRITTEN):
+            content = json.loads(text)
+            sites = [
+                SiteReport(**{
+                    **site,
+                    **{name: float(site[name]) for name in ("before", "after", "ridge", "condition", "seconds")},
+                    "verdict": Verdict(site["verdict"]),
+                })
+                for site in content.pop("sites")
+            ]  # fmt: skip
+            return cls(sites=tuple(sites), **{**content, "parameters": tuple(content["parameters"])})
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_json` to a file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read a file that `save` wrote.
+
+        Raises:
+            CheckpointError: it is not one.
+        """
+        with wrap_parse_errors(CheckpointError, WRITTEN, path):
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def table(self) -> Table:
+        """A `rich` table; `print(report)` shows it."""
+        from rich.table import Table  # noqa: PLC0415 (an extra)
+
+        table = Table(title=self._title(), caption=CAPTION)
+        for number, heading in enumerate(HEADINGS):
+            table.add_column(heading, justify="left" if number in (0, len(HEADINGS) - 1) else "right")
+        for row in self.rows():
+            table.add_row(*row)
+        return table
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The rows of the table as text: site, kept, of, error before, after, ridge, condition, seconds, verdict."""
+        rows: list[tuple[str, ...]] = []
+        for site in self.sites:
+            numbers = (
+                f"{site.before:.4f}",
+                f"{site.after:.4f}",
+                f"{site.ridge:.0e}",
+                f"{site.condition:.0e}",
+                f"{site.seconds:.2f}",
+            )
+            verdict = site.verdict.value + (" +bias" if site.bias_created else "")
+            rows.append((site.site, str(site.kept), str(site.total), *numbers, verdict))
+        return rows
+
+    def _title(self) -> str:
+        requested = "" if self.requested is None else f" ({self.requested:.1%} requested)"
+        before, after = self.parameters
+        return (
+            f"{self.achieved:.1%} of the block parameters kept{requested}; model {before:,} to {after:,} parameters; "
+            f"{self.tokens:,} calibration tokens; {sum(self.seconds.values()):.1f} s"
+        )
+
+    def __str__(self) -> str:
+        verdicts = [f"{verdict.value}: {verdict.text}" for verdict in sorted({site.verdict for site in self.sites})]
+        try:
+            from rich.console import Console  # noqa: PLC0415 (an extra)
+        except ImportError:
+            rows = ["\t".join(row) for row in (HEADINGS, *self.rows())]
+            return "\n".join([self._title(), *rows, *verdicts, ""])
+        console = Console(file=io.StringIO(), width=120)
+        console.print(self.table())
+        for line in verdicts:
+            console.print(line)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()

@@ -1,0 +1,30 @@
+"""Running a model block by block and reading its activations; the user's model is left as it was."""
+
+from liar.runtime.blocks import BlockCall, calls_of, record_block_calls, run_block, run_model
+from liar.runtime.hooks import Point, StopForward, capture_activations, replay_output
+from liar.runtime.outputs import Output, model_outputs
+from liar.runtime.state import preserve_model_state, record_gradients
+from liar.runtime.store import ActivationStore
+from liar.runtime.stream import residual_points, residual_sum, sequence_sums, token_weights, widen
+
+__all__ = [
+    "ActivationStore",
+    "BlockCall",
+    "Output",
+    "Point",
+    "StopForward",
+    "calls_of",
+    "capture_activations",
+    "model_outputs",
+    "preserve_model_state",
+    "record_block_calls",
+    "record_gradients",
+    "replay_output",
+    "residual_points",
+    "residual_sum",
+    "run_block",
+    "run_model",
+    "sequence_sums",
+    "token_weights",
+    "widen",
+]

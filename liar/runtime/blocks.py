@@ -1,0 +1,96 @@
+"""Running a model, or its blocks one by one with the arguments the model gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from liar.errors import CalibrationError, LiarError, ModelError
+from liar.runtime.hooks import StopForward
+from liar.runtime.store import ActivationStore
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """How a model calls one of its blocks for one batch: everything but the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+    """Run a block: hidden states in, hidden states out (those that came in if `capture_activations` stopped the pass)."""
+    try:
+        output = block(hidden, *call.args, **call.kwargs)
+    except StopForward:
+        return hidden
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def run_model(model: nn.Module, batch: Mapping[str, Any], number: int = 0) -> Any:
+    """Run the bare model, or the model with its head, on a calibration batch; its outputs.
+
+    Raises:
+        CalibrationError: the model does not take the batch.
+    """
+    try:
+        return model(**batch)
+    except (StopForward, LiarError):
+        raise
+    except Exception as error:
+        shapes = {name: list(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
+        raise CalibrationError(
+            f"{type(model).__name__} does not take calibration batch {number} with {shapes}: {error}"
+        ) from error
+
+
+def record_block_calls(
+    base: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Mapping[str, Tensor]], store: ActivationStore, stream: str
+) -> None:
+    """Store what enters the first block for every batch (as `stream`), and how every block is called (see `calls_of`).
+
+    The blocks themselves do not run: for this pass each only notes its arguments and hands the hidden states on.
+
+    Raises:
+        CalibrationError: the model does not take a batch.
+    """
+    running = 0
+
+    def recorder(index: int) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if index == 0:
+                store.put(stream, running, hidden_states)
+            store.put(calls_of(stream, index), running, BlockCall(args, kwargs))
+            if index == len(blocks) - 1:
+                raise StopForward
+            return hidden_states
+
+        return forward
+
+    owned = [vars(block).get("forward") for block in blocks]
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = recorder(index)
+        for number, batch in enumerate(batches):
+            running = number
+            try:
+                run_model(base, batch, number)
+            except StopForward:
+                continue
+            raise ModelError(f"{type(base).__name__} did not call its last block; the family's table names the wrong blocks")
+    finally:
+        for block, forward in zip(blocks, owned, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+
+def calls_of(stream: str, block: int) -> str:
+    """The name under which the calls of a block are stored."""
+    return f"{stream} calls {block}"

@@ -1,0 +1,58 @@
+"""The outputs of a model for a batch: logits, numbers, or, without a head, the mean of its last hidden states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liar.runtime.stream import widen
+
+# Question answering: every position of a sequence is a class, for the beginning and for the end of the answer.
+POSITIONS = ("start_logits", "end_logits")
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output of a model for one batch, in float32 or wider.
+
+    Attributes:
+        name: as the model calls it; `"hidden"` for mean hidden states.
+        rows: [rows, *]: log-probabilities of classes that exclude each other, or numbers, or mean hidden states.
+        is_log_probability: whether the rows are log-probabilities.
+        by_token: whether there is a row for each kept token, and not one for each sequence.
+    """
+
+    name: str
+    rows: Tensor
+    is_log_probability: bool
+    by_token: bool
+
+
+def model_outputs(returned: Any, token_mask: Tensor) -> list[Output]:
+    """The outputs for the real tokens, or for whole sequences.
+
+    Without a head it is the mean of the hidden states, since that is what users of such a model compute, and what moves
+    single tokens averages out of it.
+
+    Args:
+        returned: what the model's forward returned, by name.
+        token_mask: bool [sequences, length]: True for real tokens.
+    """
+    logits = {name: value for name, value in returned.items() if name.endswith("logits") and isinstance(value, Tensor)}
+    if not logits:
+        mask = token_mask[..., None]
+        mean = (widen(returned[0]) * mask).sum(1) / mask.sum(1).clamp_min(1)
+        return [Output("hidden", mean, is_log_probability=False, by_token=False)]
+    outputs = []
+    for name, value in logits.items():
+        by_token = value.ndim == 3 and value.shape[:2] == token_mask.shape
+        rows = widen(value[token_mask] if by_token else value)
+        if name in POSITIONS:
+            # No answer is in the padding. (Not -inf: differences of logarithms are to stay finite.)
+            rows = rows.masked_fill(~token_mask, torch.finfo(rows.dtype).min)
+        classes = rows.shape[-1] > 1
+        outputs.append(Output(name, rows.log_softmax(-1) if classes else rows, classes, by_token))
+    return outputs

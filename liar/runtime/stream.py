@@ -1,0 +1,47 @@
+"""The residual stream around a site: where it is captured, its sum after the site, and how much a token of it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from liar.models import Site
+from liar.runtime.hooks import Point
+
+# As in the norms of the models: keeps the weight of an all-zero token finite.
+EPSILON = 1e-6
+
+
+def residual_points(block: nn.Module, site: Site) -> dict[str, Point]:
+    """What to capture for the stream that the consumer's output is added to: one point, more in a parallel block."""
+    module, argument = site.residual
+    points = {"residual": Point(block.get_submodule(module), argument)}
+    return points | {f"residual + {name}": Point(block.get_submodule(name), None) for name in site.added_before}
+
+
+def residual_sum(activations: Mapping[str, Tensor], site: Site) -> Tensor:
+    """The stream that the consumer's output is added to, from the activations at `residual_points`."""
+    stream = activations["residual"]
+    for name in site.added_before:
+        stream = stream + activations[f"residual + {name}"]
+    return stream
+
+
+def token_weights(stream: Tensor) -> Tensor:
+    """1 / mean square of every token: [tokens, channels] -> [tokens].
+
+    A norm reads the stream next, so what counts is a token's error relative to its size.
+    """
+    return 1 / (stream.square().mean(1) + EPSILON)
+
+
+def sequence_sums(rows: Tensor, token_mask: Tensor) -> Tensor:
+    """Sums over the tokens of each sequence: [tokens, channels] and bool [sequences, length] -> [sequences, channels]."""
+    return rows.new_zeros(len(token_mask), rows.shape[1]).index_add_(0, token_mask.nonzero()[:, 0], rows)
+
+
+def widen(value: Tensor) -> Tensor:
+    """At least float32: differences and squares of 16-bit streams are not computed in 16 bits."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))

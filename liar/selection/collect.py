@@ -1,0 +1,143 @@
+"""What criteria need besides weights: collected once, kept in a file, reused for every budget."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from liar.analysis import channel_moments
+from liar.data import Calibration
+from liar.errors import CalibrationError, check_choice
+from liar.models import Layout, discover_with_weights, layer_of
+from liar.selection.error_curves import error_curves
+from liar.selection.gradients import unit_gradients
+from liar.selection.scores import CRITERIA, STATISTICS
+
+SiteTensors = dict[str, dict[str, Tensor]]
+COLLECTORS: dict[str, Callable[[nn.Module, Layout, Calibration, bool], SiteTensors]] = {
+    "channels": channel_moments,
+    "curves": error_curves,
+    "gradients": unit_gradients,
+}
+# Norms of weights that differ by more are of other weights; rounding to another float type differs by less.
+SAME_NORM = 1e-4
+
+
+@dataclass(frozen=True)
+class CriterionStatistics:
+    """What was collected at the sites of one model: a few numbers per unit or channel.
+
+    Attributes:
+        sites: site name -> name (see `liar.selection.STATISTICS`) -> tensor on the CPU.
+        norms: site name -> Frobenius norm of the consumer's weight, by which the model is recognised.
+        tokens: calibration tokens that were used.
+
+    Example:
+        >>> statistics = liar.collect(model, calib)
+        >>> [round(liar.select(model, statistics, keep=keep).requested, 1) for keep in (0.7, 0.5)]
+        [0.7, 0.5]
+    """
+
+    sites: Mapping[str, Mapping[str, Tensor]]
+    norms: Mapping[str, float]
+    tokens: int
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        tensors = {
+            f"{site}/{name}": value.contiguous() for site, values in self.sites.items() for name, value in values.items()
+        }
+        metadata = {"norms": json.dumps(dict(self.norms)), "tokens": str(self.tokens)}
+        save_file(tensors, str(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> CriterionStatistics:
+        """Read a file that `save` wrote.
+
+        Raises:
+            CalibrationError: it is not one.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata()
+                norms: dict[str, float] = json.loads(metadata["norms"])
+                sites: SiteTensors = {name: {} for name in norms}
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    site, _, name = key.partition("/")
+                    sites[site][name] = file.get_tensor(key)
+            return cls(sites, norms, int(metadata["tokens"]))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(f"{path}: expected a file that CriterionStatistics.save wrote, got {error!r}") from error
+
+    def check(self, model: nn.Module, layout: Layout, criterion: str) -> None:
+        """Check that these are the statistics of a model, with all that a criterion needs.
+
+        Raises:
+            CalibrationError: they are not.
+        """
+        norms = consumer_norms(model, layout)
+        if norms.keys() != self.norms.keys() or not all(
+            isclose(norms[name], self.norms[name], rel_tol=SAME_NORM) for name in norms
+        ):
+            raise CalibrationError(
+                "the statistics were collected from another model, or this one has changed since: collect them anew"
+            )
+        needs = CRITERIA[criterion].needs
+        if needs and any(name not in values for values in self.sites.values() for name in STATISTICS[needs]):
+            raise CalibrationError(
+                f"criterion={criterion!r} needs {' and '.join(STATISTICS[needs])} of every site, which was not collected: "
+                f"call liar.collect(model, calib, criteria=[{criterion!r}])"
+            )
+
+
+def consumer_norms(model: nn.Module, layout: Layout) -> dict[str, float]:
+    """Frobenius norm of the consumer's weight by site."""
+    layers = {site.name: layer_of(model.get_submodule(site.block), site.consumer) for site in layout.sites}
+    return {name: float(layer.matrix.norm(dtype=torch.float64)) for name, layer in layers.items()}
+
+
+def collect(
+    model: nn.Module,
+    calib: Iterable[Any] | Calibration,
+    *,
+    criteria: Sequence[str] = ("reconstruction",),
+    progress: bool = True,
+) -> CriterionStatistics:
+    """Collect the statistics that `select` needs once, and reuse them for every budget.
+
+    Args:
+        model: a Hugging Face model of a known family; it is not changed.
+        calib: calibration batches (see `Calibration.of`).
+        criteria: that will be used; what several of them need is collected once.
+        progress: show bars.
+
+    Returns:
+        Frozen `CriterionStatistics`, to be given to `select` in place of calibration batches.
+
+    Raises:
+        OptionError, CalibrationError, ModelError: with what was expected, what came, and what to do.
+
+    Example:
+        >>> statistics = liar.collect(model, calib, criteria=["fluctuation", "wanda"])
+        >>> sorted(statistics.sites["neurons.0"])
+        ['mean', 'variance']
+    """
+    for criterion in criteria:
+        check_choice("criterion", criterion, CRITERIA)
+    layout = discover_with_weights(model)
+    calibration = Calibration.of(calib, model)
+    sites: SiteTensors = {site.name: {} for site in layout.sites}
+    for needs in dict.fromkeys(CRITERIA[criterion].needs for criterion in criteria):
+        if needs:
+            for name, values in COLLECTORS[needs](model, layout, calibration, progress).items():
+                sites[name] |= {key: value.cpu() for key, value in values.items()}
+    return CriterionStatistics(sites, consumer_norms(model, layout), calibration.tokens)

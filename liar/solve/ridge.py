@@ -1,0 +1,109 @@
+"""Which ridge, and whether to change the weights at all: decided on held-out folds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import inf, sqrt
+
+import torch
+from torch import Tensor
+
+from liar.solve.solvers import solve
+from liar.statistics import Normal
+
+RIDGES = tuple(10.0**exponent for exponent in range(-5, 2))
+# Outputs, or random combinations of them, on which ridges are compared.
+SKETCH = 64
+
+# (fitted on, held out): normal equations of disjoint parts of the calibration data.
+Split = tuple[Normal, Normal]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The relative ridge to use, infinite if the weights are to stay, and the held-out sums of squares it rests on.
+
+    Attributes:
+        ridge: relative.
+        unchanged: with weights and bias as they were.
+        bias_only: with the bias refitted alone.
+        updated: with the weights this decision leads to.
+    """
+
+    ridge: float
+    unchanged: float
+    bias_only: float
+    updated: float
+
+
+def decide(splits: Sequence[Split], weight: Tensor, bias: Tensor, ridge: float | str, solver: str) -> Decision:
+    """Choose the ridge of one fit.
+
+    A number is used as it is. "auto" is the ridge with the least held-out error, guarded: where that is no better than
+    leaving the weights alone, with or without a new bias, they stay (an infinite ridge). Without splits nothing can be
+    compared, and "auto" is the middle of `RIDGES`.
+
+    Args:
+        splits: as for `fit`.
+        weight: [channels, out], the initial weights.
+        bias: [out], the initial bias.
+        ridge: relative ridge, or "auto".
+        solver: one of the solvers.
+    """
+    auto = ridge == "auto"
+    chosen = float(ridge) if not auto else best_ridge(splits, weight, bias, solver) if splits else RIDGES[len(RIDGES) // 2]
+    unchanged, bias_only, updated = held_out_errors(splits, weight, bias, chosen, solver)
+    if auto and splits and updated >= min(unchanged, bias_only):
+        return Decision(inf, unchanged, bias_only, min(unchanged, bias_only))
+    return Decision(chosen, unchanged, bias_only, updated)
+
+
+def held_out_errors(
+    splits: Sequence[Split], weight: Tensor, bias: Tensor, ridge: float, solver: str
+) -> tuple[float, float, float]:
+    """Sums of squares on the held-out parts: unchanged, with the bias alone refitted, and with this ridge."""
+    errors = torch.zeros(3, dtype=torch.float64, device=weight.device)
+    for fitted, held in splits:
+        changed = weight + solve(fitted, weight, absolute(ridge, fitted), solver).change
+        biases = [fitted.mean_t - fitted.mean_z @ each if fitted.affine else bias for each in (weight, changed)]
+        errors += torch.cat([held.error(weight, torch.stack([bias, biases[0]])), held.error(changed, biases[1])[None]])
+    unchanged, bias_only, updated = errors.tolist()
+    return unchanged, bias_only, updated
+
+
+def best_ridge(splits: Sequence[Split], weight: Tensor, bias: Tensor, solver: str) -> float:
+    """The ridge of `RIDGES` with the least error on the held-out parts, found by walking down from the middle.
+
+    Ridges are compared on a few random combinations of the outputs: errors add up over outputs, and all outputs share the
+    same Gram matrix, so a sketch ranks the ridges as all outputs do at a fraction of the cost.
+    """
+    sketch = sketch_of(weight)
+    zeros = torch.zeros(sketch.shape[1]).to(weight)
+    narrow = [(fitted.project_targets(sketch, zeros), held.project_targets(sketch, zeros)) for fitted, held in splits]
+
+    @cache
+    def error(index: int) -> float:
+        if not 0 <= index < len(RIDGES):
+            return inf
+        return held_out_errors(narrow, weight @ sketch, bias @ sketch, RIDGES[index], solver)[-1]
+
+    index = len(RIDGES) // 2
+    while (lower := min(index - 1, index + 1, key=error)) >= 0 and error(lower) < error(index):
+        index = lower
+    return RIDGES[index]
+
+
+def sketch_of(weight: Tensor) -> Tensor:
+    """Random combinations of the outputs of `weight` [channels, out], of mean square 1: [out, at most `SKETCH`]."""
+    out = weight.shape[1]
+    if out <= SKETCH:
+        return torch.eye(out, dtype=weight.dtype, device=weight.device)
+    sketch = torch.randn(out, SKETCH, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(weight)
+    return sketch.div_(sqrt(SKETCH))
+
+
+def absolute(ridge: float, normal: Normal) -> Tensor:
+    """A relative ridge in the units of a Gram matrix."""
+    return torch.tensor(ridge * normal.scale, dtype=torch.float64, device=normal.gram.device)

@@ -1,0 +1,67 @@
+"""Cutting layers for good: smaller parameters, and right sizes on the modules and in the configuration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from liar.mask import Mask
+from liar.models import Site, discover, layer_of
+from liar.surgery.stock import uniform_sizes
+
+
+def cut_site(block: nn.Module, site: Site, unit_mask: Tensor) -> None:
+    """Cut the producers and the consumer of a site to the kept units, and correct the sizes its modules remember."""
+    for edge in site.edges:
+        layer_of(block, edge).select(edge.axis, edge.channels(unit_mask))
+    for path in site.size_attributes:
+        owner, _, name = path.rpartition(".")
+        module = block.get_submodule(owner)
+        setattr(module, name, getattr(module, name) // site.units * int(unit_mask.sum()))
+
+
+def copy_block(block: nn.Module) -> nn.Module:
+    """A copy with modules of its own but the same parameters and buffers: cutting the copy leaves the original alone."""
+    configs = [module.config for module in block.modules() if hasattr(module, "config")]
+    return copy.deepcopy(block, {id(shared): shared for shared in (*block.parameters(), *block.buffers(), *configs)})
+
+
+def adopt(block: nn.Module, pruned_block: nn.Module) -> None:
+    """Give the layers of a block the parameters and sizes of its cut copy; modules and their hooks stay."""
+    for module, cut_module in zip(block.modules(), pruned_block.modules(), strict=True):
+        for name, parameter in cut_module.named_parameters(recurse=False):
+            setattr(module, name, parameter)
+        for name, value in vars(cut_module).items():
+            if type(value) is int and vars(module).get(name) != value:
+                setattr(module, name, value)
+
+
+def remove(model: nn.Module, mask: Mask | Mapping[str, Any]) -> None:
+    """Cut a model to the kept units and repair nothing: the baseline of every reconstruction.
+
+    Args:
+        model: a Hugging Face model of a known family; changed in place.
+        mask: a `Mask`, or one made elsewhere (see `Mask.of`).
+
+    Raises:
+        MaskError, ModelError: with what was expected, what came, and what to do; the model is then as it was.
+
+    Example:
+        >>> liar.remove(model, mask)
+        >>> liar.discover(model)["heads.0"].units == mask.kept("heads.0")
+        True
+    """
+    layout = discover(model)
+    mask = Mask.of(mask, layout)
+    for site in layout.sites:
+        cut_site(model.get_submodule(site.block), site, mask[site.name])
+    update_config(model)
+
+
+def update_config(model: nn.Module) -> None:
+    """Correct the configuration where it can express the pruned model's widths."""
+    for key, value in (uniform_sizes(model) or {}).items():
+        setattr(model.config, key, value)

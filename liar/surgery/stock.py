@@ -1,0 +1,88 @@
+"""What the stock class of a model can build: found by building it on the meta device, never assumed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from liar.models import Layout, Site, SitePattern, discover, family_of
+
+
+def uniform_sizes(model: nn.Module) -> dict[str, int] | None:
+    """Entries of the configuration with which the stock class builds just a pruned model's shapes; None if there are none.
+
+    There are some where every layer keeps equally many units of each kind and the class can express the number. Nothing is
+    assumed about the class: it is built on the meta device, and its shapes are compared with the model's.
+    """
+    stock = build_stock(model, {})
+    if stock is None:
+        return None
+    sizes: dict[str, int] = {}
+    pruned, built = discover(model), discover(stock)
+    for pattern in family_of(model).patterns:
+        units, stock_units = ({site.units for site in layout.of_kind(pattern.kind)} for layout in (pruned, built))
+        if len(units) != 1 or len(stock_units) != 1:
+            return None
+        sizes |= scaled_sizes(model, pattern, min(units), min(stock_units))
+    again = build_stock(model, sizes)
+    return sizes if again is not None and shapes(again) == shapes(model) else None
+
+
+def scaled_sizes(model: nn.Module, pattern: SitePattern, units: int, of: int) -> dict[str, int]:
+    """Entries of the configuration that go with the units of one kind, for `units` where they stand for `of` now.
+
+    An entry that is None (GPT-2's `n_inner`: the class then takes its default) is the number of units itself.
+    """
+    values = {key: getattr(model.config, key) for key in pattern.config_keys}
+    return {key: units if value is None else value * units // of for key, value in values.items()}
+
+
+def stock_counts(model: nn.Module) -> dict[str, list[int]]:
+    """For each kind, how many units every layer may keep so that the stock class can still build the model.
+
+    A class refuses some numbers, and takes others to mean something else (BERT: fewer heads are wider heads). So every number
+    of heads is tried; of neurons, if one fewer is possible, so is any number.
+    """
+    layout, counts = discover(model), dict[str, list[int]]()
+    for pattern in family_of(model).patterns:
+        units = max(site.units for site in layout.of_kind(pattern.kind))
+        tried = range(1, units + 1) if pattern.unit_width else [max(1, units - 1)]
+        legal = [count for count in tried if _is_stock(model, layout, pattern, count)]
+        counts[pattern.kind] = legal if pattern.unit_width or not legal else list(range(1, units + 1))
+    return counts
+
+
+def _is_stock(model: nn.Module, layout: Layout, pattern: SitePattern, count: int) -> bool:
+    """Whether the stock class with `count` units of one kind in every layer has such units, and else what it has now."""
+    built = build_stock(model, scaled_sizes(model, pattern, count, layout.of_kind(pattern.kind)[0].units))
+    if built is None:
+        return False
+    expected = [(site.name, count if site.kind == pattern.kind else site.units, _widths(site)) for site in layout.sites]
+    return expected == [(site.name, site.units, _widths(site)) for site in discover(built).sites]
+
+
+def _widths(site: Site) -> list[int]:
+    """Channels of one unit in every layer of a site."""
+    return [edge.width for edge in site.edges]
+
+
+def shapes(model: nn.Module) -> Mapping[str, torch.Size]:
+    """Shape of every entry of the state dict."""
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
+def build_stock(model: nn.Module, sizes: Mapping[str, int]) -> nn.Module | None:
+    """A model of the same class as its configuration, with `sizes` changed, builds it, on the meta device; None if refused."""
+    config: Any = copy.deepcopy(model.config)
+    with torch.device("meta"):
+        try:
+            for key, value in sizes.items():
+                setattr(config, key, value)
+            # Made anew, so that the class checks its entries: what it refuses here it would refuse to load.
+            return type(model)(type(config).from_dict(config.to_dict()))
+        except Exception:  # noqa: BLE001 (every class refuses a configuration in its own way)
+            return None

@@ -1,0 +1,320 @@
+"""The contract of every family, shown to be sharp by tables that are wrong in one place each."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import MODELS
+from torch import nn
+from transformers import BertConfig, BertModel, GPTJConfig, GPTJModel
+
+import liar
+from liar.errors import ModelError
+from liar.models import discover, family_of, layer_of
+from liar.models.tables.bert import BERT
+from liar.models.tables.gpt2 import GPT2
+from liar.models.tables.llama import LLAMA
+from liar.testing import assert_same_state, check_family, model_state, tiny_batches, tiny_model
+
+FAMILIES = {family.model_type: family for family in (BERT, GPT2, LLAMA)}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_passes_the_contract(model_type):
+    """The registry finds every file in liar/models/tables; a family that is added is added here."""
+    assert [family.model_type for family in liar.families()] == list(FAMILIES)
+    layout = check_family(tiny_model(model_type, num_hidden_layers=3))
+    assert len(layout.sites) == 6
+    assert layout.uncovered == ()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_variant_passes_the_contract(name):
+    model = tiny_model(**MODELS[name])
+    before = model_state(model)
+    check_family(model)
+    assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("changes", [{"attention": "eager"}, {"dtype": torch.bfloat16}, {"num_hidden_layers": 1}, {"seed": 7}])
+def test_the_contract_holds_for_other_models_of_a_family(model_type, changes):
+    check_family(tiny_model(model_type, **changes))
+
+
+@pytest.mark.parametrize("padding", ["left", "right", None])
+def test_the_contract_takes_batches(padding):
+    model = tiny_model("llama")
+    check_family(model, tiny_batches(model, batches=5, sequences=16, padding=padding))
+    with pytest.raises(AssertionError, match="at least two batches"):
+        check_family(model, tiny_batches(model, batches=1))
+
+
+def with_pattern(family, kind, **changes):
+    return replace(family, patterns=tuple(replace(p, **changes) if p.kind == kind else p for p in family.patterns))
+
+
+# Tables that are wrong in one place -> what the contract says about it
+WRONG = {
+    "bert residual of heads": (with_pattern(BERT, "heads", residual=("attention.output", 0)), "heads.0: .*check residual"),
+    "bert residual of neurons": (with_pattern(BERT, "neurons", residual=("output", 0)), "neurons.0: .*check residual"),
+    "bert residual too early": (with_pattern(BERT, "neurons", residual=("attention.output", 1)), "neurons.0: .*check residual"),
+    "llama residual of heads": (
+        with_pattern(LLAMA, "heads", residual=("post_attention_layernorm", 0)),
+        "heads.0: .*check residual",
+    ),
+    "llama residual of neurons": (
+        with_pattern(LLAMA, "neurons", residual=("input_layernorm", 0)),
+        "neurons.0: .*check residual",
+    ),
+    "llama residual behind the norm": (with_pattern(LLAMA, "neurons", residual=("mlp", 0)), "neurons.0: .*check residual"),
+    "gpt2 residual of neurons": (with_pattern(GPT2, "neurons", residual=("ln_1", 0)), "neurons.0: .*check residual"),
+    "sublayer with a norm": (
+        with_pattern(BERT, "heads", sublayer="attention.output"),
+        "sublayer: replaying it gives other weights",
+    ),
+    "sublayer of another part": (with_pattern(LLAMA, "heads", sublayer="mlp"), "sublayer: "),
+    "bert is not pre-norm": (replace(BERT, is_pre_norm=True), "outputs its last residual sum changed.*is_pre_norm=True"),
+    "llama is not post-norm": (replace(LLAMA, is_pre_norm=False), "outputs its last residual sum as it is.*is_pre_norm=False"),
+    "llama is not parallel": (replace(LLAMA, is_parallel=True), "neurons.0: .*check residual.* and is_parallel"),
+    "gpt2 is not parallel": (replace(GPT2, is_parallel=True), "neurons.0: .*check residual.* and is_parallel"),
+    "two parts in place of three": (
+        with_pattern(GPT2, "heads", producers=(liar.FusedProducer("attn.c_attn", 2),)),
+        "cut model does not run|cutting differs from zeroing",
+    ),
+    "not fused": (
+        with_pattern(GPT2, "heads", producers=("attn.c_attn",)),
+        "cut model does not run|cutting differs from zeroing",
+    ),
+    "split size of gpt2": (with_pattern(GPT2, "heads", size_attributes=("attn.num_heads",)), "cut model does not run"),
+    "single query heads": (
+        with_pattern(LLAMA, "heads", group_size=None),
+        "cannot be divided|cut model does not run|cutting differs from zeroing",
+    ),
+    "order": (replace(BERT, patterns=BERT.patterns[::-1]), "passes the sites in the order .*the table says"),
+    "forgotten gate": (with_pattern(LLAMA, "neurons", producers=("mlp.up_proj",)), "cut model does not run.*check producers"),
+    "forgotten value": (
+        with_pattern(BERT, "heads", producers=("attention.self.query", "attention.self.key")),
+        "cut model does not run.*check producers",
+    ),
+    "a producer too many": (
+        with_pattern(BERT, "neurons", producers=("attention.self.value", "intermediate.dense")),
+        "attention.self.value has 32 output channels, which cannot be divided among 64 units",
+    ),
+    "another consumer": (
+        with_pattern(BERT, "neurons", consumer="attention.output.dense"),
+        "cut model does not run|cutting differs|check residual",
+    ),
+    "half a head": (
+        with_pattern(BERT, "heads", unit_width="attention.self.num_attention_heads"),
+        "check unit_width",
+    ),
+    "single channels of heads": (
+        with_pattern(LLAMA, "heads", unit_width=None),
+        "cut model does not run|cutting differs from zeroing",
+    ),
+    "size attributes of llama": (
+        with_pattern(LLAMA, "neurons", size_attributes=()),
+        "mlp.intermediate_size goes with the number of units",
+    ),
+    "size attributes of bert": (
+        with_pattern(BERT, "heads", size_attributes=("attention.self.all_head_size",)),
+        "attention.self.num_attention_heads goes with the number of units",
+    ),
+    "config keys": (with_pattern(BERT, "neurons", config_keys=("hidden_units",)), "the configuration has no 'hidden_units'"),
+    "config keys of another kind": (
+        with_pattern(LLAMA, "neurons", config_keys=("vocab_size",)),
+        "should make 32 units of 64, made 64",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_table_fails_the_contract(name, registry):
+    family, says = WRONG[name]
+    liar.register(family)
+    sizes = {"num_key_value_heads": 4} if family.model_type == "llama" and name != "single query heads" else {}
+    with pytest.raises((AssertionError, ModelError), match=f"(?s){says}"):
+        check_family(tiny_model(family.model_type, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("family", "says"),
+    [
+        (replace(BERT, blocks="encoder.layers"), "table of family 'bert' does not fit this BertModel.*layers"),
+        (replace(BERT, blocks="pooler"), "does not fit this BertModel"),
+        (with_pattern(BERT, "neurons", consumer="output.linear"), "does not fit this BertModel.*linear"),
+        (with_pattern(BERT, "heads", unit_width="attention.self.size"), "does not fit this BertModel.*size"),
+        (
+            with_pattern(BERT, "neurons", consumer="output.LayerNorm"),
+            r"layer\.0\.output\.LayerNorm is a LayerNorm, expected Linear or Conv1D",
+        ),
+    ],
+)  # fmt: skip
+def test_names_that_are_not_there(family, says, registry):
+    liar.register(family)
+    with pytest.raises(ModelError, match=f"(?s){says}"):
+        discover(tiny_model("bert"))
+
+
+def test_a_family_of_ones_own(registry):
+    """What docs/extending.md promises: a table, `register`, and everything works."""
+
+    class OwnConfig(BertConfig):
+        model_type = "own"
+
+    with pytest.raises(ModelError, match=r"known family \(bert, gpt2, llama\), got config.model_type='own'"):
+        discover(BertModel(OwnConfig(num_hidden_layers=1)))
+    liar.register(replace(BERT, model_type="own"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertModel(
+            OwnConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+        )
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    assert family_of(model).model_type == "own"
+    check_family(model)
+    assert liar.prune(model, tiny_batches(model), keep=0.5, progress=False).achieved <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (GPTJModel(GPTJConfig(n_layer=1, n_embd=16, n_head=2, rotary_dim=4, vocab_size=20)), "got config.model_type='gptj'"),
+        (nn.Linear(2, 2), "got a Linear without config.model_type"),
+        (nn.Sequential(), "got a Sequential without config.model_type"),
+    ],
+)
+def test_unknown_families(model, says):
+    for call in (discover, lambda m: liar.select(m, keep=0.5, criterion="random")):
+        with pytest.raises(ModelError, match=f"expected a model of a known family .*{says}.*liar.register"):
+            call(model)
+
+
+# Layouts in numbers
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("bert")])
+def test_bert_in_numbers(name):
+    layout = discover(tiny_model(**MODELS[name]))
+    prefix = "" if name == "bert" else "bert."
+    assert [site.name for site in layout.sites] == ["heads.0", "neurons.0", "heads.1", "neurons.1"]
+    heads, neurons = layout["heads.1"], layout["neurons.1"]
+    assert heads.module == f"{prefix}encoder.layer.1.attention.output.dense"
+    assert (heads.units, heads.consumer.width, heads.query_heads, heads.out) == (4, 8, 1, 32)
+    # a head: 8 rows of query, key, value (32 weights and a bias each) and 8 columns of the output
+    assert heads.parameters == 3 * 8 * 33 + 8 * 32
+    assert (neurons.units, neurons.consumer.width, neurons.parameters) == (64, 1, 33 + 32)
+    per_block = 4 * (32 * 32 + 32) + 2 * 32 * 64 + 64 + 32 + 4 * 32
+    assert layout.parameters == 2 * per_block
+    assert layout.uncovered == ()
+
+
+@pytest.mark.parametrize(
+    ("queries", "pairs", "head_dim", "bias"),
+    [(8, 2, 4, False), (4, 4, 8, False), (4, 1, 8, False), (4, 2, 12, False), (8, 2, 4, True)],
+)
+def test_llama_in_numbers(queries, pairs, head_dim, bias):
+    model = tiny_model("llama", head="causal-lm", num_attention_heads=queries, num_key_value_heads=pairs, head_dim=head_dim,
+                       attention_bias=bias, mlp_bias=bias)  # fmt: skip
+    layout = discover(model)
+    heads, neurons = layout["heads.0"], layout["neurons.0"]
+    group = queries // pairs
+    assert (heads.units, heads.query_heads, heads.consumer.width) == (pairs, group, group * head_dim)
+    assert [edge.width for edge in heads.producers] == [group * head_dim, head_dim, head_dim]
+    assert heads.parameters == (group + 2) * head_dim * (32 + bias) + group * head_dim * 32
+    assert (neurons.units, neurons.parameters) == (64, 2 * (32 + bias) + 32)
+    assert heads.module == "model.layers.0.self_attn.o_proj"
+    assert layout.parameters == sum(p.numel() for p in model.model.layers.parameters())
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_gpt2_in_numbers(heads):
+    """Conv1D keeps its weight as [in, out], and one layer computes query, key and value side by side."""
+    layout = discover(tiny_model("gpt2", num_attention_heads=heads, n_inner=48))
+    attention, neurons = layout["heads.1"], layout["neurons.1"]
+    size = 32 // heads
+    assert (attention.units, attention.query_heads, attention.consumer.width, attention.out) == (heads, 1, size, 32)
+    (fused,) = attention.producers
+    assert [(segment.offset, segment.width, segment.stride) for segment in fused.segments] == [
+        (0, size, size),
+        (32, size, size),
+        (64, size, size),
+    ]
+    assert attention.parameters == 3 * size * 33 + size * 32
+    assert (neurons.units, neurons.parameters) == (48, 33 + 32)
+    assert layout.is_pre_norm
+    assert layout.uncovered == ()
+
+
+GPTJ = liar.Family(
+    model_type="gptj",
+    blocks="h",
+    is_pre_norm=True,
+    is_parallel=True,
+    patterns=(
+        liar.SitePattern(
+            kind="heads",
+            producers=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+            consumer="attn.out_proj",
+            residual=("ln_1", 0),
+            sublayer="attn",
+            unit_width="attn.head_dim",
+            size_attributes=("attn.num_attention_heads", "attn.embed_dim"),
+        ),
+        liar.SitePattern(
+            "neurons", ("mlp.fc_in",), "mlp.fc_out", residual=("ln_1", 0), sublayer="mlp", config_keys=("n_inner",)
+        ),
+    ),
+)
+
+
+def test_a_parallel_block_passes_the_contract(registry):
+    """Attention and feed-forward part read the same stream; declared sequential, the same table is refused."""
+    liar.register(GPTJ)
+    model = tiny_model("gptj", attention="eager", rotary_dim=4, n_inner=64)
+    assert check_family(model)["neurons.0"].added_before == ("attn.out_proj",)
+    liar.register(replace(GPTJ, is_parallel=False))
+    with pytest.raises(AssertionError, match=r"heads\.0: .*check residual.* and is_parallel"):
+        check_family(model)
+
+
+def test_tied_embeddings_stay_tied():
+    model = tiny_model("llama", head="causal-lm", tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    liar.prune(model, tiny_batches(model), keep=0.5, progress=False)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_uncovered_layers_are_named(registry):
+    liar.register(replace(BERT, patterns=BERT.patterns[:1]))
+    layout = discover(tiny_model("bert"))
+    assert layout.uncovered == tuple(f"encoder.layer.{i}.{name}.dense" for i in range(2) for name in ("intermediate", "output"))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_sites_lead_to_layers(model_type):
+    model = tiny_model(model_type)
+    layout = discover(model)
+    for site in layout.sites:
+        block = model.get_submodule(site.block)
+        assert layer_of(block, site.consumer).module is model.get_submodule(site.module)
+        assert layout[site.name] is site
+        assert site in layout.of_kind(site.kind)
+        assert site in layout.of_block(site.block)
+    assert layout.kept_parameters({site.name: site.units for site in layout.sites}) == layout.parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_float_weights_are_welcome(dtype):
+    assert discover(tiny_model("bert", dtype=dtype)) == discover(tiny_model("bert"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_quantised_weights_are_not(dtype):
+    model = tiny_model("bert")
+    layer = model.encoder.layer[1].intermediate.dense
+    layer.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+    with pytest.raises(ModelError, match=r"encoder\.layer\.1\.intermediate\.dense is a Linear, expected .*quantise"):
+        discover(model)

@@ -1,0 +1,204 @@
+"""Options: every default and check stands once, and the library's signatures, tables and errors are those of the options."""
+
+import dataclasses
+import inspect
+from functools import partial
+from importlib import import_module
+from math import inf, nan
+
+import pytest
+import torch
+
+import liar
+from liar import options
+from liar.errors import LiarError, OptionError
+from liar.options import CalibrationOptions, LoadOptions, ReconstructOptions, SelectOptions, SourceOptions
+from liar.repair import RepairContext, closed_form_steps
+from liar.selection import CRITERIA
+from liar.solve import solvers
+from liar.statistics import Factor
+from liar.testing import tiny_batches, tiny_model
+
+CLASSES = (SelectOptions, ReconstructOptions, CalibrationOptions, SourceOptions, LoadOptions)
+# What an option without a default is given here.
+REQUIRED = {SelectOptions: {"keep": 0.5}, SourceOptions: {"calib": "texts.txt"}}
+COUNTS = [0, -1, 1.5, "3", True]
+# class -> option -> bad values, and what the error says was expected
+BAD = {
+    SelectOptions: {
+        "keep": ([0, -0.1, 1.0001, nan, inf, None, "0.5", True], "expected the share that stays, above 0 and at most 1"),
+        "criterion": (["luck", None], "expected one of 'reconstruction', 'fluctuation', 'wanda'"),
+        "budget": (["time", None, 5], "expected one of 'params', 'flops', 'latency'"),
+        "widths": (["any", "layer", None], "expected one of 'free', 'balanced', 'uniform'"),
+        "round_to": (COUNTS, "expected a whole number, at least 1"),
+        "protect": (["heads.0", 3, None], "expected a list of names of sites and numbers of layers, got a "),
+    },
+    ReconstructOptions: {
+        "target": (["dense_stream", None], "expected one of 'residual_stream', 'layer_output'"),
+        "ridge": ([-1, nan, inf, "none", None, True], 'expected "auto" or a number >= 0'),
+        "solver": (["qr"], "expected one of 'auto', 'cholesky', 'eigh', 'lstsq'"),
+        "bias": (["keep", False], "expected one of 'preserve', 'create'"),
+    },
+    CalibrationOptions: {
+        "max_length": (COUNTS, "expected a whole number, at least 1"),
+        "batch_size": (COUNTS, "expected a whole number, at least 1"),
+        "tokens": (COUNTS, "expected a whole number, at least 1"),
+    },
+    LoadOptions: {"dtype": (["int8", None], "expected one of 'auto', 'float32', 'bfloat16', 'float16'")},
+}
+# Any text, switch or number will do, as far as can be said before the model and the data are there.
+UNCHECKED = {"seed", "refit", "pack", "mixed_lengths", "calib", "config", "split", "column", "device"}
+GOOD = [
+    SelectOptions(1),
+    SelectOptions(1e-9, protect=["heads.0", 1], round_to=8, budget="flops"),
+    SelectOptions(0.5, budget=liar.Costs("seconds", 1.0, {"heads.0": {1: 0.5}})),
+    SelectOptions(0.5, protect=()),
+    ReconstructOptions(ridge=0),
+    ReconstructOptions(ridge=1e-3, refit=False, target="layer_output", solver="lstsq", bias="create"),
+    CalibrationOptions(tokens=None, max_length=1, batch_size=1),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, name) for kind, table in BAD.items() for name in table],
+    ids=lambda part: getattr(part, "__name__", part),
+)
+def test_a_bad_value_is_named(kind, name):
+    values, says = BAD[kind][name]
+    for value in values:
+        group = kind(**{**REQUIRED.get(kind, {}), name: value})
+        with pytest.raises(OptionError) as caught:
+            options.check_options(group)
+        assert str(caught.value).startswith(f"{name}={value!r}")
+        assert says in str(caught.value)
+        assert isinstance(caught.value, LiarError)
+
+
+@pytest.mark.parametrize("group", GOOD, ids=lambda group: type(group).__name__)
+def test_good_values_pass(group):
+    group.check()
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_defaults_pass(kind):
+    options.check_options(kind(**REQUIRED.get(kind, {})))
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_every_choice_passes(kind):
+    for each, option in options.options_in(kind):
+        for choice in option.choices or ():
+            options.check_options(kind(**{**REQUIRED.get(kind, {}), each.name: choice}))
+
+
+def test_every_option_is_tried():
+    names = {each.name for each, _ in options.options_in(*CLASSES)}
+    assert names == {name for table in BAD.values() for name in table} | UNCHECKED
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_options_are_frozen_and_explained(kind):
+    group = kind(**REQUIRED.get(kind, {}))
+    for each, option in options.options_in(kind):
+        assert option.help.endswith((".", "…"))
+        assert all((option.choices or {}).values())
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(group, each.name, 1)
+
+
+@pytest.mark.parametrize(
+    ("verb", "kinds", "own"),
+    [
+        (liar.select, [SelectOptions], {"model", "calib", "progress"}),
+        (liar.reconstruct, [ReconstructOptions], {"model", "mask", "calib", "progress"}),
+        (liar.prune, [SelectOptions, ReconstructOptions], {"model", "calib", "progress"}),
+        (liar.calibration, [CalibrationOptions], {"texts", "tokenizer"}),
+    ],
+)
+def test_keywords_and_defaults_are_those_of_the_classes(verb, kinds, own):
+    parameters = inspect.signature(verb).parameters
+    fields = [field for kind in kinds for field in dataclasses.fields(kind)]
+    assert parameters.keys() == {field.name for field in fields} | own
+    for field in fields:
+        expected = parameters[field.name].empty if field.default is dataclasses.MISSING else field.default
+        assert parameters[field.name].default == expected, field.name
+        assert parameters[field.name].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@pytest.mark.parametrize(("kind", "name"), [(k, name) for k in (SelectOptions, ReconstructOptions) for name in BAD[k]])
+def test_verbs_check_options_before_they_look_at_anything(kind, name):
+    """There is no model to look at."""
+    value = BAD[kind][name][0][0]
+    keywords = {**REQUIRED.get(kind, {}), name: value}
+    with pytest.raises(OptionError, match=f"^{name}="):
+        liar.prune(None, None, **{"keep": 0.5, **keywords})
+    verb = {SelectOptions: liar.select, ReconstructOptions: partial(liar.reconstruct, mask=None)}[kind]
+    with pytest.raises(OptionError, match=f"^{name}="):
+        verb(model=None, calib=None, **keywords)
+
+
+# Choices, and what the library does with them
+
+
+def test_criteria_are_those_that_have_a_score():
+    assert list(options.CRITERIA) == list(CRITERIA)
+
+
+def test_widths_and_budgets_are_those_that_selection_knows():
+    assert options.WIDTHS.keys() == import_module("liar.selection.allocate").COMPARED.keys()
+    assert options.BUDGETS.keys() == import_module("liar.api").COSTS.keys()
+
+
+def test_every_target_has_steps_of_its_own():
+    def steps(**how):
+        return tuple(type(step).__name__ for step in closed_form_steps(RepairContext(ReconstructOptions(**how), lambda: None)))
+
+    assert {target: steps(target=target) for target in options.TARGETS} == {
+        "residual_stream": ("RefitProducers", "FitToResidualStream"),
+        "layer_output": ("FitToLayerOutput",),
+    }
+    assert steps(target="residual_stream", refit=False) == ("FitToResidualStream",)
+
+
+@pytest.mark.parametrize("solver", options.SOLVERS)
+def test_every_solver_solves_with_what_it_is_named_after(solver, monkeypatch):
+    used = []
+    for name in ("cholesky", "eigh", "lstsq"):
+        function = getattr(solvers, name)
+        monkeypatch.setattr(
+            solvers, name, lambda *arguments, name=name, function=function: used.append(name) or function(*arguments)
+        )
+    generator = torch.Generator().manual_seed(0)
+    z, t = (torch.randn(40, width, generator=generator, dtype=torch.float64) for width in (5, 3))
+    factor = Factor()
+    factor.update(z, t)
+    weight = torch.zeros(5, 3, dtype=torch.float64)
+    change = solvers.solve(factor.normal(affine=False), weight, torch.zeros(1, dtype=torch.float64), solver).change[0]
+    torch.testing.assert_close(change, torch.linalg.lstsq(z, t).solution)
+    assert used == [{"auto": "cholesky"}.get(solver, solver)]
+
+
+def test_what_happens_to_biases():
+    biases = {}
+    for bias in options.BIASES:
+        model = tiny_model("llama")
+        report = liar.prune(model, tiny_batches(model, batches=1), keep=0.6, criterion="random", bias=bias, progress=False)
+        biases[bias] = (model.layers[0].mlp.down_proj.bias is not None, all(site.bias_created for site in report.sites))
+    assert biases == {"preserve": (False, False), "create": (True, True)}
+
+
+def test_dtypes_are_those_of_torch():
+    assert all(getattr(torch, name).is_floating_point for name in options.DTYPES if name != "auto")
+
+
+def test_the_table_for_the_docs():
+    lines = options.options_table(SelectOptions, LoadOptions).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+    assert [row[0] for row in rows] == [f"`{each.name}`" for each, _ in options.options_in(SelectOptions, LoadOptions)]
+    table = {row[0]: row[1:] for row in rows}
+    assert table["`keep`"] == ["required", "Share of the budget that stays, above 0, at most 1."]
+    assert table["`round_to`"][0] == "`1`"
+    assert table["`widths`"][0] == "`'free'`"
+    for name, meaning in options.WIDTHS.items():
+        assert f"<br>`{name}`: {meaning}" in table["`widths`"][1]
