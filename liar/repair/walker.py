@@ -7,7 +7,7 @@ model and its pruned copy: the two streams, and what the steps keep of one block
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -132,22 +132,36 @@ def _dense_pass(
         if site.sublayer and walk.has_pruned_stream:
             points[f"{site.name} sublayer"] = Point(block.dense.get_submodule(site.sublayer), None)
     for batch in walk.batches:
-        hidden, call = walk.arguments(DENSE, block.number, batch)
-        with walk.timed("dense forward"), capture_activations(points) as activations:
-            output = run_block(block.dense, hidden, call)
-        walk.store.put(DENSE, batch, output)
-        for state in states:
-            prefix = f"{state.name} "
-            own = {name.removeprefix(prefix): value for name, value in activations.items() if name.startswith(prefix)}
-            if "sublayer" in own:
-                returned: Any = own["sublayer"]
-                block.returns[state.name] = len(returned) if isinstance(returned, tuple) else None
-            with walk.timed("dense forward"):
-                dense = read_captures(own, state.dense_site, captures)
-                if is_pre_norm and "stream" in dense and state is states[-1] and torch.equal(dense["stream"], output):
-                    dense["stream"] = output  # the same values: one tensor less to keep
-            for step in steps:
-                step.observe(state, batch, {name: dense[name] for name in step.captures})
+        # A function of its own, so that nothing of this batch outlives it but what the steps keep.
+        _dense_batch(walk, block, states, steps, points, batch, is_pre_norm=is_pre_norm)
+
+
+def _dense_batch(
+    walk: Walk,
+    block: BlockPair,
+    states: Sequence[SiteState],
+    steps: Sequence[RepairStep],
+    points: Mapping[str, Point],
+    batch: int,
+    *,
+    is_pre_norm: bool,
+) -> None:
+    with walk.timed("dense forward"), capture_activations(points) as activations:
+        output = run_block(block.dense, *walk.arguments(DENSE, block.number, batch))
+    walk.store.put(DENSE, batch, output)
+    captures = sorted({capture for step in steps for capture in step.captures})
+    for state in states:
+        prefix = f"{state.name} "
+        own = {name.removeprefix(prefix): value for name, value in activations.items() if name.startswith(prefix)}
+        if "sublayer" in own:
+            returned: Any = own["sublayer"]
+            block.returns[state.name] = len(returned) if isinstance(returned, tuple) else None
+        with walk.timed("dense forward"):
+            dense = read_captures(own, state.dense_site, captures)
+            if is_pre_norm and "stream" in dense and state is states[-1] and torch.equal(dense["stream"], output):
+                dense["stream"] = output  # the same values: one tensor less to keep
+        for step in steps:
+            step.observe(state, batch, {name: dense[name] for name in step.captures})
 
 
 def _visit(state: SiteState, steps: Sequence[RepairStep]) -> None:
