@@ -35,7 +35,8 @@ def environment() -> Record:
 
 def read_records(path: Path) -> list[Record]:
     """The records of a file, none where there is no file. A last line without its newline was cut off by a kill: left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    # As bytes, since a kill may leave half of a character too.
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 

@@ -62,7 +62,7 @@ def wrap_parse_errors(kind: type[LiarError], expected: str, path: str | Path | N
         raise kind(f"{where}{error}") from error
     except OSError as error:
         raise kind(f"{where}expected {expected}, got {error.strerror or error}; check the path") from error
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise kind(f"{where}expected {expected}, got {error!r}") from error
 
 

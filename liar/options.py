@@ -5,9 +5,10 @@ Python signatures, `run.json`, the command line's `--help` and the tables in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from math import inf
+from numbers import Integral, Real
 from typing import Any
 
 from liar.errors import OptionError, check_choice
@@ -38,33 +39,57 @@ def _option(
     return field(default=default, metadata={"option": Option(help, choices, check)})
 
 
+def _is_number(value: Any, kind: type) -> bool:
+    """Whether a value is a number of some kind, as Python or NumPy has it; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def check_share(name: str, value: Any) -> None:
     """Raise an `OptionError` unless the value is a share above 0 and at most 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+    if not _is_number(value, Real) or not 0 < float(value) <= 1:
         raise OptionError(f"{name}={value!r}: expected the share that stays, above 0 and at most 1")
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raise an `OptionError` unless the value is None or an integer of at least 1."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+    """Raise an `OptionError` unless the value is an integer of at least 1."""
+    if not _is_number(value, Integral) or int(value) < 1:
         raise OptionError(f"{name}={value!r}: expected a whole number, at least 1")
+
+
+def check_optional_count(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is None or an integer of at least 1."""
+    if value is not None:
+        check_count(name, value)
 
 
 def check_integer(name: str, value: Any) -> None:
     """Raise an `OptionError` unless the value is an integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not _is_number(value, Integral):
         raise OptionError(f"{name}={value!r}: expected a whole number")
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raise an `OptionError` unless the value is True or False."""
-    if not isinstance(value, bool):
+    """Raise an `OptionError` unless the value is True or False, of Python or of NumPy."""
+    if type(value).__name__ not in ("bool", "bool_"):
         raise OptionError(f"{name}={value!r}: expected True or False")
+
+
+def check_text(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is a text that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise OptionError(f"{name}={value!r}: expected a text, got a {type(value).__name__}")
+
+
+def check_optional_text(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is None or a text."""
+    if value is not None:
+        check_text(name, value)
 
 
 def check_ridge(name: str, value: Any) -> None:
     """Raise an `OptionError` unless the value is "auto" or a finite number of at least 0."""
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < inf):
+    automatic = isinstance(value, str) and value == "auto"
+    if not automatic and (not _is_number(value, Real) or not 0 <= float(value) < inf):
         raise OptionError(f'{name}={value!r}: expected "auto" or a number >= 0 (relative to the mean diagonal of the Gram)')
 
 
@@ -74,11 +99,20 @@ def _check_budget(name: str, value: Any) -> None:
         check_choice(name, value, BUDGETS)
 
 
+def check_list(name: str, value: Any) -> None:
+    """Raise an `OptionError` if a text was given in place of a list of texts: its letters would be taken one by one."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise OptionError(f"{name}={value!r}: expected a list of names, got a {type(value).__name__}")
+
+
 def _check_names(name: str, value: Any) -> None:
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if isinstance(value, str) or not isinstance(value, Iterable):
         raise OptionError(
             f"{name}={value!r}: expected a list of names of sites and numbers of layers, got a {type(value).__name__}"
         )
+    for each in value:
+        if not isinstance(each, str) and not _is_number(each, Integral):
+            raise OptionError(f"{name}: expected names of sites and numbers of layers, got {each!r}")
 
 
 # The criteria of the library; `liar.selection.register_criterion` adds to them.
@@ -130,7 +164,7 @@ class CalibrationOptions:
 
     max_length: int = _option("Tokens per sequence.", default=256, check=check_count)
     batch_size: int = _option("Sequences per batch.", default=32, check=check_count)
-    tokens: int | None = _option("Calibration tokens; all texts if not given.", default=None, check=check_count)
+    tokens: int | None = _option("Calibration tokens; all texts if not given.", default=None, check=check_optional_count)
     pack: bool = _option(
         "Join the texts and cut full sequences, as language models are trained.", default=False, check=check_flag
     )
@@ -147,11 +181,11 @@ class CalibrationOptions:
 class SelectOptions:
     """Which units stay; see `liar.select`."""
 
-    keep: float = _option("Share of the budget that stays, above 0, at most 1.", check=check_share)
+    keep: float = _option("Share that stays of what the budget counts, above 0, at most 1.", check=check_share)
     criterion: str = _option("What makes a head or neuron worth keeping.", default="reconstruction", choices=CRITERIA)
     budget: Any = _option("What the kept share is a share of.", default="params", choices=BUDGETS, check=_check_budget)
     widths: str = _option("How widths may differ between layers.", default="free", choices=WIDTHS)
-    round_to: int = _option("A layer keeps a multiple of so many channels, or all.", default=1, check=check_count)
+    round_to: int = _option("Kept channels of a layer are a multiple of this number, or all.", default=1, check=check_count)
     protect: Sequence[str | int] = _option(
         "Sites (heads.0) and numbers of layers that stay whole.", default=(), check=_check_names
     )
@@ -186,10 +220,12 @@ class ReconstructOptions:
 class SourceOptions:
     """Where the command line finds calibration texts."""
 
-    calib: str = _option("Texts: a .txt file (a text per line), .jsonl[.gz], .csv, .parquet, or the name of a dataset.")
-    config: str | None = _option("Configuration of the dataset.", default=None)
-    split: str = _option("Split of the dataset.", default="train")
-    column: str = _option("Column that holds the texts.", default="text")
+    calib: str = _option(
+        "Texts: a .txt file (a text per line), .jsonl[.gz], .csv, .parquet, or the name of a dataset.", check=check_text
+    )
+    config: str | None = _option("Configuration of the dataset.", default=None, check=check_optional_text)
+    split: str = _option("Split of the dataset.", default="train", check=check_text)
+    column: str = _option("Column that holds the texts.", default="text", check=check_text)
 
 
 @dataclass(frozen=True)
@@ -197,7 +233,7 @@ class LoadOptions:
     """How the command line loads a model."""
 
     dtype: str = _option("Type of the weights.", default="auto", choices=DTYPES)
-    device: str = _option("Where to run: cpu, cuda, …", default="cpu")
+    device: str = _option("Where to run: cpu, cuda, …", default="cpu", check=check_text)
 
 
 def option_of(each: Field[Any]) -> Option:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 import liar
 from liar.data import FOLDS, Calibration
 from liar.data.batches import PIECE, PIECES
+from liar.errors import CalibrationError
 from liar.testing import tiny_batches, tiny_model
 
 BERT, LLAMA = tiny_model("bert"), tiny_model("llama", head="causal-lm")
@@ -138,6 +139,14 @@ def test_a_part_that_does_not_know_its_place_has_other_folds():
 def test_a_calibration_passes_through():
     calibration = Calibration.of(tiny_batches(BERT), BERT, first_sequence=7)
     assert Calibration.of(calibration, BERT) is calibration
+
+
+@pytest.mark.parametrize("place", [{"first_sequence": 3}, {"total_tokens": 100}])
+def test_a_calibration_cannot_be_numbered_anew(place):
+    model = tiny_model("bert")
+    calibration = Calibration.of(tiny_batches(model), model)
+    with pytest.raises(CalibrationError, match="numbers are fixed: pass its batches"):
+        Calibration.of(calibration, model, **place)
 
 
 def test_a_long_sequence_is_split_into_pieces():

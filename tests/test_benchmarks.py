@@ -222,6 +222,12 @@ def test_an_interrupted_run_leaves_no_record(tmp_path):
     assert results.ResultFile(file.path).records == file.records == results.read_records(file.path)
 
 
+def test_a_line_that_ends_in_half_a_character_is_ignored_too(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_bytes('{"seed":0}\n{"name":"é"}\n'.encode()[:-4])
+    assert results.read_records(path) == [{"seed": 0}]
+
+
 @pytest.mark.parametrize("half", ['{"seed":1,"val', '{"seed":1,"value":2}'])
 def test_a_half_written_line_is_ignored_and_removed(tmp_path, half):
     path = tmp_path / "runs.jsonl"

@@ -16,6 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
@@ -186,6 +187,20 @@ def test_select_and_reconstruct_are_prune(home, pruned, tmp_path):
     assert liar.Report.load(tmp_path / "slim" / "report.json").requested == 0.5
 
 
+def test_what_was_pruned_can_be_pruned_again(home, tmp_path):
+    """Also a LLaMA whose layers keep different numbers of heads, from which `AutoTokenizer` alone reads nothing."""
+    file = tmp_path / "mask.json"
+    file.write_text(json.dumps({"heads.0": [0], "neurons.1": list(range(40))}))
+    source = ["--calib", home / "texts.txt"]
+    call("reconstruct", home / "llama", tmp_path / "slim", "--mask", file, *source)
+    with pytest.raises(RuntimeError, match="is a per-layer attribute"):
+        AutoTokenizer.from_pretrained(tmp_path / "slim")
+    call("prune", tmp_path / "slim", tmp_path / "slimmer", "--keep", 0.8, *source)
+    assert liar.load(tmp_path / "slimmer").num_parameters() < liar.load(tmp_path / "slim").num_parameters()
+    call("select", tmp_path / "slim", tmp_path / "other.json", "--keep", 0.8, *source)
+    assert liar.Mask.load(tmp_path / "other.json") == liar.Mask.load(tmp_path / "slimmer" / "mask.json")
+
+
 def test_select_by_weights_needs_no_data(home, tmp_path):
     """Nor a tokenizer, nor a look at the texts where there are some."""
     model = liar.load(home / "llama")
@@ -201,7 +216,7 @@ def test_select_by_weights_needs_no_data(home, tmp_path):
 def test_select_says_what_is_missing(home, tmp_path):
     file = tmp_path / "mask.json"
     message = refused("select", home / "bert", file, "--keep", 0.5)
-    assert "criterion='reconstruction' needs activations: pass calibration batches" in message
+    assert "criterion='reconstruction' needs activations: give texts with --calib" in message
     assert "cannot be met" in refused("select", home / "bert", file, "--keep", 0.01, "--criterion", "magnitude")
     assert "there is no folder" in refused("select", home / "bert", tmp_path / "none" / "mask.json", "--keep", 0.5)
     assert not file.exists()
@@ -343,7 +358,7 @@ def test_out_must_not_be_the_model(home):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "nowhere"}, r"nowhere: expected a model folder with a tokenizer"),
+        ({"model": "nowhere"}, r"nowhere: expected a model folder, got nothing there; check the path"),
         ({"--calib": "nowhere.txt"}, r"nowhere.txt'?: expected a file with texts, there is none; check the path"),
         ({"--calib": "empty.txt"}, r"no calibration text: expected at least one non-empty string"),
         ({"--calib": "broken.jsonl"}, r"datasets cannot read it"),
@@ -405,7 +420,8 @@ def test_unusable_run_json(tmp_path):
             "budget='time' is not known; expected one of 'params', 'flops', 'latency'",
         ),
         ({"select": {"keep": 0.5, "budget": {"name": "time"}}}, "expected costs as Costs.save"),
-        ({"select": None}, "command='prune': expected the options that select units, got none"),
+        ({"select": None}, "command='prune': expected options that select units and no mask, got neither"),
+        ({"mask": {"heads.0": [0]}}, "command='prune': expected options that select units and no mask, got select and mask"),
         ({"load": {"dtype": "int8"}}, "dtype='int8' is not known; expected one of 'auto', 'float32'"),
         ({"load": {"device": "warp"}}, "device='warp': expected one torch can use here"),
         ({"reconstruct": {"ridge": -1}}, "ridge=-1: expected"),
@@ -413,7 +429,10 @@ def test_unusable_run_json(tmp_path):
         ({"reconstruct": {"solver": "qr"}}, "solver='qr' is not known; expected one of"),
         ({"calibration": {"tokens": 0}}, "tokens=0: expected a whole number, at least 1"),
         ({"command": "grow"}, "command='grow' is not known"),
-        ({"command": "reconstruct", "select": None}, "a JSON object, got a NoneType"),
+        ({"command": "reconstruct", "select": None}, "command='reconstruct': expected a mask and no options that select"),
+        ({"command": "reconstruct", "mask": {"heads.0": [0]}}, "command='reconstruct': expected a mask and no options"),
+        ({"command": "reconstruct", "select": None, "mask": [0]}, "a JSON object, got a list"),
+        ({"model": 3}, "model=3: expected a text, got a int"),
     ],
 )
 def test_a_run_json_is_checked_like_options(home, tmp_path, change, message):

@@ -348,3 +348,12 @@ def test_an_empty_state_empties(name):
     for rows in ROWS[1:3]:
         update(expected, rows)
     assert_identical(result(resumed), result(expected))
+
+
+def test_a_name_is_not_a_list_of_names():
+    """Its letters would be taken one by one."""
+    model = tiny_model("bert")
+    with pytest.raises(OptionError, match="criteria='wanda': expected a list of names, got a str"):
+        liar.collect(model, tiny_batches(model), criteria="wanda")
+    with pytest.raises(OptionError, match=r"sites='neurons\.0': expected a list of names, got a str"):
+        liar.moments(model, tiny_batches(model), sites="neurons.0")

@@ -115,6 +115,22 @@ def test_widths_are_rounded(name, criterion, round_to):
     assert 0.5 < mask.parameters(layout) / layout.parameters <= 0.7
 
 
+@pytest.mark.parametrize("round_to", [8, 16])
+def test_balanced_widths_in_steps_are_the_same_in_all_layers(round_to):
+    """Where scores of one layer are much higher, free widths differ and balanced ones do not."""
+    model = tiny_model("bert", num_hidden_layers=3)
+    with torch.no_grad():
+        for name in ("attention.output.dense", "output.dense"):
+            model.encoder.layer[0].get_submodule(name).weight *= 8
+    batches = tiny_batches(model)
+    widths = {}
+    for option in ("free", "balanced"):
+        mask = liar.select(model, batches, keep=0.6, widths=option, round_to=round_to, progress=False)
+        assert mask.parameters(discover(model)) / discover(model).parameters <= 0.6
+        widths[option] = [mask.kept(f"neurons.{layer}") for layer in range(3)]
+    assert max(widths["free"]) - min(widths["free"]) > round_to >= max(widths["balanced"]) - min(widths["balanced"])
+
+
 def test_rounded_widths_keep_the_best_units():
     model = tiny_model("bert")
     statistics = liar.collect(model, tiny_batches(model), progress=False)

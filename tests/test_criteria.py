@@ -126,7 +126,7 @@ def test_the_least_budget_leaves_one_unit_everywhere(prepared, criterion, widths
     mask = liar.select(model, statistics, keep=floor + 1e-9, **how)
     assert [mask.kept(site.name) for site in layout.sites] == [1] * 4
     with pytest.raises(
-        BudgetError, match=f"the least that is possible is {floor:.4f} of the parameters, with 1 heads, 1 neurons, 1"
+        BudgetError, match=f"the least that is possible is {floor:.4f} of the parameters, with 1 heads, 1 neurons in a layer"
     ):
         liar.select(model, statistics, keep=floor - 1e-3, **how)
 

@@ -38,11 +38,11 @@ def used_up():
     return generator
 
 
-def poisoned(model, value=float("nan"), layer=1):
-    """A weight of a producer is damaged: the activations of `neurons.1` are not finite."""
+def poisoned(model, value=float("nan"), layer=1, row=3):
+    """A weight of a producer is damaged (or all of them): the activations of `neurons.1` are not finite."""
     block = model.get_submodule(liar.discover(model).blocks[layer])
     producer = block.intermediate.dense if model.config.model_type == "bert" else block.mlp.up_proj
-    producer.weight.data[3, 5] = value
+    producer.weight.data[row, 5] = value
     return model
 
 
@@ -235,6 +235,17 @@ RECONSTRUCT = {
     ),
     "Inf in the weights": Case(
         reconstruct, CalibrationError, "NaN or Inf in the activations.*float16", lambda m: poisoned(m, float("inf"))
+    ),
+    "NaN in a producer": Case(
+        reconstruct,
+        CalibrationError,
+        r"neurons\.1 \(.*\): NaN or Inf in the weights of its producers",
+        lambda m: poisoned(m, row=slice(None)),
+    ),
+    "a list of ids": Case(
+        lambda m: reconstruct(m, batches=[{"input_ids": [[1, 2, 3]]}]),
+        CalibrationError,
+        "expected input_ids, a tensor .*got a list; call the tokenizer with return_tensors='pt'",
     ),
     "NaN with lstsq": Case(lambda m: reconstruct(m, solver="lstsq"), CalibrationError, r"neurons\.1 \(.*NaN or Inf", poisoned),
     "NaN in the first layer": Case(reconstruct, CalibrationError, r"neurons\.0 \(.*NaN or Inf", lambda m: poisoned(m, layer=0)),

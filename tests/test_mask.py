@@ -161,10 +161,15 @@ def test_wrong_width_names_both_possibilities():
         ({"heads.2": [0]}, r"mask\['heads\.2'\]: no such site in this model; expected .*Sites: heads\.0, "),
         ({0: [0]}, r"mask\[0\]: no such site"),
         ({"encoder.layer.0.output": [0]}, "no such site"),
+        ({"heads.0": [0], "heads": torch.ones(2, 4)}, r"mask\['heads\.0'\] and mask\['heads'\] both say what heads\.0 keeps"),
+        (
+            {"neurons.1": [0], "encoder.layer.1.output.dense": [0]},
+            r"mask\['neurons\.1'\] and mask\['encoder\.layer\.1\.output\.dense'\] both say what neurons\.1 keeps",
+        ),
         (torch.ones(2, 4), "expected .*got a Tensor"),
         ([[0], [1]], "expected .*got a list"),
         (None, "got a NoneType"),
-        ("heads", "got a str"),
+        ("mask.json", r"got a str \(liar\.Mask\.load reads a file\)"),
         (Mask({"heads.9": torch.ones(4, dtype=torch.bool)}), r"mask\['heads\.9'\]: no such site"),
         (Mask({"heads.0": torch.full((4,), 0.3)}), "exactly 0 or 1"),
     ],
@@ -458,7 +463,8 @@ def test_files(tmp_path):
 @pytest.mark.parametrize(
     "text",
     ["", "{}", "[1]", '{"mask": 3}', '{"mask": {"heads.0": {"units": 2}}}', '{"mask": {"heads.0": {"units": 2, "kept": [5]}}}',
-     '{"mask": {"heads.0": {"units": "x", "kept": [0]}}}'],
+     '{"mask": {"heads.0": {"units": "x", "kept": [0]}}}', '{"mask": {"heads.0": {"units": -2, "kept": []}}}',
+     '{"mask": {"heads.0": {"units": 2, "kept": [-1]}}}', '{"mask": {"heads.0": {"units": 2, "kept": [true]}}}'],
 )  # fmt: skip
 def test_broken_json(text):
     with pytest.raises(MaskError, match=r'expected a JSON with \{"mask"'):

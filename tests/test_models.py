@@ -74,8 +74,8 @@ WRONG = {
         "sublayer: replaying it gives other weights",
     ),
     "sublayer of another part": (with_pattern(LLAMA, "heads", sublayer="mlp"), "sublayer: "),
-    "bert is not pre-norm": (replace(BERT, is_pre_norm=True), "outputs its last residual sum changed.*is_pre_norm=True"),
-    "llama is not post-norm": (replace(LLAMA, is_pre_norm=False), "outputs its last residual sum as it is.*is_pre_norm=False"),
+    "bert is not pre-norm": (replace(BERT, is_pre_norm=True), "0% comes out of the block.*is_pre_norm=True"),
+    "llama is not post-norm": (replace(LLAMA, is_pre_norm=False), "100% comes out of the block.*is_pre_norm=False"),
     "llama is not parallel": (replace(LLAMA, is_parallel=True), "neurons.0: .*check residual.* and is_parallel"),
     "gpt2 is not parallel": (replace(GPT2, is_parallel=True), "neurons.0: .*check residual.* and is_parallel"),
     "two parts in place of three": (
@@ -155,6 +155,11 @@ def test_names_that_are_not_there(family, says, registry):
     liar.register(family)
     with pytest.raises(ModelError, match=f"(?s){says}"):
         discover(tiny_model("bert"))
+
+
+def test_a_path_is_no_model():
+    with pytest.raises(ModelError, match=r"expected a Hugging Face model, got a str; read a folder with liar\.load"):
+        liar.select("bert-base", keep=0.5, criterion="magnitude")
 
 
 def test_a_family_of_ones_own(registry):
@@ -275,8 +280,72 @@ def test_a_parallel_block_passes_the_contract(registry):
     liar.register(GPTJ)
     model = tiny_model("gptj", attention="eager", rotary_dim=4, n_inner=64)
     assert check_family(model)["neurons.0"].added_before == ("attn.out_proj",)
+    for criterion in liar.selection.CRITERIA:
+        labelled = [{**batch, "labels": batch["input_ids"]} for batch in tiny_batches(model)]
+        mask = liar.select(
+            tiny_model("gptj", head="causal-lm", attention="eager", rotary_dim=4, n_inner=64),
+            labelled,
+            keep=0.6,
+            criterion=criterion,
+            progress=False,
+        )
+        assert 0.4 < mask.parameters(discover(model)) / discover(model).parameters <= 0.6
     liar.register(replace(GPTJ, is_parallel=False))
     with pytest.raises(AssertionError, match=r"heads\.0: .*check residual.* and is_parallel"):
+        check_family(model)
+
+
+def test_half_a_table_says_what_it_says(registry):
+    """Where there is one site in a block, the contract still finds out whether the block is pre-norm."""
+    heads = replace(LLAMA, patterns=LLAMA.patterns[:1])
+    liar.register(heads)
+    check_family(tiny_model("llama"))
+    liar.register(replace(heads, is_pre_norm=False))
+    with pytest.raises(AssertionError, match="100% comes out of the block"):
+        check_family(tiny_model("llama"))
+
+
+def test_cross_attention_is_left_alone():
+    layout = check_family(tiny_model("gpt2", add_cross_attention=True, is_decoder=True))
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in layout.uncovered} == {"crossattention"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda: replace(BERT.patterns[0], kind="head"), "kind='head': expected one of 'heads', 'neurons'"),
+        (lambda: with_pattern(BERT, "heads", producers="mlp"), "producers='mlp': expected a tuple of names, got a str"),
+        (lambda: with_pattern(BERT, "heads", config_keys="n"), "config_keys='n': expected a tuple of names"),
+        (lambda: with_pattern(BERT, "heads", residual="ln"), "residual='ln': expected \\(module, index"),
+        (lambda: replace(BERT, patterns=BERT.patterns[0]), "patterns of 'bert': expected a tuple of SitePattern"),
+        (lambda: liar.register("opt"), "expected a liar.Family, got a str"),
+    ],
+)
+def test_entries_of_the_wrong_type(wrong, says, registry):
+    with pytest.raises(ModelError, match=says):
+        wrong()
+
+
+def test_two_patterns_of_one_kind_are_refused(registry):
+    liar.register(replace(BERT, patterns=(BERT.patterns[0], replace(BERT.patterns[1], kind="heads"))))
+    with pytest.raises(ModelError, match="two patterns of one kind"):
+        discover(tiny_model("bert"))
+
+
+def test_shared_heads_where_none_are_shared_fail_the_contract(registry):
+    """Cutting would be right, but all heads would be one unit, of which none can go."""
+    liar.register(with_pattern(BERT, "heads", group_size="attention.self.num_attention_heads"))
+    with pytest.raises(AssertionError, match=r"heads\.0: 4 query heads are said to share .* check group_size"):
+        check_family(tiny_model("bert"))
+
+
+def test_a_model_that_flattens_tokens_fails_the_contract():
+    model = tiny_model("bert")
+    for layer in model.encoder.layer:
+        layer.intermediate.register_forward_pre_hook(lambda _module, args: (args[0].flatten(0, 1),))
+        layer.output.register_forward_pre_hook(lambda _module, args: (args[0], args[1].flatten(0, 1)))
+        layer.output.register_forward_hook(lambda _module, _args, output: output.view(16, 16, -1))
+    with pytest.raises(AssertionError, match=r"neurons\.0: output\.dense gives a tensor \[256, 32\], expected \[sequences"):
         check_family(model)
 
 

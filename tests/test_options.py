@@ -6,6 +6,7 @@ from functools import partial
 from importlib import import_module
 from math import inf, nan
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,7 +23,7 @@ from liar.testing import tiny_batches, tiny_model
 CLASSES = (SelectOptions, ReconstructOptions, CalibrationOptions, SourceOptions, LoadOptions)
 # What an option without a default is given here.
 REQUIRED = {SelectOptions: {"keep": 0.5}, SourceOptions: {"calib": "texts.txt"}}
-COUNTS = [0, -1, 1.5, "3", True]
+COUNTS = [0, -1, 1.5, "3", True, np.float32(2), np.True_]
 # class -> option -> bad values, and what the error says was expected
 BAD = {
     SelectOptions: {
@@ -30,7 +31,7 @@ BAD = {
         "criterion": (["luck", None], "expected one of 'reconstruction', 'fluctuation', 'wanda'"),
         "budget": (["time", None, 5], "expected one of 'params', 'flops', 'latency'"),
         "widths": (["any", "layer", None], "expected one of 'free', 'balanced', 'uniform'"),
-        "round_to": (COUNTS, "expected a whole number, at least 1"),
+        "round_to": ([*COUNTS, None], "expected a whole number, at least 1"),
         "protect": (["heads.0", 3, None], "expected a list of names of sites and numbers of layers, got a "),
     },
     ReconstructOptions: {
@@ -40,8 +41,8 @@ BAD = {
         "bias": (["keep", False], "expected one of 'preserve', 'create'"),
     },
     CalibrationOptions: {
-        "max_length": (COUNTS, "expected a whole number, at least 1"),
-        "batch_size": (COUNTS, "expected a whole number, at least 1"),
+        "max_length": ([*COUNTS, None], "expected a whole number, at least 1"),
+        "batch_size": ([*COUNTS, None], "expected a whole number, at least 1"),
         "tokens": (COUNTS, "expected a whole number, at least 1"),
     },
     LoadOptions: {"dtype": (["int8", None], "expected one of 'auto', 'float32', 'bfloat16', 'float16'")},
@@ -56,6 +57,9 @@ GOOD = [
     ReconstructOptions(ridge=0),
     ReconstructOptions(ridge=1e-3, refit=False, target="layer_output", solver="lstsq", bias="create"),
     CalibrationOptions(tokens=None, max_length=1, batch_size=1),
+    SelectOptions(np.float32(0.5), round_to=np.int64(8), seed=np.int32(3)),
+    ReconstructOptions(ridge=np.float64(0.1), refit=np.True_),
+    CalibrationOptions(tokens=np.int64(10)),
 ]
 
 
@@ -197,7 +201,7 @@ def test_the_table_for_the_docs():
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
     assert [row[0] for row in rows] == [f"`{each.name}`" for each, _ in options.options_in(SelectOptions, LoadOptions)]
     table = {row[0]: row[1:] for row in rows}
-    assert table["`keep`"] == ["required", "Share of the budget that stays, above 0, at most 1."]
+    assert table["`keep`"] == ["required", "Share that stays of what the budget counts, above 0, at most 1."]
     assert table["`round_to`"][0] == "`1`"
     assert table["`widths`"][0] == "`'free'`"
     for name, meaning in options.WIDTHS.items():

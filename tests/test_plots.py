@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import liar
-from liar.errors import MaskError
+from liar.errors import CheckpointError, LiarError, MaskError, OptionError
 from liar.report import Report, SiteReport
 from liar.verdicts import Verdict
 
@@ -74,6 +74,16 @@ def test_json_gives_the_same_figure(report, tmp_path):
 def test_file(report, ending, tmp_path):
     liar.plot(str(_saved(report, tmp_path)), tmp_path / f"figure.{ending}")
     assert (tmp_path / f"figure.{ending}").stat().st_size > 1000
+
+
+def test_messages(report, tmp_path):
+    with pytest.raises(OptionError, match=r"figure.xyz': expected a name that ends in .png, .pdf, .svg"):
+        liar.plot(report, tmp_path / "figure.xyz")
+    with pytest.raises(CheckpointError, match=r"nothing\.json: expected the JSON of a report or a mask, got No such file"):
+        liar.plot(tmp_path / "nothing.json")
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(LiarError, match=r"list\.json: "):
+        liar.plot(tmp_path / "list.json")
 
 
 def _saved(report, folder):

@@ -401,6 +401,16 @@ def test_unequal_layers_leave_the_configuration_alone():
     assert small.config.to_dict() == before
 
 
+def test_a_size_that_is_left_to_its_default_stays_so():
+    """GPT-2's `n_inner`, until neurons are removed."""
+    model = tiny_model("gpt2", n_inner=None)
+    small = copy.deepcopy(model)
+    liar.remove(model, {})
+    assert model.config.n_inner is None
+    liar.remove(small, {"neurons": [list(range(20))] * 2})
+    assert small.config.n_inner == 20
+
+
 def test_uniform_sizes_leaves_the_random_state_alone():
     model = tiny_model("llama")
     torch.manual_seed(0)

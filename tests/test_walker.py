@@ -223,3 +223,93 @@ def test_what_is_kept_of_a_block_is_dropped_after_it():
         calls = [name for name in own if " calls " in name]
         assert {int(name.rpartition(" ")[2]) for name in calls} == set(range(number, 4))
         assert {name.split()[0] for name in own if name not in calls} <= {f"heads.{number}", f"neurons.{number}"}
+
+
+class Trained(RepairStep):
+    """Changes parameters in place, as training would, and then fails or does what else a step must not do."""
+
+    def __init__(self, then):
+        self.then = then
+
+    def repair(self, site):
+        with torch.no_grad():
+            for layer in (*site.producers, site.consumer):
+                layer.weight.zero_()
+                if layer.bias is not None:
+                    layer.bias.zero_()
+        self.then(site)
+
+
+def failing(site):
+    if site.name == "neurons.1":
+        raise RuntimeError("planned")
+
+
+def with_a_new_module(site):
+    site.pruned_block.extra = torch.nn.Linear(2, 2)
+
+
+def without_a_bias(site):
+    site.consumer.module.bias = None
+
+
+@pytest.mark.parametrize(
+    ("then", "error", "says"),
+    [
+        (failing, RuntimeError, "planned"),
+        (with_a_new_module, ModelError, "got others: extra; a repair step may only write new values"),
+        (without_a_bias, ModelError, "got others: .*dense.bias.*a repair step may only write"),
+    ],
+)
+def test_a_step_that_fails_leaves_the_model_as_it_was(then, error, says):
+    """Weights and biases, although the step changed its copies in place."""
+    model = tiny_model("bert")
+    before = model_state(model)
+    calibration = Calibration.of(tiny_batches(model), model)
+    with pytest.raises(error, match=says):
+        apply_steps(model, discover(model), calibration, [Trained(then)], every_other(model))
+    assert_same_state(model, before)
+
+
+def test_a_bias_stays_as_trainable_as_it_was():
+    model = tiny_model("bert")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.endswith("bias")
+    liar.reconstruct(model, every_other(model), tiny_batches(model), progress=False)
+    assert all(parameter.requires_grad == name.endswith("bias") for name, parameter in model.named_parameters())
+
+
+def test_what_is_kept_for_only_one_batch_is_not_replayed():
+    """A sublayer is replayed where every batch has something to replay; otherwise it runs again."""
+
+    class KeepsOne(RepairStep):
+        def repair(self, site):
+            for batch, pruned in site.run_pruned("consumer_input"):
+                if batch == 0:
+                    site.keep_for_replay(batch, pruned["consumer_input"])
+
+    model = tiny_model("llama")
+    mask, batches = every_other(model), tiny_batches(model, batches=3)
+    cut = copy.deepcopy(model)
+    liar.remove(cut, mask)
+    assert distance(walked(model, mask, batches, [KeepsOne()]), cut, batches) == 0
+
+
+@pytest.mark.parametrize("target", ["layer_output", "residual_stream"])
+def test_everything_is_kept_under_another_teacher(target):
+    """The stream is another one, so that sites are visited although nothing is removed."""
+    model, teacher = tiny_model("bert"), tiny_model("bert", seed=1)
+    context = RepairContext(ReconstructOptions(target=target), int)
+    everything = liar.Mask({site.name: torch.ones(site.units, dtype=torch.bool) for site in discover(model).sites})
+    batches = tiny_batches(model)
+    result = walked(model, everything, batches, closed_form_steps(context), teacher=teacher)
+    assert [report.site for report in context.reports] == [site.name for site in discover(model).sites]
+    assert (distance(result, model, batches) == 0) == (target == "layer_output")
+
+
+def test_layer_outputs_need_a_teacher_of_the_same_widths():
+    model = tiny_model("bert")
+    teacher = tiny_model("bert", intermediate_size=80)
+    context = RepairContext(ReconstructOptions(target="layer_output"), int)
+    with pytest.raises(ModelError, match=r"neurons\.0: the teacher has 80 units, the model 64.*use target='residual_stream'"):
+        walked(model, every_other(model), tiny_batches(model), closed_form_steps(context), teacher=teacher)

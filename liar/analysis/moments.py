@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from liar.data import Calibration
 from liar.errors import MaskError, at_site
 from liar.models import Layout, base_and_prefix, discover_with_weights
+from liar.options import check_list
 from liar.runtime import Point, capture_activations, preserve_model_state, run_model
 from liar.statistics import ChannelMoments, Moments
 
@@ -37,6 +38,8 @@ def moments(
         >>> liar.interpolation(gathered["neurons.0"], mask["neurons.0"]).Q.shape[0] == mask.kept("neurons.0")
         True
     """
+    if sites is not None:
+        check_list("sites", sites)
     layout = discover_with_weights(model)
     site_names = [site.name for site in layout.sites]
     if unknown := sorted(set(sites or ()) - set(site_names)):

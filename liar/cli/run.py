@@ -13,12 +13,11 @@ from typing import Any
 import torch
 import typer
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from liar.api import reconstruct_with, select_with
 from liar.data import builder_of, calibration, texts
-from liar.errors import CheckpointError, MaskError, OptionError, check_choice, wrap_parse_errors
-from liar.io import check_target, load, save, versions
+from liar.errors import MaskError, OptionError, check_choice, wrap_parse_errors
+from liar.io import check_target, load, load_tokenizer, save, versions
 from liar.mask import Mask
 from liar.models import discover
 from liar.options import (
@@ -29,6 +28,7 @@ from liar.options import (
     SelectOptions,
     SourceOptions,
     check_options,
+    check_text,
 )
 from liar.report import Report
 from liar.selection import Costs
@@ -77,17 +77,22 @@ class Run:
         Raises:
             LiarError: of the kind that fits, with what was expected, what came, and what to do.
         """
+        check_choice("command", self.command, COMMANDS)
+        check_text("model", self.model)
+        check_text("out", self.out)
         check_target(self.out, overwrite=overwrite)
         if Path(self.out).resolve() == Path(self.model).resolve():
             raise OptionError(f"OUT is the folder of MODEL ({self.out}): it could not be repeated; choose another OUT")
-        check_choice("command", self.command, COMMANDS)
         for name in GROUPS:
             if (group := getattr(self, name)) is not None:
                 check_options(group)
-        if self.command == "reconstruct":
+        prunes = self.command == "prune"
+        if prunes != (self.select is not None) or prunes == (self.mask is not None):
+            expected = "options that select units and no mask" if prunes else "a mask and no options that select units"
+            given = " and ".join(name for name in ("select", "mask") if getattr(self, name) is not None) or "neither"
+            raise OptionError(f"command={self.command!r}: expected {expected}, got {given}")
+        if not prunes:
             self._checked_mask()
-        elif self.select is None:
-            raise OptionError("command='prune': expected the options that select units, got none")
         _ = self._selection()
         check_source(self.source, self.load)
 
@@ -156,7 +161,7 @@ def run_from(command: str, model: str, out: Path, options: Mapping[str, Any], *,
         given["budget"] = json.loads(Costs.load(given["budget"]).to_json())
     # A run.json has to work from anywhere.
     given["calib"] = _absolute(given["calib"])
-    groups = {name: _group(group, given) for name, group in GROUPS.items() if name != "select" or command == "prune"}
+    groups = {name: group_options(group, given) for name, group in GROUPS.items() if name != "select" or command == "prune"}
     return Run(command, _absolute(model), str(out.resolve()), mask=mask, **groups)
 
 
@@ -166,26 +171,13 @@ def finish(run: Run, *, overwrite: bool) -> None:
     typer.echo(f"written to {run.out}")
 
 
-def _group(group: Any, given: Mapping[str, Any]) -> Any:
+def group_options(group: Any, given: Mapping[str, Any]) -> Any:
+    """An object of one of the classes of `liar.options` from parameters by name."""
     return group(**{each.name: given[each.name] for each in fields(group)})
 
 
 def _absolute(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).exists() else name
-
-
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a model folder.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{model}: expected a model folder with a tokenizer, or a name on the hub: {error}. Save the tokenizer to it"
-        ) from error
 
 
 def load_model(model: str, options: LoadOptions) -> nn.Module:

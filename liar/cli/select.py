@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +10,9 @@ import typer
 from liar.api import select_with
 from liar.cli.app import app, report_errors
 from liar.cli.parameters import Force, Model, with_options
-from liar.cli.run import calibration_batches, check_source, load_model, load_tokenizer
-from liar.io import check_file
+from liar.cli.run import calibration_batches, check_source, group_options, load_model
+from liar.errors import OptionError
+from liar.io import check_file, load_tokenizer
 from liar.models import discover
 from liar.options import BUDGETS, CalibrationOptions, LoadOptions, SelectOptions, SourceOptions
 from liar.selection import CRITERIA, Costs
@@ -34,21 +34,19 @@ def select(
 
         liar select bert-base-uncased mask.json --keep 0.5 --criterion magnitude
     """
-
-    def group(kind: Any) -> Any:
-        return kind(**{each.name: options[each.name] for each in fields(kind)})
-
     with report_errors():
         check_file(out, overwrite=force)
         if options["budget"] not in BUDGETS:
             options["budget"] = Costs.load(options["budget"])
-        selection, load = group(SelectOptions), group(LoadOptions)
-        source = None if options["calib"] is None else group(SourceOptions)
+        selection, load = group_options(SelectOptions, options), group_options(LoadOptions, options)
+        needs_data = CRITERIA[selection.criterion].needs is not None
+        if needs_data and options["calib"] is None:
+            raise OptionError(f"criterion={selection.criterion!r} needs activations: give texts with --calib")
+        source = group_options(SourceOptions, options) if needs_data else None
         check_source(source, load)
-        needs_data = CRITERIA[selection.criterion].needs is not None and source is not None
-        batches = (
-            calibration_batches(load_tokenizer(model), source, group(CalibrationOptions)) if source and needs_data else None
-        )
+        batches = None
+        if source is not None:
+            batches = calibration_batches(load_tokenizer(model), source, group_options(CalibrationOptions, options))
         loaded = load_model(model, load)
         mask = select_with(loaded, batches, selection)
         mask.save(out)

@@ -75,6 +75,8 @@ class Calibration:
             CalibrationError: nothing in it, all padding, or a batch the model does not take.
         """
         if isinstance(data, Calibration):
+            if first_sequence or total_tokens is not None:
+                raise CalibrationError("got a Calibration, whose numbers are fixed: pass its batches to number them anew")
             return data
         base, _ = base_and_prefix(model)
         device = next(model.parameters()).device
@@ -153,6 +155,11 @@ def _check_batch(batch: Batch, number: int, model: nn.Module, unused: list[str])
     ids, embeds, mask = (batch.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
     main = ids if ids is not None else embeds
     if not isinstance(main, Tensor) or main.ndim != (2 if main is ids else 3):
+        if main is not None and not isinstance(main, Tensor):
+            raise CalibrationError(
+                f"{where}: expected input_ids, a tensor [sequences, length], got a {type(main).__name__}; call the tokenizer "
+                "with return_tensors='pt' and padding=True, or use liar.calibration(texts, tokenizer)"
+            )
         actual = list(main.shape) if isinstance(main, Tensor) else f"keys {sorted([*batch, *unused])}"
         raise CalibrationError(f"{where}: expected input_ids, a tensor [sequences, length], got {actual}")
     if ids is not None:

@@ -67,7 +67,9 @@ def check_target(folder: str | Path, *, overwrite: bool) -> None:
     if not path.exists() or not any(path.iterdir()):
         return
     if not overwrite:
-        raise CheckpointError(f"{folder} is there already and not empty; choose another folder, or allow to overwrite it")
+        raise CheckpointError(
+            f"{folder} is there already and not empty; choose another folder, or allow to overwrite it (--force)"
+        )
     if not (path / "config.json").is_file():
         raise CheckpointError(
             f"{folder}: expected a model folder (with config.json) or an empty one, got a folder with other files. Saving "

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from liar.errors import CheckpointError
 from liar.io.atomic import check_target, replacing
@@ -103,8 +103,7 @@ def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     place = {name: kwargs[name] for name in PLACE if name in kwargs}
     entries = _config_entries(where, place)
     kind = str(entries.get("model_type"))
-    is_known = kind in CONFIG_MAPPING and kind in {family.model_type for family in families()}
-    if not is_known or "quantization_config" in entries or "config" in kwargs:
+    if not _is_known(kind) or "quantization_config" in entries or "config" in kwargs:
         stock_model: PreTrainedModel = (_named_class(entries) or AutoModel).from_pretrained(where, **kwargs)
         return stock_model
     # Transformers refuses the block, or fails to build from it; the shapes say the same.
@@ -120,6 +119,30 @@ def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.__class__ = stock
     return loaded
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer of a model folder, also where layers differ in ways that the configuration's class does not accept.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    entries = _config_entries(folder, {})
+    kind = str(entries.get("model_type"))
+    config = None
+    if entries.pop("per_layer_config", None) and _is_known(kind):
+        config = CONFIG_MAPPING[kind].from_dict(entries)
+    try:
+        return AutoTokenizer.from_pretrained(folder, config=config)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: expected a model folder with a tokenizer, or a name on the hub: {error}. Save the tokenizer to it"
+        ) from error
+
+
+def _is_known(kind: str) -> bool:
+    """Whether this library and transformers know a `model_type`."""
+    return kind in CONFIG_MAPPING and kind in {family.model_type for family in families()}
 
 
 def versions() -> dict[str, str]:

@@ -31,7 +31,13 @@ def read_kept(entries: Mapping[str, Any], layout: Layout) -> dict[str, Tensor]:
     """
     masks = _everything(layout)
     by_name = {name: site for site in layout.sites for name in (site.name, site.module)}
+    first: dict[str, str] = {}
     for name, value in entries.items():
+        owned = [site.name for site in layout.of_kind(name)] if name in ("heads", "neurons") else []
+        owned = owned or ([by_name[name].name] if name in by_name else [])
+        if twice := next((site for site in owned if site in first), None):
+            raise MaskError(f"mask[{first[twice]!r}] and mask[{name!r}] both say what {twice} keeps: give one of them")
+        first |= dict.fromkeys(owned, name)
         if name in ("heads", "neurons"):
             sized = isinstance(value, Sequence) or getattr(value, "ndim", 0) > 0
             rows = len(value) if sized else type(value).__name__

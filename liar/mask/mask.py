@@ -134,9 +134,7 @@ class Mask:
         with wrap_parse_errors(MaskError, WRITTEN):
             content = json.loads(text)
             sites = content["mask"]
-            masks = {name: torch.zeros(site["units"], dtype=torch.bool) for name, site in sites.items()}
-            for name, site in sites.items():
-                masks[name][torch.tensor(site["kept"], dtype=torch.int64)] = True
+            masks = {name: _mask_of(site["units"], site["kept"]) for name, site in sites.items()}
             return cls(masks, content.get("requested"))
 
     def save(self, path: str | Path) -> None:
@@ -180,7 +178,7 @@ class Mask:
         """
         entries, requested = (mask.masks, mask.requested) if isinstance(mask, Mask) else (mask, None)
         if not isinstance(entries, Mapping):
-            raise MaskError(f"{FORMATS}; got a {type(mask).__name__}")
+            raise MaskError(f"{FORMATS}; got a {type(mask).__name__} (liar.Mask.load reads a file)")
         return cls(read_kept(entries, layout), requested)
 
     @classmethod
@@ -204,3 +202,10 @@ class Mask:
             (3, 62)
         """
         return cls(read_removed(removed, layout))
+
+
+def _mask_of(units: int, kept: list[int]) -> Tensor:
+    """Bool [units] from the content of a file; a `ValueError` says what is wrong with it."""
+    if type(units) is not int or units < 1 or any(type(unit) is not int or not 0 <= unit < units for unit in kept):
+        raise ValueError(f"units={units!r} with kept={abridged(kept)}")
+    return torch.zeros(units, dtype=torch.bool).index_fill_(0, torch.tensor(kept, dtype=torch.int64), True)

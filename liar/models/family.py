@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
+from liar.errors import ModelError
 from liar.models.layout import Kind
 
 
@@ -60,6 +62,20 @@ class SitePattern:
     size_attributes: tuple[str, ...] = ()
     config_keys: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Find what Python would take silently: a kind nothing knows, a name in place of a tuple of names.
+
+        Raises:
+            ModelError: which entry is wrong, and what it should be.
+        """
+        if self.kind not in get_args(Kind):
+            raise ModelError(f"kind={self.kind!r}: expected one of {', '.join(map(repr, get_args(Kind)))}")
+        for name in ("producers", "size_attributes", "config_keys"):
+            if not isinstance(value := getattr(self, name), tuple):
+                raise ModelError(f"{name}={value!r}: expected a tuple of names, got a {type(value).__name__}")
+        if not isinstance(self.residual, tuple) or len(self.residual) != 2:
+            raise ModelError(f"residual={self.residual!r}: expected (module, index of a positional argument of its forward)")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -86,3 +102,12 @@ class Family:
     is_pre_norm: bool
     is_parallel: bool = False
     note: str = ""
+
+    def __post_init__(self) -> None:
+        """Find a pattern in place of a tuple of patterns.
+
+        Raises:
+            ModelError: it is no tuple of patterns, or empty.
+        """
+        if not isinstance(self.patterns, tuple) or not all(isinstance(each, SitePattern) for each in self.patterns):
+            raise ModelError(f"patterns of {self.model_type!r}: expected a tuple of SitePattern, got {self.patterns!r}")

@@ -105,8 +105,9 @@ class LayerView:
         kept = self.weight.detach().index_select(self.storage.axes.index(axis), channels)
         self._replace("weight", kept)
         setattr(self.module, self.storage.sizes[axis], len(channels))
-        if axis == "out" and self.bias is not None:
-            self._replace("bias", self.bias.detach().index_select(0, channels))
+        if self.bias is not None:
+            bias = self.bias.detach()
+            self._replace("bias", bias.index_select(0, channels) if axis == "out" else bias.clone())
 
     def write(self, matrix: Tensor, bias: Tensor, *, create_bias: bool = False) -> None:
         """Replace the weight by `matrix` [in, out] and the bias by `bias` [out], in the layer's dtype.
@@ -130,8 +131,10 @@ class LayerView:
         self._replace("bias", self.weight.new_empty(self.size("out")))
 
     def _replace(self, name: str, value: Tensor) -> None:
-        """New parameters, since the old ones may be shared with another module."""
-        setattr(self.module, name, nn.Parameter(value, requires_grad=self.weight.requires_grad))
+        """New parameters, since the old ones may be shared with another module; as trainable as what they replace."""
+        replaced = getattr(self.module, name)
+        trainable = self.weight.requires_grad if replaced is None else replaced.requires_grad
+        setattr(self.module, name, nn.Parameter(value, requires_grad=trainable))
 
 
 def storage_of(module: nn.Module) -> Storage | None:

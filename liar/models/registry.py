@@ -35,7 +35,12 @@ def register(family: Family) -> None:
         >>> from liar.models.tables.bert import BERT
         >>> liar.register(replace(BERT, model_type="my-bert"))
         >>> _ = _FAMILIES.pop("my-bert")
+
+    Raises:
+        ModelError: it is no `Family`.
     """
+    if not isinstance(family, Family):
+        raise ModelError(f"expected a liar.Family, got a {type(family).__name__}")
     _FAMILIES[family.model_type] = family
 
 
@@ -77,6 +82,8 @@ def discover_with_weights(model: nn.Module) -> Layout:
     Raises:
         ModelError: as `discover`; or the model is on the meta device.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a Hugging Face model, got a {type(model).__name__}; read a folder with liar.load(folder)")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(
             "the model is on the meta device: its weights are not there; load it with real weights (without "
@@ -115,6 +122,8 @@ def discover(model: nn.Module) -> Layout:
         ) from error
     if len({id(model.get_submodule(block)) for block in blocks}) < len(blocks):
         raise ModelError(f"{type(model).__name__} uses one block for several layers; shared blocks cannot be cut one by one")
+    if len({site.name for site in sites}) < len(sites):
+        raise ModelError(f"the table of family {family.model_type!r} has two patterns of one kind; expected one each")
     covered = {f"{site.block}.{edge.module}" for site in sites for edge in site.edges}
     return Layout(
         sites=sites,

@@ -12,8 +12,7 @@ from liar.mask import Mask
 from liar.models import Layout
 from liar.repair.step import RepairStep
 from liar.repair.walker import walk_blocks
-from liar.runtime import preserve_model_state
-from liar.surgery import adopt, update_config
+from liar.surgery import adopt, check_adoptable, update_config
 
 
 def apply_steps(
@@ -40,20 +39,15 @@ def apply_steps(
         clock: as for `walk_blocks`.
 
     Raises:
-        ModelError, CalibrationError: as `walk_blocks`.
+        ModelError, CalibrationError: as `walk_blocks`; or a step has added or removed modules or parameters.
     """
-    with preserve_model_state(model):
-        pruned_blocks = walk_blocks(
-            model,
-            layout,
-            calibration,
-            steps,
-            mask=mask,
-            teacher=teacher,
-            has_pruned_stream=has_pruned_stream,
-            clock=clock,
-        )
+    pruned_blocks = walk_blocks(
+        model, layout, calibration, steps, mask=mask, teacher=teacher, has_pruned_stream=has_pruned_stream, clock=clock
+    )
+    pairs = [(model.get_submodule(name), pruned) for name, pruned in zip(layout.blocks, pruned_blocks, strict=True)]
+    for pair in pairs:
+        check_adoptable(*pair)
     # Nothing above has touched the model; what follows cannot fail half-way.
-    for name, pruned_block in zip(layout.blocks, pruned_blocks, strict=True):
-        adopt(model.get_submodule(name), pruned_block)
+    for pair in pairs:
+        adopt(*pair)
     update_config(model)

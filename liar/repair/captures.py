@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from liar.errors import check_choice
 from liar.models import Site
 from liar.runtime import Point, residual_points, residual_sum
 
@@ -16,6 +17,8 @@ Capture = Literal["producer_input", "consumer_input", "consumer_output", "residu
 
 def capture_points(block: nn.Module, site: Site, captures: Sequence[Capture]) -> dict[str, Point]:
     """What has to be captured of a block for some captures of one site."""
+    for capture in captures:
+        check_choice("capture", capture, get_args(Capture))
     points: dict[str, Point] = {}
     consumer = block.get_submodule(site.consumer.module)
     if "producer_input" in captures:

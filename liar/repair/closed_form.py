@@ -17,13 +17,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from liar.errors import at_site
+from liar.errors import ModelError, at_site
 from liar.repair.context import RepairContext
 from liar.repair.state import SiteState
 from liar.repair.step import RepairStep
 from liar.runtime import token_weights, widen
 from liar.solve import fit_drift
-from liar.statistics import Folds
+from liar.statistics import Folds, check_finite
 
 
 class RefitProducers(RepairStep):
@@ -61,6 +61,7 @@ class RefitProducers(RepairStep):
         with site.walk.timed("solve"), at_site(site.name, site.site.module):
             layers, options = site.producers, self.context.options
             initial = [layer.initial_weights() for layer in layers]
+            check_finite(*(value for pair in initial for value in pair), what="weights of its producers")
             weight, bias = (torch.cat(parts, -1) for parts in zip(*initial, strict=True))
             affine = all(layer.bias is not None for layer in layers)
             all_data, splits = folds.all_data(affine=affine), folds.splits(affine=affine, channels=len(weight))
@@ -116,6 +117,11 @@ class FitToLayerOutput(RepairStep):
         """Add a batch to the statistics of the kept channels."""
         if site.keeps_all:
             return
+        if site.dense_site.units != site.site.units:
+            raise ModelError(
+                f"{site.name}: the teacher has {site.dense_site.units} units, the model {site.site.units}; with "
+                "target='layer_output' both need the same: use target='residual_stream'"
+            )
         with site.walk.timed("statistics"):
             if site.name not in self.folds:
                 self.folds[site.name] = self.context.new_folds()
@@ -129,8 +135,12 @@ class FitToLayerOutput(RepairStep):
         self.context.leave(site)
 
     def repair(self, site: SiteState) -> None:
-        """Fit, from statistics that are complete by now."""
-        self.context.fit_consumer(site, self.folds.pop(site.name))
+        """Fit, from statistics that are complete by now; where everything is kept there are none."""
+        folds = self.folds.pop(site.name, None)
+        if folds is None:
+            self.context.leave(site)
+        else:
+            self.context.fit_consumer(site, folds)
 
 
 def closed_form_steps(context: RepairContext) -> list[RepairStep]:

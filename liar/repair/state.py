@@ -180,6 +180,7 @@ class SiteState:
 
     def run_batch(self, batch: int, *captures: Capture) -> dict[str, Tensor]:
         """`run_pruned` for one batch."""
+        assert self.walk.has_pruned_stream, "a walk without a pruned stream does not run pruned blocks"
         points = capture_points(self.pruned_block, self.site, captures)
         with (
             self.walk.timed("pruned forward"),

@@ -20,10 +20,13 @@ class RepairStep:
     captures: frozenset[Capture] = frozenset()
 
     def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
-        """See one batch at a site of the dense block, [sequences, length, channels] by capture, before any site is cut."""
+        """See one batch at a site of the dense block, [sequences, length, channels] by capture, before any site is cut.
+
+        The tensors are those of the forward pass: do not change them in place.
+        """
 
     def before_cut(self, site: SiteState) -> None:
-        """Run when the sites before this one are done and this one is still whole."""
+        """Read the site when those before it are done and it is still whole. Nothing may be changed: it is the user's yet."""
 
     def repair(self, site: SiteState) -> None:
         """Change the layers of the site, which is cut by now."""

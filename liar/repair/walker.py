@@ -20,7 +20,15 @@ from liar.models import Layout, base_and_prefix, discover
 from liar.repair.captures import capture_points, read_captures
 from liar.repair.state import DENSE, PRUNED, BlockPair, SiteState, Walk
 from liar.repair.step import RepairStep
-from liar.runtime import ActivationStore, Point, calls_of, capture_activations, record_block_calls, run_block
+from liar.runtime import (
+    ActivationStore,
+    Point,
+    calls_of,
+    capture_activations,
+    preserve_model_state,
+    record_block_calls,
+    run_block,
+)
 from liar.surgery import copy_block, cut_site
 
 
@@ -63,22 +71,23 @@ def walk_blocks(
     _check_teacher(dense_layout, layout)
     clock = defaultdict(float) if clock is None else clock
     walk = Walk(layout, calibration, mask, ActivationStore(), clock, has_pruned_stream, drifted=teacher is not None)
-    with walk.timed("enter"):
-        _enter(walk, source, dense_layout, DENSE)
-        if has_pruned_stream:
-            _enter_pruned(walk, model, share=teacher is None)
-    pruned_blocks: list[nn.Module] = []
-    for number, (name, dense_name) in enumerate(zip(layout.blocks, dense_layout.blocks, strict=True)):
-        block = BlockPair(
-            number=number,
-            dense=source.get_submodule(dense_name),
-            pruned=None if mask is None else copy_block(model.get_submodule(name)),
-            sites=layout.of_block(name),
-            dense_sites=dense_layout.of_block(dense_name),
-        )
-        _walk_block(walk, block, steps, is_pre_norm=dense_layout.is_pre_norm)
-        if block.pruned is not None:
-            pruned_blocks.append(block.pruned)
+    with preserve_model_state(model), preserve_model_state(source):
+        with walk.timed("enter"):
+            _enter(walk, source, dense_layout, DENSE)
+            if has_pruned_stream:
+                _enter_pruned(walk, model, share=teacher is None)
+        pruned_blocks: list[nn.Module] = []
+        for number, (name, dense_name) in enumerate(zip(layout.blocks, dense_layout.blocks, strict=True)):
+            block = BlockPair(
+                number=number,
+                dense=source.get_submodule(dense_name),
+                pruned=None if mask is None else copy_block(model.get_submodule(name)),
+                sites=layout.of_block(name),
+                dense_sites=dense_layout.of_block(dense_name),
+            )
+            _walk_block(walk, block, steps, is_pre_norm=dense_layout.is_pre_norm)
+            if block.pruned is not None:
+                pruned_blocks.append(block.pruned)
     return pruned_blocks
 
 
@@ -178,7 +187,7 @@ def _visit(state: SiteState, steps: Sequence[RepairStep]) -> None:
         cut_site(state.pruned_block, state.site, state.unit_mask)
     for step in steps:
         step.repair(state)
-    if walk.store.batches(f"{state.name} replay"):
+    if walk.store.batches(f"{state.name} replay") == list(walk.batches):
         state.block.replayed.append(state.site)
     # Without a pruned stream nothing a site does reaches the next one.
     walk.drifted = walk.drifted or walk.has_pruned_stream

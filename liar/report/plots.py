@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from liar.errors import MaskError
+from liar.errors import CheckpointError, MaskError, OptionError, wrap_parse_errors
 from liar.mask import Mask, abridged
 from liar.report.report import Report, SiteReport
 
@@ -24,6 +24,7 @@ COLOURS = {"heads": "#0072B2", "neurons": "#E69F00"}
 MARKERS = {"heads": "o", "neurons": "s"}
 # Cells in a row of a mask's figure: more are too narrow to be told apart.
 CELLS = 512
+FORMATS = ("png", "pdf", "svg")
 
 
 def plot(source: Report | Mask | str | Path, file: str | Path | None = None) -> Figure:
@@ -40,6 +41,8 @@ def plot(source: Report | Mask | str | Path, file: str | Path | None = None) -> 
 
     Raises:
         ImportError: matplotlib is not installed.
+        OptionError: a file whose ending is no format.
+        CheckpointError: there is no file of a report or a mask.
         MaskError: a mask without sites, or with names that are not `kind.layer`.
 
     Example:
@@ -47,6 +50,8 @@ def plot(source: Report | Mask | str | Path, file: str | Path | None = None) -> 
         >>> figure = liar.plot(mask, "mask.png")
     """
     figure_class = _figure_class()
+    if file is not None and Path(file).suffix[1:] not in FORMATS:
+        raise OptionError(f"file={str(file)!r}: expected a name that ends in .{', .'.join(FORMATS)}")
     content = source if isinstance(source, (Report, Mask)) else _read(source)
     figure: Figure = _of_mask(content, figure_class) if isinstance(content, Mask) else _of_report(content, figure_class)
     if file is not None:
@@ -56,8 +61,9 @@ def plot(source: Report | Mask | str | Path, file: str | Path | None = None) -> 
 
 def _read(path: str | Path) -> Report | Mask:
     """A file that `Report.save` or `Mask.save` wrote."""
-    text = Path(path).read_text(encoding="utf-8")
-    return Mask.from_json(text) if "mask" in json.loads(text) else Report.from_json(text)
+    with wrap_parse_errors(CheckpointError, "the JSON of a report or a mask", path):
+        text = Path(path).read_text(encoding="utf-8")
+        return Mask.from_json(text) if "mask" in json.loads(text) else Report.from_json(text)
 
 
 def _of_report(report: Report, figure_class: Any) -> Figure:

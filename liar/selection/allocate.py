@@ -37,11 +37,14 @@ def allocate(scores: Mapping[str, Tensor], layout: Layout, budget: Budget, width
         budget: what may stay.
         widths: `"free"`: all units compete; `"balanced"`: every layer keeps equally many, if that comes within 1 % of the
             budget; `"uniform"`: the budget has one group per kind.
-        comparable: scores of all sites are in one unit, per parameter, and compete as they are.
+        comparable: scores of all sites are in one unit, per parameter, and compete as they are; not where widths in steps are
+            to be balanced.
     """
     if budget.limit >= budget.costs.dense:
         return Mask({site.name: torch.ones(site.units, dtype=torch.bool) for site in layout.sites})
-    compared = {name: score if comparable else COMPARED[widths](score) for name, score in scores.items()}
+    # The integer program knows no balance: there, only ranks make every layer keep the same share.
+    as_they_are = comparable and (widths != "balanced" or budget.unit_costs is not None)
+    compared = {name: score if as_they_are else COMPARED[widths](score) for name, score in scores.items()}
     if budget.unit_costs is not None:
         if comparable:
             compared = {s.name: compared[s.name] * s.parameters / budget.unit_costs[s.name] for s in layout.sites}

@@ -18,6 +18,7 @@ from liar.analysis import channel_moments
 from liar.data import Calibration
 from liar.errors import CalibrationError, check_choice
 from liar.models import Layout, discover_with_weights, layer_of
+from liar.options import check_list
 from liar.selection.error_curves import error_curves
 from liar.selection.gradients import unit_gradients
 from liar.selection.scores import CRITERIA, STATISTICS
@@ -131,6 +132,7 @@ def collect(
         >>> sorted(statistics.sites["neurons.0"])
         ['mean', 'variance']
     """
+    check_list("criteria", criteria)
     for criterion in criteria:
         check_choice("criterion", criterion, CRITERIA)
     layout = discover_with_weights(model)

@@ -15,7 +15,7 @@ from liar.data import Calibration
 from liar.errors import at_site
 from liar.models import Layout
 from liar.repair import RepairStep, SiteState, walk_blocks
-from liar.runtime import preserve_model_state, sequence_sums, widen
+from liar.runtime import sequence_sums, widen
 from liar.selection.elimination import Elimination, eliminate
 from liar.selection.fisher import Sensitivity, sensitivities
 from liar.statistics import Moments
@@ -37,7 +37,7 @@ def error_curves(model: nn.Module, layout: Layout, calibration: Calibration, pro
         ModelError: parameters that gradients cannot be taken of.
     """
     sensitivity = sensitivities(model, layout, calibration, progress)
-    with preserve_model_state(model), tqdm(total=len(layout.sites), desc="select", unit="site", disable=not progress) as bar:
+    with tqdm(total=len(layout.sites), desc="select", unit="site", disable=not progress) as bar:
         curves = ErrorCurves(sensitivity, bar.update)
         walk_blocks(model, layout, calibration, [curves])
     return {name: {"order": curve.order, "increases": curve.increases} for name, curve in curves.result.items()}

@@ -60,10 +60,10 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
     # The user may be in inference mode, whose tensors cannot be added to outside of it.
     with torch.inference_mode(False):
         sums = {name: GradientMoments(consumer.matrix.new_zeros(consumer.size("out"))) for name, consumer in consumers.items()}
-    # Gradients flow down to the first site: its consumer makes all that comes after it differentiable.
-    first = consumers[layout.sites[0].name].weight
+    # Gradients flow down to the first block: its consumers make all that comes after them differentiable.
+    first = [consumers[site.name].weight for site in layout.of_block(layout.sites[0].block)]
     bar = tqdm(total=calibration.tokens, desc="sensitivity", unit="tok", unit_scale=True, disable=not progress)
-    with record_gradients(model, [first]), bar:
+    with record_gradients(model, first), bar:
         ordinary, outputs = differentiable(calibration), 0
         for number, token_mask in enumerate(ordinary.token_masks):
             activations, predicted = run_with_gradients(model, layout, ordinary, number, points)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from liar.errors import ModelError
 from liar.mask import Mask
 from liar.models import Site, discover, layer_of
 from liar.surgery.stock import uniform_sizes
@@ -27,6 +28,22 @@ def copy_block(block: nn.Module) -> nn.Module:
     """A copy with modules of its own but the same parameters and buffers: cutting the copy leaves the original alone."""
     configs = [module.config for module in block.modules() if hasattr(module, "config")]
     return copy.deepcopy(block, {id(shared): shared for shared in (*block.parameters(), *block.buffers(), *configs)})
+
+
+def check_adoptable(block: nn.Module, pruned_block: nn.Module) -> None:
+    """Check that a block can take over its cut copy: the same modules, and every parameter (a bias may have been added).
+
+    Raises:
+        ModelError: it cannot.
+    """
+    modules = [[(name, type(module)) for name, module in each.named_modules()] for each in (block, pruned_block)]
+    lost = dict(block.named_parameters()).keys() - dict(pruned_block.named_parameters()).keys()
+    if modules[0] != modules[1] or lost:
+        changed = sorted(lost) or sorted(str(name) for name, _ in set(modules[0]) ^ set(modules[1]))
+        raise ModelError(
+            f"expected the repaired block to have the modules and parameters of the original, got others: "
+            f"{', '.join(changed)}; a repair step may only write new values into the layers of a site"
+        )
 
 
 def adopt(block: nn.Module, pruned_block: nn.Module) -> None:

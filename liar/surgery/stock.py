@@ -35,10 +35,12 @@ def uniform_sizes(model: nn.Module) -> dict[str, int] | None:
 def scaled_sizes(model: nn.Module, pattern: SitePattern, units: int, of: int) -> dict[str, int]:
     """Entries of the configuration that go with the units of one kind, for `units` where they stand for `of` now.
 
-    An entry that is None (GPT-2's `n_inner`: the class then takes its default) is the number of units itself.
+    An entry that is None (GPT-2's `n_inner`: the class then takes its default) is the number of units itself, and stays None
+    where that is the default.
     """
     values = {key: getattr(model.config, key) for key in pattern.config_keys}
-    return {key: units if value is None else value * units // of for key, value in values.items()}
+    sizes = {key: units if value is None else value * units // of for key, value in values.items()}
+    return {key: size for key, size in sizes.items() if values[key] is not None or units != of}
 
 
 def stock_counts(model: nn.Module) -> dict[str, list[int]]:

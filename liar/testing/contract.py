@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from liar.mask import Mask
 from liar.models import Layout, discover
-from liar.testing.run_checks import error, keep_all, repair, replay
+from liar.testing.run_checks import error, keep_all, repair, replay, selection
 from liar.testing.state import expect
 from liar.testing.table_checks import cut, shapes, sizes, streams
 from liar.testing.tiny import tiny_batches
@@ -22,8 +22,8 @@ def check_family(model: nn.Module, batches: Sequence[Mapping[str, Tensor]] | Non
     It checks that the table names layers of consistent shapes in the order of the data; that consumer outputs are added to
     the named residual streams, in the declared order (pre-norm or post-norm, sequential or parallel); that cutting equals
     zeroing, with the right sizes on modules and in the configuration; that keeping everything changes no bit; that
-    reconstruction brings the output nearer to the dense model's on new tokens; and that an error in the middle leaves the
-    model as it was.
+    reconstruction brings the output nearer to the dense model's on new tokens; that the default criterion runs; and that an
+    error in the middle leaves the model as it was.
 
     Args:
         model: of a registered family; not changed. Several layers, heads and random biases make the check sharp.
@@ -57,6 +57,7 @@ def check_family(model: nn.Module, batches: Sequence[Mapping[str, Tensor]] | Non
         keep_all(model, layout, batches)
         replay(model, layout, mask, batches)
         repair(model, layout, mask, batches)
+        selection(model, layout, mask, batches)
     error(model, mask, batches)
     return layout
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liar.api import reconstruct
+from liar.api import reconstruct, select
 from liar.data import Calibration
 from liar.errors import LiarError
 from liar.mask import Mask
@@ -48,6 +48,17 @@ def repair(model: nn.Module, layout: Layout, mask: Mask, batches: Sequence[Mappi
     dense = last_hidden(model, new)[token_mask]
     worse, better = (float((last_hidden(m, new)[token_mask] - dense).square().mean()) for m in (bare, repaired))
     expect(better < worse, f"reconstruction raised the held-out error from {worse:.3g} to {better:.3g}; check residual")
+
+
+def selection(model: nn.Module, layout: Layout, mask: Mask, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """The default criterion, which runs the model forward and back, gives a mask that keeps no more than the one given."""
+    share = mask.parameters(layout) / layout.parameters
+    try:
+        selected = select(model, batches[:2], keep=share, progress=False)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise AssertionError(f"the default criterion does not run: {error}") from error
+    kept = selected.parameters(layout) / layout.parameters
+    expect(kept <= share, f"the default criterion kept {kept:.1%} of the parameters of the blocks, allowed were {share:.1%}")
 
 
 def replay(model: nn.Module, layout: Layout, mask: Mask, batches: Sequence[Mapping[str, Tensor]]) -> None:

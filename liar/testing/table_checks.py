@@ -34,11 +34,19 @@ from liar.surgery import build_stock, remove, scaled_sizes
 from liar.testing.compare import close, last_hidden
 from liar.testing.state import expect
 
+# Added to a residual stream: so much that all else is small beside it.
+LARGE = 1e4
+
 
 def shapes(model: nn.Module, layout: Layout) -> None:
     """Channels divide into units, producers and consumers agree on their number, names lead somewhere."""
     expect(bool(layout.sites), "the table finds no site at all")
     for site in layout.sites:
+        expect(
+            site.query_heads == 1 or sum(edge.width for edge in site.producers) < 3 * site.consumer.width,
+            f"{site.name}: {site.query_heads} query heads are said to share a key and value head, but keys and values are as "
+            "wide as queries; check group_size in the family's table",
+        )
         block = model.get_submodule(site.block)
         for edge in site.edges:
             size = layer_of(block, edge).size(edge.axis)
@@ -65,6 +73,12 @@ def streams(model: nn.Module, layout: Layout, batches: Sequence[Mapping[str, Ten
         run_model(base, calibration.batches[0])
     expected = [site.name for site in layout.sites]
     expect(list(in_model) == expected, f"the data passes the sites in the order {list(in_model)}, the table says {expected}")
+    for site in layout.sites:
+        expect(
+            in_model[site.name].shape[:-1] == calibration.token_masks[0].shape,
+            f"{site.name}: {site.consumer.module} gives a tensor {list(in_model[site.name].shape)}, expected [sequences, "
+            "length, channels]; models that flatten tokens (OPT's feed-forward part) are not supported",
+        )
     store, stream, tokens = ActivationStore(), "dense", calibration.token_masks[0]
     with preserve_model_state(model):
         record_block_calls(base, blocks, calibration.batches, store, stream)
@@ -84,20 +98,26 @@ def streams(model: nn.Module, layout: Layout, batches: Sequence[Mapping[str, Ten
                     f"{site.name}: what comes out of the block is not a function of residual + consumer output; "
                     f"check residual={site.residual} and is_parallel in the family's table",
                 )
-            _norm(block, layout, layout.of_block(name)[-1], hidden, call, tokens)
+            for site in layout.of_block(name):
+                _norm(block, layout, site, hidden, call, tokens)
             hidden = after
 
 
-def _norm(block: nn.Module, layout: Layout, last: Site, hidden: Tensor, call: BlockCall, token_mask: Tensor) -> None:
-    """A pre-norm block outputs its last residual sum as it is, a post-norm block does not."""
-    with capture_activations(residual_points(block, last) | {"out": _output(block, last)}) as activations:
-        after = run_block(block, hidden, call)
-    stream = (residual_sum(activations, last) + activations["out"])[token_mask]
-    as_it_is = torch.allclose(stream, after[token_mask], rtol=1e-4, atol=1e-4 * float(stream.abs().mean()))
+def _norm(block: nn.Module, layout: Layout, site: Site, hidden: Tensor, call: BlockCall, token_mask: Tensor) -> None:
+    """What is added to the stream of a pre-norm block comes out of it as it is; a post-norm block normalises it."""
+    consumer = block.get_submodule(site.consumer.module)
+    outputs = []
+    for added in (0.0, LARGE):
+        handle = consumer.register_forward_hook(lambda _module, _args, output, added=added: output + added)
+        try:
+            outputs.append(run_block(block, hidden, call)[token_mask].double())
+        finally:
+            handle.remove()
+    passed_on = float((outputs[1] - outputs[0]).median()) / LARGE
     expect(
-        as_it_is == layout.is_pre_norm,
-        f"{last.name}: the block outputs its last residual sum {'as it is' if as_it_is else 'changed'}, the family's table "
-        f"says is_pre_norm={layout.is_pre_norm}",
+        (passed_on > 0.5) == layout.is_pre_norm,
+        f"{site.name}: of what is added to the residual stream {abs(passed_on):.0%} comes out of the block, the family's "
+        f"table says is_pre_norm={layout.is_pre_norm}",
     )
 
 
@@ -211,7 +231,10 @@ def _attributes(model: nn.Module, stock: nn.Module, layout: Layout, kind: str, s
     """Integers of the first block that are smaller by a share in a smaller stock model are in `size_attributes`."""
     listed = {path for site in layout.of_block(layout.blocks[0]) for path in site.size_attributes}
     dense, small = (m.get_submodule(layout.blocks[0]) for m in (model, stock))
+    edges = [edge.module for site in layout.of_block(layout.blocks[0]) for edge in site.edges]
     for name, module in dense.named_modules():
+        if not any(edge == name or edge.startswith(f"{name}.") for edge in edges):
+            continue  # nothing of this module is cut (cross-attention, say), so its sizes stay
         for key, value in vars(module).items():
             path, other = f"{name}.{key}".lstrip("."), vars(small.get_submodule(name)).get(key)
             moves = type(value) is int and type(other) is int and other != value and other == value * share

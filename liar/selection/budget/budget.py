@@ -75,7 +75,7 @@ class Budget:
             BudgetError: the least that is possible costs more; or the costs are those of another model.
         """
         costs.check(layout)
-        protected = _protected(layout, options.protect)
+        protected = _protected(layout, list(options.protect))
         allowed = {site.name: _rounded(site, costs, options.round_to) for site in layout.sites}
         allowed |= {site.name: [site.units] for site in protected}
         groups = _uniform(layout, allowed, possible) if possible else [Group((s,), allowed[s.name]) for s in layout.sites]
@@ -88,11 +88,11 @@ class Budget:
         cheapest = [(min((group.cost(self.costs, count), count) for count in group.counts), group) for group in self.groups]
         minimum = self.costs.fixed + sum(cost for (cost, _), _ in cheapest)
         if minimum > self.limit:
-            shown = [f"{count} {group.sites[0].kind}" for (_, count), group in cheapest]
+            shown = list(dict.fromkeys(f"{count} {group.sites[0].kind}" for (_, count), group in cheapest))
             raise BudgetError(
                 f"keep={self.keep} cannot be met: the least that is possible is {minimum / self.costs.dense:.4f} of the "
                 f"{self.costs.name}, with {', '.join(shown[:4])}{', …' if len(shown) > 4 else ''} in a layer; ask for at "
-                "least that, or for fewer restrictions"
+                "least that, or for fewer restrictions (round_to, protect, widths)"
             )
 
 
