@@ -19,6 +19,7 @@ from liar.errors import BudgetError, OptionError
 from liar.models import discover
 from liar.options import SelectOptions
 from liar.selection import Budget, Costs, params
+from liar.selection.allocate import allocate
 from liar.selection.budget.milp import allocate_milp
 from liar.surgery import stock_counts, uniform_sizes
 from liar.testing import tiny_batches, tiny_model
@@ -388,3 +389,19 @@ def test_a_file_that_is_something_else(tmp_path):
         (tmp_path / name).write_text(text)
         with pytest.raises(BudgetError, match=f"{name}: expected costs as Costs.save or `liar latency` writes them"):
             Costs.load(tmp_path / name)
+
+
+def test_what_a_unit_is_worth_is_weighed_against_what_it_costs():
+    """Per parameter, heads are worth a little more than neurons; per FLOP they are worth less."""
+    model = tiny_model("bert")
+    layout = discover(model)
+    scores = {s.name: torch.full([s.units], 1.1 if s.kind == "heads" else 1.0).double() for s in layout.sites}
+    kept = {}
+    for costs in (params(model), liar.flops(model, length=64)):
+        budget = Budget.of(layout, costs, SelectOptions(0.55))
+        mask = allocate(scores, layout, budget, "free", comparable=True)
+        kept[costs.name] = [sum(mask.kept(site.name) for site in layout.of_kind(kind)) for kind in ("heads", "neurons")]
+    heads, neurons = kept["FLOPs"]
+    assert kept["parameters"][0] == 8
+    assert heads < 4
+    assert neurons > 100

@@ -254,3 +254,10 @@ def test_comparable_scores_compete_as_they_are(criteria, comparable):
     one_head = {site.name: 1 if site.kind == "heads" else site.units for site in layout.sites}
     mask = liar.select(model, keep=layout.kept_parameters(one_head) / layout.parameters, criterion="own")
     assert ({name: mask.kept(name) for name in mask.masks} == one_head) is comparable
+
+
+def test_random_scores_of_layers_are_not_the_same():
+    model = tiny_model("bert", num_hidden_layers=4)
+    mask = liar.select(model, keep=0.5, criterion="random", widths="balanced", seed=1)
+    rows = [tuple(mask[f"neurons.{layer}"].tolist()) for layer in range(4)]
+    assert len(set(rows)) == 4

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel, GPTJConfig, GPTJModel
 
 import liar
 from liar.errors import ModelError
-from liar.models import discover, family_of, layer_of
+from liar.models import LayerView, discover, family_of, layer_of
 from liar.models.tables.bert import BERT
 from liar.models.tables.gpt2 import GPT2
 from liar.models.tables.llama import LLAMA
@@ -387,3 +387,19 @@ def test_quantised_weights_are_not(dtype):
     layer.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
     with pytest.raises(ModelError, match=r"encoder\.layer\.1\.intermediate\.dense is a Linear, expected .*quantise"):
         discover(model)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_sizes_that_layers_note_are_checked(model_type, monkeypatch):
+    """The models run without them, but other programs read them."""
+    select = LayerView.select
+
+    def forgetful(self, axis, channels):
+        attribute = self.storage.sizes[axis]
+        noted = getattr(self.module, attribute)
+        select(self, axis, channels)
+        setattr(self.module, attribute, noted)
+
+    monkeypatch.setattr(LayerView, "select", forgetful)
+    with pytest.raises(AssertionError, match="noted sizes"):
+        check_family(tiny_model(model_type))

@@ -188,6 +188,19 @@ def test_a_written_matrix_is_what_the_layer_computes(name):
     torch.testing.assert_close(view.matrix, matrix.float())
 
 
+@pytest.mark.parametrize("name", ["linear", "conv1d"])
+def test_a_written_matrix_is_the_layers_own(name):
+    """The caller may go on with its tensors, even where they have the layer's dtype already."""
+    view = LayerView.of(layers()[name])
+    matrix, bias = torch.randn(4, 3), torch.randn(3)
+    view.write(matrix, bias)
+    before = view.matrix.clone(), view.bias.clone()
+    matrix.zero_()
+    bias.zero_()
+    assert torch.equal(view.matrix, before[0])
+    assert torch.equal(view.bias, before[1])
+
+
 def test_a_bias_is_written_only_where_there_is_one_or_one_is_created():
     view = LayerView.of(nn.Linear(4, 3, bias=False))
     weight, bias = view.initial_weights()

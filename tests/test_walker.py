@@ -9,12 +9,13 @@ import torch
 from cases import MODELS
 
 import liar
-from liar.data import Calibration
+from liar.data import FOLDS, Calibration
 from liar.errors import ModelError
 from liar.models import discover, layer_of
 from liar.options import ReconstructOptions
 from liar.repair import RepairContext, RepairStep, apply_steps, closed_form_steps, walk_blocks
 from liar.runtime import preserve_model_state
+from liar.statistics import Folds, Moments
 from liar.testing import assert_same_state, model_state, tiny_batches, tiny_model
 
 NAMES = ["bert", "llama-8q-2kv", "gpt2-lm"]
@@ -313,3 +314,33 @@ def test_layer_outputs_need_a_teacher_of_the_same_widths():
     context = RepairContext(ReconstructOptions(target="layer_output"), int)
     with pytest.raises(ModelError, match=r"neurons\.0: the teacher has 80 units, the model 64.*use target='residual_stream'"):
         walked(model, every_other(model), tiny_batches(model), closed_form_steps(context), teacher=teacher)
+
+
+def test_what_a_16_bit_stream_lacks_is_computed_in_more_bits():
+    """Target and residual are large and alike: their difference in bfloat16 would be mostly rounding error."""
+    missing = []
+
+    class Recording(Folds):
+        def update(self, z, t, sizes, weight=None):
+            missing.append(t.double())
+            super().update(z, t, sizes, weight)
+
+    class Exact(RepairStep):
+        captures = frozenset({"stream"})
+
+        def observe(self, site, batch, dense):
+            site.put("exact target", batch, dense["stream"])
+
+        def repair(self, site):
+            for batch, pruned in site.run_pruned("residual"):
+                gather = site.walk.tokens[batch].gather
+                exact = gather(site.get("exact target", batch)).double() - gather(pruned["residual"]).double()
+                torch.testing.assert_close(missing.pop(0), exact, rtol=1e-6, atol=1e-6)
+            assert missing == []
+            site.discard("exact target")
+
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    context = RepairContext(ReconstructOptions(refit=False), int)
+    context.new_folds = lambda: Recording(FOLDS, Moments)
+    walked(model, every_other(model), tiny_batches(model), [*closed_form_steps(context), Exact()])
+    assert len(context.reports) == 4
