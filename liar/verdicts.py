@@ -30,7 +30,7 @@ _TEXTS = {
     Verdict.OK: "plain least squares",
     Verdict.RIDGED: "least squares with a ridge toward the kept weights",
     Verdict.RANK_DEFICIENT: "the kept channels are linearly dependent on this data: minimum-norm change of the kept weights",
-    Verdict.TOO_FEW_TOKENS: "fewer calibration tokens than kept channels: the answer leans on the ridge; use more text",
+    Verdict.TOO_FEW_TOKENS: "no more tokens than kept channels: the result depends mostly on the ridge; use more text",
     Verdict.KEPT_BASELINE: "no update was better on held-out tokens: the kept weights stay, at most the bias moves",
     Verdict.UNTOUCHED: "everything is kept and nothing before it changed: the layer stays as it is",
 }

@@ -82,3 +82,15 @@ def registry():
     yield registry._FAMILIES
     registry._FAMILIES.clear()
     registry._FAMILIES.update(before)
+
+
+@pytest.fixture
+def criteria():
+    """Criteria registered in a test are forgotten after it."""
+    from liar import options, selection  # noqa: PLC0415 (only where it is used)
+
+    before = [(table, dict(table)) for table in (selection.CRITERIA, options.CRITERIA)]
+    yield
+    for table, entries in before:
+        table.clear()
+        table.update(entries)

@@ -208,17 +208,6 @@ def test_a_slim_model_can_be_selected_from():
 # Criteria of one's own
 
 
-@pytest.fixture
-def criteria():
-    """Criteria registered in a test are forgotten after it."""
-    tables = CRITERIA, options.CRITERIA
-    before = [dict(table) for table in tables]
-    yield CRITERIA
-    for table, content in zip(tables, before, strict=True):
-        table.clear()
-        table.update(content)
-
-
 def test_a_registered_criterion_is_used(criteria):
     """By `select`, `collect` and `prune`; its statistics are collected, and high scores stay."""
     model = tiny_model("bert")

@@ -22,7 +22,6 @@ from benchmarks import publish
 from liar import options
 from liar.cli import app
 from liar.models import registry
-from liar.selection import CRITERIA
 
 ROOT = Path(__file__).resolve().parents[1]
 API = ROOT / "docs" / "api.md"
@@ -94,7 +93,7 @@ def call(line):
 
 
 @pytest.fixture
-def _isolated(tmp_path, tmp_path_factory, monkeypatch):
+def _isolated(tmp_path, tmp_path_factory, monkeypatch, criteria):
     """An empty folder, no network, quick timings, and what a page registers is forgotten after it."""
 
     def refuse(*_):
@@ -107,11 +106,6 @@ def _isolated(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setattr(timing, "ROUNDS", 3)
     monkeypatch.setattr(timing, "SECONDS", 0.005)
     monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
-    tables = [(table, dict(table)) for table in (CRITERIA, options.CRITERIA)]
-    yield
-    for table, before in tables:
-        table.clear()
-        table.update(before)
 
 
 @pytest.mark.usefixtures("_isolated")

@@ -202,7 +202,7 @@ EXAMPLES = {test.name: test for test in examples()}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_run(name, tmp_path, monkeypatch, tokenizer):
+def test_examples_run(name, tmp_path, monkeypatch, tokenizer, criteria, registry):
     """With a tiny model, calibration batches and an empty folder at hand, as the text around the examples assumes."""
     monkeypatch.chdir(tmp_path)
     test = EXAMPLES[name]

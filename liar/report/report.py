@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 WRITTEN = "a report.json that liar wrote"
 HEADINGS = ("site", "kept", "of", "error before", "after", "ridge", "condition", "seconds", "verdict")
-CAPTION = "error: held-out residual energy over the target's energy, before and after reconstruction"
+CAPTION = "error: squared error on held-out tokens over the target's energy (0 is perfect), before and after reconstruction"
 
 
 @dataclass(frozen=True)
