@@ -28,6 +28,13 @@ class Option:
     choices: Mapping[str, str] | None = None
     check: Callable[[str, Any], None] | None = None
 
+    def validate(self, name: str, value: Any) -> None:
+        """Raise an `OptionError` unless the option, called `name`, may have this value."""
+        if self.check:
+            self.check(name, value)
+        elif self.choices is not None:
+            check_choice(name, value, self.choices)
+
 
 def _option(
     help: str,
@@ -99,17 +106,14 @@ def _check_budget(name: str, value: Any) -> None:
         check_choice(name, value, BUDGETS)
 
 
-def check_list(name: str, value: Any) -> None:
+def check_list(name: str, value: Any, of: str = "names") -> None:
     """Raise an `OptionError` if a text was given in place of a list of texts: its letters would be taken one by one."""
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise OptionError(f"{name}={value!r}: expected a list of names, got a {type(value).__name__}")
+        raise OptionError(f"{name}={value!r}: expected a list of {of}, got a {type(value).__name__}")
 
 
 def _check_names(name: str, value: Any) -> None:
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise OptionError(
-            f"{name}={value!r}: expected a list of names of sites and numbers of layers, got a {type(value).__name__}"
-        )
+    check_list(name, value, of="names of sites and numbers of layers")
     for each in value:
         if not isinstance(each, str) and not _is_number(each, Integral):
             raise OptionError(f"{name}: expected names of sites and numbers of layers, got {each!r}")
@@ -158,8 +162,17 @@ DTYPES: dict[str, str] = {
 }
 
 
+class OptionGroup:
+    """Base of the classes below: frozen dataclasses whose fields are made by `_option`."""
+
+    def check(self) -> None:
+        """Raise an `OptionError` that names the first bad value."""
+        for each, option in options_in(type(self)):
+            option.validate(each.name, getattr(self, each.name))
+
+
 @dataclass(frozen=True)
-class CalibrationOptions:
+class CalibrationOptions(OptionGroup):
     """How texts become batches; see `liar.calibration`."""
 
     max_length: int = _option("Tokens per sequence.", default=256, check=check_count)
@@ -172,13 +185,9 @@ class CalibrationOptions:
         "Take an encoder's long texts in pieces, from short to the longest length.", default=True, check=check_flag
     )
 
-    def check(self) -> None:
-        """Raise an `OptionError` that names the first bad value."""
-        check_options(self)
-
 
 @dataclass(frozen=True)
-class SelectOptions:
+class SelectOptions(OptionGroup):
     """Which units stay; see `liar.select`."""
 
     keep: float = _option("Share that stays of what the budget counts, above 0, at most 1.", check=check_share)
@@ -191,13 +200,9 @@ class SelectOptions:
     )
     seed: int = _option("For the random criterion.", default=0, check=check_integer)
 
-    def check(self) -> None:
-        """Raise an `OptionError` that names the first bad value."""
-        check_options(self)
-
 
 @dataclass(frozen=True)
-class ReconstructOptions:
+class ReconstructOptions(OptionGroup):
     """How the rest is repaired; see `liar.reconstruct`."""
 
     target: str = _option("What the kept channels are fitted to.", default="residual_stream", choices=TARGETS)
@@ -211,13 +216,9 @@ class ReconstructOptions:
     solver: str = _option("How the least squares are solved.", default="auto", choices=SOLVERS)
     bias: str = _option("What happens to biases.", default="preserve", choices=BIASES)
 
-    def check(self) -> None:
-        """Raise an `OptionError` that names the first bad value."""
-        check_options(self)
-
 
 @dataclass(frozen=True)
-class SourceOptions:
+class SourceOptions(OptionGroup):
     """Where the command line finds calibration texts."""
 
     calib: str = _option(
@@ -229,7 +230,7 @@ class SourceOptions:
 
 
 @dataclass(frozen=True)
-class LoadOptions:
+class LoadOptions(OptionGroup):
     """How the command line loads a model."""
 
     dtype: str = _option("Type of the weights.", default="auto", choices=DTYPES)
@@ -247,16 +248,6 @@ def options_in(*groups: type) -> Iterator[tuple[Field[Any], Option]]:
     for group in groups:
         for each in fields(group):
             yield each, option_of(each)
-
-
-def check_options(group: Any) -> None:
-    """Raise an `OptionError` that names the first bad value of an object of one of the classes above."""
-    for each, option in options_in(type(group)):
-        value = getattr(group, each.name)
-        if option.check:
-            option.check(each.name, value)
-        elif option.choices is not None:
-            check_choice(each.name, value, option.choices)
 
 
 def options_table(*groups: type) -> str:

@@ -73,7 +73,7 @@ def test_a_bad_value_is_named(kind, name):
     for value in values:
         group = kind(**{**REQUIRED.get(kind, {}), name: value})
         with pytest.raises(OptionError) as caught:
-            options.check_options(group)
+            group.check()
         assert str(caught.value).startswith(f"{name}={value!r}")
         assert says in str(caught.value)
         assert isinstance(caught.value, LiarError)
@@ -86,14 +86,14 @@ def test_good_values_pass(group):
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_defaults_pass(kind):
-    options.check_options(kind(**REQUIRED.get(kind, {})))
+    kind(**REQUIRED.get(kind, {})).check()
 
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_choice_passes(kind):
     for each, option in options.options_in(kind):
         for choice in option.choices or ():
-            options.check_options(kind(**{**REQUIRED.get(kind, {}), each.name: choice}))
+            kind(**{**REQUIRED.get(kind, {}), each.name: choice}).check()
 
 
 def test_every_option_is_tried():

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from liar.errors import OptionError, check_choice
+from liar.errors import OptionError
 from liar.options import BUDGETS, Option, options_in
 
 Model = Annotated[str, typer.Argument(help="Model folder, or a name on the hub.")]
@@ -102,12 +102,8 @@ def _checked(name: str, option: Option, read: Callable[[Any], Any] | None) -> Ca
     def check(value: Any) -> Any:
         try:
             value = read(value) if read else value
-            if name in UNCHECKED:
-                return value
-            if option.check:
-                option.check(name, value)
-            elif option.choices:
-                check_choice(name, value, option.choices)
+            if name not in UNCHECKED:
+                option.validate(name, value)
         except OptionError as error:
             raise typer.BadParameter(str(error)) from error
         return value

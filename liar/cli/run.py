@@ -27,7 +27,6 @@ from liar.options import (
     ReconstructOptions,
     SelectOptions,
     SourceOptions,
-    check_options,
     check_text,
 )
 from liar.report import Report
@@ -85,7 +84,7 @@ class Run:
             raise OptionError(f"OUT is the folder of MODEL ({self.out}): it could not be repeated; choose another OUT")
         for name in GROUPS:
             if (group := getattr(self, name)) is not None:
-                check_options(group)
+                group.check()
         prunes = self.command == "prune"
         if prunes != (self.select is not None) or prunes == (self.mask is not None):
             expected = "options that select units and no mask" if prunes else "a mask and no options that select units"

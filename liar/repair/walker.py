@@ -17,7 +17,7 @@ from liar.data import Calibration
 from liar.errors import ModelError
 from liar.mask import Mask
 from liar.models import Layout, base_and_prefix, discover
-from liar.repair.captures import capture_points, read_captures
+from liar.repair.captures import Capture, capture_points, read_captures
 from liar.repair.state import DENSE, PRUNED, BlockPair, SiteState, Walk
 from liar.repair.step import RepairStep
 from liar.runtime import (
@@ -142,7 +142,7 @@ def _dense_pass(
             points[f"{site.name} sublayer"] = Point(block.dense.get_submodule(site.sublayer), None)
     for batch in walk.batches:
         # A function of its own, so that nothing of this batch outlives it but what the steps keep.
-        _dense_batch(walk, block, states, steps, points, batch, is_pre_norm=is_pre_norm)
+        _dense_batch(walk, block, states, steps, captures, points, batch, is_pre_norm=is_pre_norm)
 
 
 def _dense_batch(
@@ -150,6 +150,7 @@ def _dense_batch(
     block: BlockPair,
     states: Sequence[SiteState],
     steps: Sequence[RepairStep],
+    captures: Sequence[Capture],
     points: Mapping[str, Point],
     batch: int,
     *,
@@ -158,7 +159,6 @@ def _dense_batch(
     with walk.timed("dense forward"), capture_activations(points) as activations:
         output = run_block(block.dense, *walk.arguments(DENSE, block.number, batch))
     walk.store.put(DENSE, batch, output)
-    captures = sorted({capture for step in steps for capture in step.captures})
     for state in states:
         prefix = f"{state.name} "
         own = {name.removeprefix(prefix): value for name, value in activations.items() if name.startswith(prefix)}
