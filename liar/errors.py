@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# Characters of a message.
+LONGEST = 1500
+
 
 class LiarError(ValueError):
     """Base of every error this library raises on purpose; the user's model is then as it was before the call.
@@ -17,6 +20,10 @@ class LiarError(ValueError):
         ...     print(type(error).__name__, str(error)[:24])
         MaskError mask of heads.0 (encoder
     """
+
+    def __init__(self, message: str) -> None:
+        # Foreign errors quote whole files, and names can be of any length: what a person reads fits on a screen.
+        super().__init__(message if len(message) <= LONGEST else f"{message[: LONGEST // 2]} … {message[-LONGEST // 3 :]}")
 
 
 class ModelError(LiarError):
@@ -69,5 +76,5 @@ def wrap_parse_errors(kind: type[LiarError], expected: str, path: str | Path | N
 def check_choice(option: str, value: object, choices: Iterable[str]) -> None:
     """Raise an `OptionError` that lists the choices unless `value` is one of them."""
     choices = list(choices)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise OptionError(f"{option}={value!r} is not known; expected one of {', '.join(map(repr, choices))}")

@@ -5,11 +5,12 @@ Python signatures, `run.json`, the command line's `--help` and the tables in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
-from math import inf
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from liar.errors import OptionError, check_choice
 
@@ -46,6 +47,21 @@ def _option(
     return field(default=default, metadata={"option": Option(help, choices, check)})
 
 
+# Larger counts do not fit where numbers of tokens and sequences are kept.
+LARGEST_COUNT = 2**31 - 1
+LARGEST_SEED = 2**62
+# A larger ridge changes nothing, but for overflows.
+LARGEST_RIDGE = 1e12
+
+
+def _shown(value: Any) -> str:
+    """A value for an error."""
+    try:
+        return repr(value)
+    except ValueError:  # Python does not write numbers of thousands of digits
+        return "a huge number"
+
+
 def _is_number(value: Any, kind: type) -> bool:
     """Whether a value is a number of some kind, as Python or NumPy has it; True and False are none."""
     return isinstance(value, kind) and not isinstance(value, bool)
@@ -53,14 +69,14 @@ def _is_number(value: Any, kind: type) -> bool:
 
 def check_share(name: str, value: Any) -> None:
     """Raise an `OptionError` unless the value is a share above 0 and at most 1."""
-    if not _is_number(value, Real) or not 0 < float(value) <= 1:
-        raise OptionError(f"{name}={value!r}: expected the share that stays, above 0 and at most 1")
+    if not _is_number(value, Real) or not 0 < value <= 1:
+        raise OptionError(f"{name}={_shown(value)}: expected the share that stays, above 0 and at most 1")
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raise an `OptionError` unless the value is an integer of at least 1."""
-    if not _is_number(value, Integral) or int(value) < 1:
-        raise OptionError(f"{name}={value!r}: expected a whole number, at least 1")
+    """Raise an `OptionError` unless the value is an integer from 1 to `LARGEST_COUNT`."""
+    if not _is_number(value, Integral) or not 1 <= int(value) <= LARGEST_COUNT:
+        raise OptionError(f"{name}={_shown(value)}: expected a whole number, at least 1 and at most {LARGEST_COUNT:,}")
 
 
 def check_optional_count(name: str, value: Any) -> None:
@@ -70,9 +86,9 @@ def check_optional_count(name: str, value: Any) -> None:
 
 
 def check_integer(name: str, value: Any) -> None:
-    """Raise an `OptionError` unless the value is an integer."""
-    if not _is_number(value, Integral):
-        raise OptionError(f"{name}={value!r}: expected a whole number")
+    """Raise an `OptionError` unless the value is an integer that a random generator takes as its seed."""
+    if not _is_number(value, Integral) or abs(int(value)) > LARGEST_SEED:
+        raise OptionError(f"{name}={_shown(value)}: expected a whole number of at most 62 bits")
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -94,10 +110,11 @@ def check_optional_text(name: str, value: Any) -> None:
 
 
 def check_ridge(name: str, value: Any) -> None:
-    """Raise an `OptionError` unless the value is "auto" or a finite number of at least 0."""
+    """Raise an `OptionError` unless the value is "auto" or a number from 0 to `LARGEST_RIDGE`."""
     automatic = isinstance(value, str) and value == "auto"
-    if not automatic and (not _is_number(value, Real) or not 0 <= float(value) < inf):
-        raise OptionError(f'{name}={value!r}: expected "auto" or a number >= 0 (relative to the mean diagonal of the Gram)')
+    if not automatic and (not _is_number(value, Real) or not 0 <= value <= LARGEST_RIDGE):
+        expected = f'"auto" or a number >= 0, at most {LARGEST_RIDGE:g} (relative to the mean diagonal of the Gram)'
+        raise OptionError(f"{name}={_shown(value)}: expected {expected}")
 
 
 def _check_budget(name: str, value: Any) -> None:
@@ -108,7 +125,11 @@ def _check_budget(name: str, value: Any) -> None:
 
 def check_list(name: str, value: Any, of: str = "names") -> None:
     """Raise an `OptionError` if a text was given in place of a list of texts: its letters would be taken one by one."""
-    if isinstance(value, str) or not isinstance(value, Iterable):
+    try:
+        is_list = not isinstance(value, (str, bytes)) and all(True for _ in value)
+    except TypeError:
+        is_list = False
+    if not is_list:
         raise OptionError(f"{name}={value!r}: expected a list of {of}, got a {type(value).__name__}")
 
 
@@ -162,6 +183,9 @@ DTYPES: dict[str, str] = {
 }
 
 
+Group = TypeVar("Group", bound="OptionGroup")
+
+
 class OptionGroup:
     """Base of the classes below: frozen dataclasses whose fields are made by `_option`."""
 
@@ -169,6 +193,13 @@ class OptionGroup:
         """Raise an `OptionError` that names the first bad value."""
         for each, option in options_in(type(self)):
             option.validate(each.name, getattr(self, each.name))
+
+    def checked(self: Group) -> Group:
+        """The same options after `check`, with Python's numbers in place of NumPy's, which overflow."""
+        self.check()
+        own = {each.name: getattr(self, each.name) for each, _ in options_in(type(self))}
+        plain = {name: value.item() for name, value in own.items() if isinstance(value, np.generic)}
+        return replace(self, **plain)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from importlib import import_module
+from math import inf, nan
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import liar
 from liar.data import Calibration
 from liar.errors import BudgetError, OptionError
-from liar.models import discover
+from liar.models import discover, layer_of
 from liar.options import SelectOptions
 from liar.selection import Budget, Costs, params
 from liar.selection.allocate import allocate
@@ -309,7 +310,9 @@ def test_the_half_model_that_is_timed():
     model = tiny_model("llama")
     before = copy.deepcopy(model.state_dict())
     layout, half = discover(model), timing._half(model, discover(model))
-    assert [site.units for site in discover(half).sites] == [timing._middle(site) for site in layout.sites]
+    for site in layout.sites:
+        consumer = layer_of(half.get_submodule(site.block), site.consumer)
+        assert consumer.size("in") == timing._middle(site) * site.consumer.width
     first, second = (half.get_submodule(name) for name in layout.blocks[:2])
     assert all(one is other for one, other in zip(first.parameters(), second.parameters(), strict=True))
     ids = torch.randint(model.config.vocab_size, (2, 5))
@@ -340,8 +343,8 @@ def test_a_budget_in_time():
     ("batch", "message"),
     [
         ({"length": 33}, "length=33: BertModel takes at most 32 tokens in a sequence; give a smaller length"),
-        ({"length": 0}, "batch_size=1, length=0: expected at least 1 sequence of at least 1 token"),
-        ({"batch_size": -1}, "batch_size=-1, length=128: expected at least 1 sequence"),
+        ({"length": 0}, "length=0: expected a whole number, at least 1"),
+        ({"batch_size": -1}, "batch_size=-1: expected a whole number, at least 1"),
     ],
 )
 def test_a_batch_that_cannot_be_timed(batch, message):
@@ -389,6 +392,36 @@ def test_a_file_that_is_something_else(tmp_path):
         (tmp_path / name).write_text(text)
         with pytest.raises(BudgetError, match=f"{name}: expected costs as Costs.save or `liar latency` writes them"):
             Costs.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "sites"),
+    [
+        (nan, {}), (inf, {}), (-1, {}), ("1", {}), (True, {}), (0, ()), (0, {"heads.0": 3}), (0, {"heads.0": {1: nan}}),
+        (0, {"heads.0": {1: -inf}}), (0, {"heads.0": {1: "a"}}), (0, {"heads.0": {"1": 1}}), (0, {"heads.0": {-1: 1}}),
+        (0, {3: {1: 1}}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_costs_that_are_none(fixed, sites):
+    with pytest.raises(BudgetError, match="expected"):
+        Costs("a", fixed, sites)
+
+
+def test_costs_of_nothing():
+    model = tiny_model("bert")
+    free = {site.name: dict.fromkeys(range(1, site.units + 1), 0.0) for site in discover(model).sites}
+    with pytest.raises(BudgetError, match="are 0: there is nothing to keep a share of"):
+        liar.select(model, keep=0.5, criterion="random", budget=Costs("a", 0.0, free))
+
+
+@pytest.mark.parametrize("text", ["", "null", "[" * 100_000, '{"name": "a", "fixed": NaN, "sites": {}, "about": {}}',
+                                  '{"name": "a", "fixed": -1, "sites": {}, "about": {}}',
+                                  '{"name": "a", "fixed": 0, "sites": {"heads.0": {"1": Infinity}}, "about": {}}',
+                                  '{"name": "a", "fixed": 1' + "0" * 400 + ', "sites": {}, "about": {}}'])  # fmt: skip
+def test_files_that_hold_no_costs(text):
+    with pytest.raises(BudgetError, match=r"expected (finite )?(a )?costs?"):
+        Costs.from_json(text)
 
 
 def test_what_a_unit_is_worth_is_weighed_against_what_it_costs():

@@ -23,20 +23,29 @@ from liar.testing import tiny_batches, tiny_model
 CLASSES = (SelectOptions, ReconstructOptions, CalibrationOptions, SourceOptions, LoadOptions)
 # What an option without a default is given here.
 REQUIRED = {SelectOptions: {"keep": 0.5}, SourceOptions: {"calib": "texts.txt"}}
-COUNTS = [0, -1, 1.5, "3", True, np.float32(2), np.True_]
+COUNTS = [0, -1, 1.5, "3", True, np.float32(2), np.True_, 2**31, 10**400, b"3", [3], {}]
 # class -> option -> bad values, and what the error says was expected
 BAD = {
     SelectOptions: {
-        "keep": ([0, -0.1, 1.0001, nan, inf, None, "0.5", True], "expected the share that stays, above 0 and at most 1"),
-        "criterion": (["luck", None], "expected one of 'reconstruction', 'fluctuation', 'wanda'"),
-        "budget": (["time", None, 5], "expected one of 'params', 'flops', 'latency'"),
+        "keep": (
+            [0, -0.1, 1.0001, nan, inf, None, "0.5", True, 10**400, [0.5], np.array([0.5])],
+            "expected the share that stays, above 0 and at most 1",
+        ),
+        "criterion": (
+            ["luck", None, ["wanda"], np.array(["wanda"]), {}],
+            "expected one of 'reconstruction', 'fluctuation', 'wanda'",
+        ),
+        "budget": (["time", None, 5, 1.5], "expected one of 'params', 'flops', 'latency'"),
         "widths": (["any", "layer", None], "expected one of 'free', 'balanced', 'uniform'"),
         "round_to": ([*COUNTS, None], "expected a whole number, at least 1"),
-        "protect": (["heads.0", 3, None], "expected a list of names of sites and numbers of layers, got a "),
+        "protect": (
+            ["heads.0", b"heads.0", 3, None, np.array(3)],
+            "expected a list of names of sites and numbers of layers, got a ",
+        ),
     },
     ReconstructOptions: {
         "target": (["dense_stream", None], "expected one of 'residual_stream', 'layer_output'"),
-        "ridge": ([-1, nan, inf, "none", None, True], 'expected "auto" or a number >= 0'),
+        "ridge": ([-1, nan, inf, "none", None, True, 1.1e12, 1e308, 10**400, [1], {}], 'expected "auto" or a number >= 0'),
         "solver": (["qr"], "expected one of 'auto', 'cholesky', 'eigh', 'lstsq'"),
         "bias": (["keep", False], "expected one of 'preserve', 'create'"),
     },
@@ -206,3 +215,69 @@ def test_the_table_for_the_docs():
     assert table["`widths`"][0] == "`'free'`"
     for name, meaning in options.WIDTHS.items():
         assert f"<br>`{name}`: {meaning}" in table["`widths`"][1]
+
+
+@pytest.mark.parametrize("keep", [np.int8(1), np.float16(0.5), np.uint8(1)])
+def test_small_numbers_of_numpy_do_not_overflow(keep):
+    model = tiny_model("bert")
+    mask = liar.select(model, keep=keep, criterion="random", round_to=np.uint8(4), seed=np.int8(100))
+    assert mask == liar.select(model, keep=float(keep), criterion="random", round_to=4, seed=100)
+    costs = liar.flops(model, length=np.uint8(200))
+    assert costs.dense == liar.flops(model, length=200).dense
+
+
+@pytest.mark.parametrize("seed", [10**400, 2**63, -(2**70), 1.5, "1", None])
+def test_seeds_that_are_none(seed):
+    with pytest.raises(OptionError, match=r"seed=.*expected a whole number"):
+        liar.select(tiny_model("bert"), keep=0.5, criterion="random", seed=seed)
+
+
+@pytest.mark.parametrize("length", [0, -1, 0.5, nan, inf, None, "a", [], 10**400, True])
+def test_lengths_that_are_none(length):
+    for call in (liar.flops, liar.latency):
+        with pytest.raises(OptionError, match=r"length=.*expected a whole number, at least 1"):
+            call(tiny_model("bert"), length=length)
+
+
+def test_everything_protected():
+    """Nothing is left to choose: all of it stays where all of it may, and less cannot be met."""
+    model = tiny_model("bert")
+    everything = [site.name for site in liar.discover(model).sites]
+    for widths in ("free", "balanced"):
+        mask = liar.select(model, keep=1.0, criterion="random", protect=everything, widths=widths)
+        assert all(mask.keeps_all(name) for name in everything)
+        with pytest.raises(liar.LiarError, match="cannot be met"):
+            liar.select(model, keep=0.9, criterion="random", protect=everything, widths=widths)
+
+
+def test_costs_as_a_mapping_are_refused():
+    with pytest.raises(OptionError, match=r"expected liar\.Costs, got a mapping; liar\.Costs\.from_json"):
+        liar.select(tiny_model("bert"), keep=0.5, criterion="random", budget={})
+
+
+@pytest.mark.parametrize("sites", ["heads.0", [[]], [None], [3], np.array(["heads.9"]), ["heads.9"], [np.eye(2)]])
+def test_sites_that_are_none(sites):
+    model = tiny_model("bert")
+    with pytest.raises(LiarError, match=r"no such site|expected a list"):
+        liar.moments(model, tiny_batches(model), sites=sites, progress=False)
+
+
+def test_numbers_that_python_does_not_write():
+    with pytest.raises(OptionError, match="round_to=a huge number: expected a whole number"):
+        liar.select(tiny_model("bert"), keep=0.5, criterion="random", round_to=10**5000)
+
+
+def test_no_message_is_longer_than_a_screen():
+    model = tiny_model("bert")
+    for call in (
+        lambda: liar.select(model, keep=0.5, criterion="x" * 10**6),
+        lambda: liar.Mask.of({"x" * 10**6: [1]}, liar.discover(model)),
+        lambda: liar.load("x" * 10**6),
+        lambda: liar.Mask.from_json("x" * 10**6),
+        lambda: liar.prune(model, [{"x" * 10**6: 1}], keep=0.5),
+    ):
+        with pytest.raises(LiarError) as caught:
+            call()
+        assert 10 < len(str(caught.value)) < 2000
+    assert " … " in str(caught.value)
+    assert str(LiarError("a" * 1500)) == "a" * 1500

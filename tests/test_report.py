@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import liar
 from liar import Report, Verdict
+from liar.errors import CheckpointError
 from liar.report import SiteReport
 from liar.testing import tiny_batches, tiny_model
 
@@ -108,3 +109,45 @@ def test_a_real_report():
     assert same(Report.from_json(report.to_json()), report)
     for site in report.sites:
         assert site.site in str(report)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["achieved"], "a"), (["achieved"], 10**400), (["achieved"], 2), (["requested"], {}), (["parameters"], [1]),
+        (["parameters"], "ab"), (["tokens"], -1), (["tokens"], []), (["seconds"], 3), (["seconds"], {"a": []}),
+        (["options"], []), (["sites"], []), (["sites"], {}), (["sites", 0], 5), (["sites", 0, "site"], "heads"),
+        (["sites", 0, "site"], None),
+        (["sites", 0, "kept"], [1]), (["sites", 0, "before"], None), (["sites", 0, "verdict"], "good"),
+        (["sites", 0, "bias_created"], 1), (["sites", 0, "ridge"], "infinite"), (["dtype"], 3), (["unknown"], 3),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_none_is_named(path, value, tmp_path):
+    content = json.loads(REPORT.to_json())
+    place = content
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=f"report.json: expected a report.json that liar wrote, got .*{path[-1]}|got"):
+        Report.load(tmp_path / "report.json")
+
+
+@pytest.mark.parametrize("missing", ["sites", "achieved", "tokens", "options"])
+def test_an_entry_that_is_missing(missing):
+    content = json.loads(REPORT.to_json())
+    del content[missing]
+    with pytest.raises(CheckpointError, match=missing):
+        Report.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "3", "[" * 100_000, '{"sites": ' + "[" * 100_000, "NaN", "\x00"])
+def test_texts_that_are_no_report(text, tmp_path):
+    (tmp_path / "report.json").write_text(text)
+    for call in (
+        lambda: Report.from_json(text),
+        lambda: Report.load(tmp_path / "report.json"),
+        lambda: liar.plot(tmp_path / "report.json"),
+    ):
+        with pytest.raises(CheckpointError):
+            call()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from liar.errors import MaskError, check_choice
+from liar.errors import MaskError, OptionError, check_choice
 from liar.options import check_ridge
 from liar.solve import fit
 from liar.statistics import Moments, Normal
@@ -74,6 +74,14 @@ def interpolation(moments: Moments, unit_mask: Tensor, *, ridge: float = 0.0, so
     """
     check_choice("solver", solver, ("auto", "cholesky", "eigh"))
     check_ridge("ridge", ridge)
+    if ridge == "auto":  # type: ignore[comparison-overlap]
+        raise OptionError(f"ridge={ridge!r}: expected a number; moments hold nothing out to choose one by")
+    if not isinstance(moments, Moments):
+        raise MaskError(f"expected the Moments of one site, got a {type(moments).__name__}; see liar.moments")
+    try:
+        unit_mask = torch.as_tensor(unit_mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise MaskError(f"expected bool [units], got a {type(unit_mask).__name__}") from error
     all_channels = moments.normal(affine=True)
     channels = len(all_channels.gram)
     if unit_mask.dtype != torch.bool or unit_mask.ndim != 1 or not unit_mask.any() or channels % len(unit_mask):

@@ -10,7 +10,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from liar.errors import OptionError
+from liar.errors import LiarError, OptionError
+from liar.files import user_path
 from liar.options import BUDGETS, Option, options_in
 
 Model = Annotated[str, typer.Argument(help="Model folder, or a name on the hub.")]
@@ -31,7 +32,7 @@ def _ridge(value: str) -> float | str:
 
 
 def _budget(value: str) -> str:
-    if value not in BUDGETS and not Path(value).is_file():
+    if value not in BUDGETS and not user_path(value).is_file():
         raise OptionError(f"expected {BUDGET_HELP}; got {value!r}")
     return value
 
@@ -104,7 +105,7 @@ def _checked(name: str, option: Option, read: Callable[[Any], Any] | None) -> Ca
             value = read(value) if read else value
             if name not in UNCHECKED:
                 option.validate(name, value)
-        except OptionError as error:
+        except LiarError as error:
             raise typer.BadParameter(str(error)) from error
         return value
 

@@ -11,6 +11,7 @@ import typer
 from liar.cli.app import app, report_errors
 from liar.cli.parameters import Force
 from liar.cli.run import Run, finish
+from liar.errors import OptionError, wrap_parse_errors
 
 
 @app.command()
@@ -26,5 +27,6 @@ def replay(
         liar replay slim/run.json --out again
     """
     with report_errors():
-        earlier = Run.from_json(run.read_text(encoding="utf-8"))
+        with wrap_parse_errors(OptionError, "a run.json that an earlier run wrote", run):
+            earlier = Run.from_json(run.read_text(encoding="utf-8"))
         finish(replace(earlier, out=str(out)) if out else earlier, overwrite=force)

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from liar.errors import MaskError, wrap_parse_errors
+from liar.files import user_path, write_text
 from liar.mask.formats import FORMATS, abridged, read_kept, read_removed
 from liar.models import Layout
+from liar.options import check_share
 
 WRITTEN = 'a JSON with {"mask": {site: {"units", "kept"}}}, as Mask.save writes it'
+# Units of a site; a damaged file should not ask for all memory there is.
+MOST = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +42,23 @@ class Mask:
     requested: float | None = None
 
     def __post_init__(self) -> None:
+        """Own the tensors.
+
+        Raises:
+            MaskError: something else than a bool tensor of one dimension by site name, or a share that is none.
+        """
+        rows = self.masks.items() if isinstance(self.masks, Mapping) else [("masks", self.masks)]
+        for name, row in rows:
+            is_row = isinstance(row, Tensor) and row.dtype == torch.bool and row.ndim == 1 and not row.is_meta
+            if not isinstance(name, str) or not is_row:
+                actual = f"{row.dtype} {list(row.shape)}" if isinstance(row, Tensor) else type(row).__name__
+                raise MaskError(
+                    f"Mask: expected bool tensors [units] by the name of their site, got {name!r}: {actual}; "
+                    "see Mask.of(mask, layout)"
+                )
+        if self.requested is not None:
+            check_share("requested", self.requested)
+            object.__setattr__(self, "requested", float(self.requested))
         object.__setattr__(self, "masks", {name: mask.detach().cpu().clone() for name, mask in self.masks.items()})
 
     def __getitem__(self, name: str) -> Tensor:
@@ -138,8 +159,8 @@ class Mask:
             return cls(masks, content.get("requested"))
 
     def save(self, path: str | Path) -> None:
-        """Write `to_json` to a file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write `to_json` to a file, whole or not at all."""
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
@@ -149,7 +170,7 @@ class Mask:
             MaskError: it is not one.
         """
         with wrap_parse_errors(MaskError, WRITTEN, path):
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(user_path(path).read_text(encoding="utf-8"))
 
     @classmethod
     def of(cls, mask: Mask | Mapping[str, Any], layout: Layout) -> Mask:
@@ -206,6 +227,8 @@ class Mask:
 
 def _mask_of(units: int, kept: list[int]) -> Tensor:
     """Bool [units] from the content of a file; a `ValueError` says what is wrong with it."""
-    if type(units) is not int or units < 1 or any(type(unit) is not int or not 0 <= unit < units for unit in kept):
+    if type(units) is not int or not 1 <= units <= MOST or type(kept) is not list:
+        raise ValueError(f"units={abridged([units])} with kept={type(kept).__name__}")
+    if any(type(unit) is not int or not 0 <= unit < units for unit in kept) or len(set(kept)) < len(kept):
         raise ValueError(f"units={units!r} with kept={abridged(kept)}")
     return torch.zeros(units, dtype=torch.bool).index_fill_(0, torch.tensor(kept, dtype=torch.int64), True)

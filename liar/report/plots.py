@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from liar.errors import CheckpointError, MaskError, OptionError, wrap_parse_errors
+from liar.files import replacing_file, user_path
 from liar.mask import Mask, abridged
 from liar.report.report import Report, SiteReport
 
@@ -55,14 +56,15 @@ def plot(source: Report | Mask | str | Path, file: str | Path | None = None) -> 
     content = source if isinstance(source, (Report, Mask)) else _read(source)
     figure: Figure = _of_mask(content, figure_class) if isinstance(content, Mask) else _of_report(content, figure_class)
     if file is not None:
-        figure.savefig(file, dpi=150)
+        with replacing_file(file) as fresh:
+            figure.savefig(fresh, dpi=150)
     return figure
 
 
 def _read(path: str | Path) -> Report | Mask:
     """A file that `Report.save` or `Mask.save` wrote."""
     with wrap_parse_errors(CheckpointError, "the JSON of a report or a mask", path):
-        text = Path(path).read_text(encoding="utf-8")
+        text = user_path(path).read_text(encoding="utf-8")
         return Mask.from_json(text) if "mask" in json.loads(text) else Report.from_json(text)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liar.errors import CheckpointError, wrap_parse_errors
+from liar.files import user_path, write_text
 from liar.verdicts import Verdict
 
 if TYPE_CHECKING:
@@ -109,19 +110,14 @@ class Report:
         """
         with wrap_parse_errors(CheckpointError, WRITTEN):
             content = json.loads(text)
-            sites = [
-                SiteReport(**{
-                    **site,
-                    **{name: float(site[name]) for name in ("before", "after", "ridge", "condition", "seconds")},
-                    "verdict": Verdict(site["verdict"]),
-                })
-                for site in content.pop("sites")
-            ]  # fmt: skip
-            return cls(sites=tuple(sites), **{**content, "parameters": tuple(content["parameters"])})
+            sites = tuple(SiteReport(**_read(SITE, site)) for site in content.pop("sites"))
+            if not sites:
+                raise ValueError("no sites")
+            return cls(sites=sites, **_read(REPORT, content))
 
     def save(self, path: str | Path) -> None:
-        """Write `to_json` to a file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write `to_json` to a file, whole or not at all."""
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
@@ -131,7 +127,7 @@ class Report:
             CheckpointError: it is not one.
         """
         with wrap_parse_errors(CheckpointError, WRITTEN, path):
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(user_path(path).read_text(encoding="utf-8"))
 
     def table(self) -> Table:
         """A `rich` table; `print(report)` shows it."""
@@ -180,3 +176,88 @@ class Report:
             console.print(line)
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue()
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"expected a count, got {value!r}")
+    return value
+
+
+def _number(value: Any) -> float:
+    """A number, or the text that stands for one that JSON does not have."""
+    if isinstance(value, str) and value in ("nan", "inf", "-inf"):
+        return float(value)
+    if type(value) not in (int, float):
+        raise ValueError(f"expected a number, got {value!r}")
+    return float(value)
+
+
+def _share(value: Any) -> float:
+    number = _number(value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"expected a share, got {value!r}")
+    return number
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a text, got {value!r}")
+    return value
+
+
+def _site_name(value: Any) -> str:
+    name = _text(value)
+    kind, _, layer = name.rpartition(".")
+    if not kind or not layer.isdecimal():
+        raise ValueError(f'expected the name of a site, such as "heads.0", got {value!r}')
+    return name
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"expected true or false, got {value!r}")
+    return value
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    before, after = value
+    return _count(before), _count(after)
+
+
+# What a field of a file becomes.
+Readers = Mapping[str, Callable[[Any], Any]]
+SITE: Readers = {
+    "site": _site_name,
+    "module": _text,
+    "kept": _count,
+    "total": _count,
+    "before": _number,
+    "after": _number,
+    "verdict": Verdict,
+    "ridge": _number,
+    "condition": _number,
+    "seconds": _number,
+    "bias_created": _flag,
+}
+REPORT: Readers = {
+    "requested": lambda value: None if value is None else _share(value),
+    "achieved": _share,
+    "parameters": _pair,
+    "tokens": _count,
+    "sequences": _count,
+    "options": lambda value: {_text(name): each for name, each in value.items()},
+    "dtype": _text,
+    "seconds": lambda value: {_text(name): _number(each) for name, each in value.items()},
+}
+
+
+def _read(readers: Readers, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a file, each by its reader; a field that is missing or unknown is an error of the class that takes them."""
+    fields = {}
+    for name, value in content.items():
+        try:
+            fields[name] = readers[name](value) if name in readers else value
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ValueError(f"{name}: {error}") from error
+    return fields

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from liar.analysis import channel_moments
 from liar.data import Calibration
 from liar.errors import CalibrationError, check_choice
-from liar.models import Layout, discover_with_weights, layer_of
+from liar.files import replacing_file, user_path
+from liar.models import Layout, check_model, discover_with_weights, layer_of
 from liar.options import check_list
+from liar.runtime import exclusive
 from liar.selection.error_curves import error_curves
 from liar.selection.gradients import unit_gradients
 from liar.selection.scores import CRITERIA, STATISTICS
@@ -53,12 +55,13 @@ class CriterionStatistics:
     tokens: int
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
+        """Write a safetensors file, whole or not at all."""
         tensors = {
             f"{site}/{name}": value.contiguous() for site, values in self.sites.items() for name, value in values.items()
         }
         metadata = {"norms": json.dumps(dict(self.norms)), "tokens": str(self.tokens)}
-        save_file(tensors, str(path), metadata=metadata)
+        with replacing_file(path) as fresh:
+            save_file(tensors, fresh, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> CriterionStatistics:
@@ -68,15 +71,24 @@ class CriterionStatistics:
             CalibrationError: it is not one.
         """
         try:
-            with safe_open(str(path), framework="pt") as file:
+            with safe_open(str(user_path(path)), framework="pt") as file:
                 metadata = file.metadata()
-                norms: dict[str, float] = json.loads(metadata["norms"])
+                norms = {name: float(norm) for name, norm in json.loads(metadata["norms"]).items()}
                 sites: SiteTensors = {name: {} for name in norms}
                 for key in file.keys():  # noqa: SIM118 (not a dict)
                     site, _, name = key.partition("/")
                     sites[site][name] = file.get_tensor(key)
             return cls(sites, norms, int(metadata["tokens"]))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (
+            OSError,
+            SafetensorError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RuntimeError,
+            OverflowError,
+        ) as error:
             raise CalibrationError(f"{path}: expected a file that CriterionStatistics.save wrote, got {error!r}") from error
 
     def check(self, model: nn.Module, layout: Layout, criterion: str) -> None:
@@ -93,6 +105,21 @@ class CriterionStatistics:
                 "the statistics were collected from another model, or this one has changed since: collect them anew"
             )
         needs = CRITERIA[criterion].needs
+        for site in layout.sites if needs else ():
+            for name in STATISTICS[needs or ""]:
+                value = self.sites[site.name].get(name)
+                units = site.units * (site.consumer.width if needs == "channels" else 1)
+                if value is not None and (value.shape != (units,) or not bool(torch.isfinite(value).all())):
+                    raise CalibrationError(
+                        f"the statistics are damaged: expected {units} finite numbers as {name} of {site.name}, got "
+                        f"{list(value.shape)}: collect them anew"
+                    )
+        if needs == "curves" and any(
+            not torch.equal(values["order"].sort().values, torch.arange(len(values["order"])))
+            for values in self.sites.values()
+            if "order" in values
+        ):
+            raise CalibrationError("the statistics are damaged: expected an order of all units: collect them anew")
         if needs and any(name not in values for values in self.sites.values() for name in STATISTICS[needs]):
             raise CalibrationError(
                 f"criterion={criterion!r} needs {' and '.join(STATISTICS[needs])} of every site, which was not collected: "
@@ -135,11 +162,13 @@ def collect(
     check_list("criteria", criteria)
     for criterion in criteria:
         check_choice("criterion", criterion, CRITERIA)
-    layout = discover_with_weights(model)
-    calibration = Calibration.of(calib, model)
-    sites: SiteTensors = {site.name: {} for site in layout.sites}
-    for needs in dict.fromkeys(CRITERIA[criterion].needs for criterion in criteria):
-        if needs:
-            for name, values in COLLECTORS[needs](model, layout, calibration, progress).items():
-                sites[name] |= {key: value.cpu() for key, value in values.items()}
+    check_model(model)
+    with exclusive(model):
+        layout = discover_with_weights(model)
+        calibration = Calibration.of(calib, model)
+        sites: SiteTensors = {site.name: {} for site in layout.sites}
+        for needs in dict.fromkeys(CRITERIA[criterion].needs for criterion in criteria):
+            if needs:
+                for name, values in COLLECTORS[needs](model, layout, calibration, progress).items():
+                    sites[name] |= {key: value.cpu() for key, value in values.items()}
     return CriterionStatistics(sites, consumer_norms(model, layout), calibration.tokens)

@@ -6,13 +6,17 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from liar.errors import BudgetError, wrap_parse_errors
+from liar.files import user_path, write_text
 from liar.models import Layout, Site, discover, layer_of
+from liar.options import check_count
 
 # Tokens per sequence where FLOPs or time are asked for by name.
 LENGTH = 128
@@ -39,6 +43,19 @@ class Costs:
     fixed: float
     sites: Mapping[str, Mapping[int, float]]
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise a `BudgetError` unless there is a finite cost by site and number of units."""
+        if not isinstance(self.sites, Mapping) or not all(isinstance(levels, Mapping) for levels in self.sites.values()):
+            raise BudgetError(f"expected {{site: {{number of units: cost}}}}, got {self.sites!r}")
+        for where, cost in (("fixed", self.fixed), *((n, c) for n, levels in self.sites.items() for c in levels.values())):
+            if not isinstance(cost, (int, float, np.number)) or isinstance(cost, bool) or not -inf < cost < inf:
+                raise BudgetError(f"{where}: expected finite costs, got {cost!r}")
+        if self.fixed < 0:
+            raise BudgetError(f"fixed: expected a cost of at least 0, got {self.fixed!r}")
+        for name, levels in self.sites.items():
+            if not isinstance(name, str) or not all(isinstance(n, (int, np.integer)) and n >= 0 for n in levels):
+                raise BudgetError(f"{name!r}: expected costs by whole numbers of units, got {list(levels)!r}")
 
     @cached_property
     def dense(self) -> float:
@@ -74,6 +91,8 @@ class Costs:
                 f"the costs ({self.name}) are those of another model: {wrong[0]} has {expected.get(wrong[0], 0)} units in this "
                 f"one and {actual.get(wrong[0], 0)} there; make them from this model"
             )
+        if not self.dense > 0:
+            raise BudgetError(f"the costs ({self.name}) of the whole model are 0: there is nothing to keep a share of")
 
     def to_json(self) -> str:
         """JSON."""
@@ -94,8 +113,8 @@ class Costs:
             return cls(str(content["name"]), float(content["fixed"]), sites, dict(content["about"]))
 
     def save(self, path: str | Path) -> None:
-        """Write `to_json` to a file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write `to_json` to a file, whole or not at all."""
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Costs:
@@ -105,7 +124,7 @@ class Costs:
             BudgetError: it is not one.
         """
         with wrap_parse_errors(BudgetError, WRITTEN, path):
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(user_path(path).read_text(encoding="utf-8"))
 
 
 def params(model: nn.Module) -> Costs:
@@ -125,11 +144,15 @@ def flops(model: nn.Module, *, length: int = LENGTH) -> Costs:
         model: a Hugging Face model of a known family.
         length: tokens in the sequence.
 
+    Raises:
+        OptionError: a length that is no whole number of at least 1.
+
     Example:
         >>> liar.flops(model, length=256).dense > 2 * liar.flops(model, length=128).dense
         True
     """
-    layout = discover(model)
+    check_count("length", length)
+    length, layout = int(length), discover(model)
 
     def of_unit(site: Site) -> int:
         block = model.get_submodule(site.block)

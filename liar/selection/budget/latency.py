@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from liar.data import Calibration
 from liar.errors import OptionError
 from liar.models import Layout, Site, base_and_prefix, discover_with_weights
-from liar.runtime import ActivationStore, BlockCall, calls_of, preserve_model_state, record_block_calls, run_block
+from liar.options import check_count
+from liar.runtime import ActivationStore, BlockCall, calls_of, exclusive, preserve_model_state, record_block_calls, run_block
 from liar.selection.budget.costs import LENGTH, Costs
 from liar.surgery import adopt, copy_block, cut_site
 
@@ -74,7 +75,7 @@ def latency(
             cached.check(layout)
             return cached
         logger.info("%s was timed with %s, this is %s: timing again", cache, dict(cached.about), about)
-    with preserve_model_state(model):
+    with exclusive(model), preserve_model_state(model):
         costs = _timed(model, layout, about, progress)
     if cache is not None:
         costs.save(cache)
@@ -83,8 +84,8 @@ def latency(
 
 def _check_batch(model: nn.Module, batch_size: int, length: int) -> None:
     """Check that the model takes such a batch."""
-    if batch_size < 1 or length < 1:
-        raise OptionError(f"batch_size={batch_size}, length={length}: expected at least 1 sequence of at least 1 token")
+    check_count("batch_size", batch_size)
+    check_count("length", length)
     most = getattr(model.config, "max_position_embeddings", None)
     if most is not None and length > most:
         raise OptionError(

@@ -10,6 +10,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 from torch import Tensor
 
+from liar.errors import BudgetError
 from liar.selection.budget.budget import Budget
 
 # How far from the best the answer may be, relative; and the seconds after which the best so far is taken.
@@ -39,7 +40,8 @@ def allocate_milp(losses: Mapping[str, Tensor], budget: Budget) -> dict[str, int
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": GAP, "time_limit": SECONDS},
     )
-    assert answer.x is not None, answer.message
+    if answer.x is None:
+        raise BudgetError(f"no numbers of units were found that meet the budget in {SECONDS} s: {answer.message}")
     kept: dict[str, int] = {}
     for number, group in enumerate(groups):
         count = group.counts[int(answer.x[owner == number].argmax())]
