@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from liar.data import Calibration
-from liar.errors import CalibrationError
+from liar.errors import CalibrationError, OptionError
 from liar.mask import Mask
-from liar.models import discover_with_weights
+from liar.models import check_model, discover_with_weights
 from liar.options import ReconstructOptions, SelectOptions
 from liar.repair import RepairContext, apply_steps, closed_form_steps
 from liar.report import Report
+from liar.runtime import exclusive
 from liar.selection import (
     CRITERIA,
     TOLERANCE,
@@ -101,7 +102,17 @@ def select_with(
     progress: bool = True,
 ) -> Mask:
     """`select` with its options in one object."""
-    options.check()
+    options = options.checked()
+    if isinstance(options.budget, Mapping):
+        raise OptionError("budget: expected liar.Costs, got a mapping; liar.Costs.from_json reads what they were saved as")
+    check_model(model)
+    with exclusive(model):
+        return _select(model, calib, options, progress=progress)
+
+
+def _select(
+    model: nn.Module, calib: Iterable[Any] | Calibration | CriterionStatistics | None, options: SelectOptions, *, progress: bool
+) -> Mask:
     criterion = CRITERIA[options.criterion]
     layout = discover_with_weights(model)
     costs = COSTS[options.budget](model, progress) if isinstance(options.budget, str) else options.budget
@@ -181,7 +192,20 @@ def reconstruct_with(
     progress: bool = True,
 ) -> Report:
     """`reconstruct` with its options in one object."""
-    options.check()
+    options = options.checked()
+    check_model(model)
+    with exclusive(model):
+        return _reconstruct(model, mask, calib, options, progress=progress)
+
+
+def _reconstruct(
+    model: nn.Module,
+    mask: Mask | Mapping[str, Any],
+    calib: Iterable[Any] | Calibration,
+    options: ReconstructOptions,
+    *,
+    progress: bool,
+) -> Report:
     layout = discover_with_weights(model)
     mask = Mask.of(mask, layout)
     calibration = Calibration.of(calib, model)
@@ -237,7 +261,9 @@ def prune(
     how = ReconstructOptions(target, ridge, refit, solver, bias)
     selection.check()
     how.check()
-    discover_with_weights(model)
-    calibration = Calibration.of(calib, model)
-    mask = select_with(model, calibration, selection, progress=progress)
-    return reconstruct_with(model, mask, calibration, how, progress=progress)
+    check_model(model)
+    with exclusive(model):
+        discover_with_weights(model)
+        calibration = Calibration.of(calib, model)
+        mask = select_with(model, calibration, selection, progress=progress)
+        return reconstruct_with(model, mask, calibration, how, progress=progress)

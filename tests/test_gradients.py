@@ -290,7 +290,7 @@ def test_sampled_labels_give_the_fisher_information(probabilities, by_token):
     p = torch.tensor(probabilities, dtype=torch.float64)
     logits = p.log().repeat(10000, 1).requires_grad_()
     token_mask = torch.ones((1, 10000) if by_token else (10000, 1), dtype=torch.bool)
-    output = Output("logits", logits.log_softmax(-1), is_log_probability=True, by_token=by_token)
+    output = Output("logits", logits.log_softmax(-1), kind="classes", by_token=by_token)
     sampled_label_loss([output], token_mask, 0).backward()
     torch.testing.assert_close(logits.grad.T @ logits.grad / len(logits), p.diag() - torch.outer(p, p), rtol=0, atol=0.015)
 
@@ -300,7 +300,7 @@ def test_noise_of_hidden_states_is_relative_to_their_size():
     gradients = []
     for size in (1, 100):
         rows = (size * states).requires_grad_()
-        output = Output("hidden", rows, is_log_probability=False, by_token=False)
+        output = Output("hidden", rows, kind="numbers", by_token=False)
         sampled_label_loss([output], torch.ones(4000, 1, dtype=torch.bool), 0).backward()
         gradients.append(size * rows.grad)
         assert float((rows.grad.square() * rows.detach().square().mean(1, keepdim=True)).mean()) == pytest.approx(1, abs=0.03)

@@ -229,7 +229,7 @@ def test_a_dense_model_loses_no_prediction():
 
 def test_numbers_are_compared_by_squares():
     rows = drawn(5, 1)
-    output = Output("logits", rows + 3, is_log_probability=False, by_token=False)
+    output = Output("logits", rows + 3, kind="numbers", by_token=False)
     token_mask = torch.ones(5, 2, dtype=torch.bool)
     assert float(kprune.distance([output], [replace(output, rows=rows)], token_mask)) == pytest.approx(45)
 

@@ -157,7 +157,7 @@ def distance(outputs: Sequence[Output], dense: Sequence[Output], token_mask: Ten
 
 
 def _distance(output: Output, dense: Output, token_mask: Tensor) -> Tensor:
-    if output.is_log_probability:
+    if output.kind == "classes":
         one, other = ((rows / TEMPERATURE).log_softmax(-1) for rows in (output.rows, dense.rows))
         each = TEMPERATURE**2 * kl_div(one, other, log_target=True, reduction="none").sum(-1)
     else:

@@ -12,7 +12,7 @@ from liar.data import Calibration
 from liar.errors import MaskError, at_site
 from liar.models import Layout, base_and_prefix, discover_with_weights
 from liar.options import check_list
-from liar.runtime import Point, capture_activations, preserve_model_state, run_model
+from liar.runtime import Point, capture_activations, exclusive, preserve_model_state, run_model
 from liar.statistics import ChannelMoments, Moments
 
 
@@ -42,9 +42,10 @@ def moments(
         check_list("sites", sites)
     layout = discover_with_weights(model)
     site_names = [site.name for site in layout.sites]
-    if unknown := sorted(set(sites or ()) - set(site_names)):
-        raise MaskError(f"no such site: {', '.join(unknown)}; expected some of {', '.join(site_names)}")
-    accumulators = {name: Moments() for name in sites or site_names}
+    chosen = site_names if sites is None else list(sites)
+    if unknown := [name for name in chosen if not isinstance(name, str) or name not in site_names]:
+        raise MaskError(f"no such site: {', '.join(map(str, unknown))}; expected some of {', '.join(site_names)}")
+    accumulators = {name: Moments() for name in chosen or site_names}
     updates = {name: lambda rows, part=part: part.update(rows, rows[:, :0]) for name, part in accumulators.items()}
     _read(model, layout, Calibration.of(calib, model), updates, "moments", progress)
     return accumulators
@@ -79,7 +80,7 @@ def _read(
     points = {name: Point(consumer, 0) for name, consumer in consumers.items()}
     base, _ = base_and_prefix(model)
     bar = tqdm(total=calibration.tokens, desc=title, unit="tok", unit_scale=True, disable=not progress)
-    with preserve_model_state(model), bar:
+    with exclusive(model), preserve_model_state(model), bar:
         for number, (batch, token_mask) in enumerate(zip(calibration.batches, calibration.token_masks, strict=True)):
             with capture_activations(points) as activations:
                 run_model(base, batch, number)

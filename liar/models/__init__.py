@@ -3,7 +3,8 @@
 from liar.models.family import Family, FusedProducer, SitePattern
 from liar.models.layers import Axis, LayerView
 from liar.models.layout import Edge, Layout, Segment, Site, layer_of
-from liar.models.registry import base_and_prefix, discover, discover_with_weights, families, family_of, register
+from liar.models.ownership import check_model
+from liar.models.registry import base_and_prefix, discover, discover_with_weights, families, family_of, register, takes_choices
 
 __all__ = [
     "Axis",
@@ -16,10 +17,12 @@ __all__ = [
     "Site",
     "SitePattern",
     "base_and_prefix",
+    "check_model",
     "discover",
     "discover_with_weights",
     "families",
     "family_of",
     "layer_of",
     "register",
+    "takes_choices",
 ]

@@ -56,12 +56,17 @@ class LayerView:
         """The view of a module.
 
         Raises:
-            ModelError: the module is of no known class, or its weight is quantised.
+            ModelError: the module is of no known class, its weight is quantised, or computed from other parameters.
         """
         storage = storage_of(module)
+        if storage is not None and "weight" not in module._parameters:
+            raise ModelError(
+                f"the weight of {name} is computed from other parameters (torch.nn.utils.prune, a weight norm, a "
+                "parametrization), so it cannot be rewritten: make it permanent first, with torch.nn.utils.prune.remove(layer, "
+                '"weight") or torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")'
+            )
         weight: Any = module.weight if storage else None
-        # Quantised layers are subclasses of nn.Linear as often as not; their weights are not what their shape says.
-        if storage is None or not weight.is_floating_point() or weight.itemsize < 2:
+        if storage is None or not _is_ordinary(weight):
             classes = " or ".join(kind.__name__ for kind in STORAGE)
             raise ModelError(
                 f"{name} is a {type(module).__name__}, expected {classes} in float32, bfloat16 or float16. "
@@ -135,6 +140,16 @@ class LayerView:
         replaced = getattr(self.module, name)
         trainable = self.weight.requires_grad if replaced is None else replaced.requires_grad
         setattr(self.module, name, nn.Parameter(value, requires_grad=trainable))
+
+
+def _is_ordinary(weight: Any) -> bool:
+    """Whether a weight is a parameter of plain numbers.
+
+    Quantised layers are subclasses of nn.Linear as often as not, and quantised tensors say they are of a float type: their
+    values are not what their shape says.
+    """
+    plain = type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.layout is torch.strided
+    return plain and weight.ndim == 2 and weight.is_floating_point() and weight.itemsize >= 2
 
 
 def storage_of(module: nn.Module) -> Storage | None:

@@ -14,6 +14,7 @@ from liar.models import tables
 from liar.models.family import Family, FusedProducer
 from liar.models.layers import LayerView, storage_of
 from liar.models.layout import Edge, Layout, Segment, Site
+from liar.models.ownership import check_model, check_owned, count_parameters
 
 
 def _shipped() -> Iterator[Family]:
@@ -61,7 +62,7 @@ def family_of(model: nn.Module) -> Family:
         ModelError: the model has no `config.model_type`, or one that nobody registered.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type in _FAMILIES:
+    if isinstance(model_type, str) and model_type in _FAMILIES:
         return _FAMILIES[model_type]
     actual = f"config.model_type={model_type!r}" if model_type else f"a {type(model).__name__} without config.model_type"
     raise ModelError(
@@ -76,14 +77,18 @@ def base_and_prefix(model: nn.Module) -> tuple[nn.Module, str]:
     return base, next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
 
 
+def takes_choices(model: nn.Module) -> bool:
+    """Whether a model's head reads [questions, choices, length] (multiple choice)."""
+    return any(kind.__name__.endswith("ForMultipleChoice") for kind in type(model).__mro__)
+
+
 def discover_with_weights(model: nn.Module) -> Layout:
     """`discover`, for a model whose weights are about to be read.
 
     Raises:
         ModelError: as `discover`; or the model is on the meta device.
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"expected a Hugging Face model, got a {type(model).__name__}; read a folder with liar.load(folder)")
+    check_model(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(
             "the model is on the meta device: its weights are not there; load it with real weights (without "
@@ -102,13 +107,15 @@ def discover(model: nn.Module) -> Layout:
         The model's `Layout`: its sites in the order of the data, its blocks, and the parameters in them.
 
     Raises:
-        ModelError: unknown family, or the model's modules are not what the family's table says.
+        ModelError: unknown family, the model's modules are not what the family's table says, or its layers cannot be
+            rewritten: it is wrapped or quantised, layers share a weight, a module has a forward of its own.
 
     Example:
         >>> layout = liar.discover(model)
         >>> [site.name for site in layout.sites]
         ['heads.0', 'neurons.0', 'heads.1', 'neurons.1']
     """
+    check_model(model)
     family = family_of(model)
     base, prefix = base_and_prefix(model)
     try:
@@ -124,11 +131,12 @@ def discover(model: nn.Module) -> Layout:
         raise ModelError(f"{type(model).__name__} uses one block for several layers; shared blocks cannot be cut one by one")
     if len({site.name for site in sites}) < len(sites):
         raise ModelError(f"the table of family {family.model_type!r} has two patterns of one kind; expected one each")
+    check_owned(model, sites)
     covered = {f"{site.block}.{edge.module}" for site in sites for edge in site.edges}
     return Layout(
         sites=sites,
         blocks=tuple(blocks),
-        parameters=sum(p.numel() for block in blocks for p in model.get_submodule(block).parameters()),
+        parameters=count_parameters(model.get_submodule(block) for block in blocks),
         uncovered=tuple(
             f"{block}.{name}"
             for block in blocks

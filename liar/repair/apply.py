@@ -12,7 +12,7 @@ from liar.mask import Mask
 from liar.models import Layout
 from liar.repair.step import RepairStep
 from liar.repair.walker import walk_blocks
-from liar.surgery import adopt, check_adoptable, update_config
+from liar.surgery import adopt, all_or_nothing, check_adoptable, update_config
 
 
 def apply_steps(
@@ -47,7 +47,8 @@ def apply_steps(
     pairs = [(model.get_submodule(name), pruned) for name, pruned in zip(layout.blocks, pruned_blocks, strict=True)]
     for pair in pairs:
         check_adoptable(*pair)
-    # Nothing above has touched the model; what follows cannot fail half-way.
-    for pair in pairs:
-        adopt(*pair)
-    update_config(model)
+    # Nothing above has touched the model.
+    with all_or_nothing(model):
+        for pair in pairs:
+            adopt(*pair)
+        update_config(model)

@@ -3,7 +3,7 @@
 from liar.runtime.blocks import BlockCall, calls_of, record_block_calls, run_block, run_model
 from liar.runtime.hooks import Point, StopForward, capture_activations, replay_output
 from liar.runtime.outputs import Output, model_outputs
-from liar.runtime.state import preserve_model_state, record_gradients
+from liar.runtime.state import exclusive, preserve_model_state, record_gradients
 from liar.runtime.store import ActivationStore
 from liar.runtime.stream import residual_points, residual_sum, sequence_sums, token_weights, widen
 
@@ -15,6 +15,7 @@ __all__ = [
     "StopForward",
     "calls_of",
     "capture_activations",
+    "exclusive",
     "model_outputs",
     "preserve_model_state",
     "record_block_calls",

@@ -37,12 +37,19 @@ def run_model(model: nn.Module, batch: Mapping[str, Any], number: int = 0) -> An
 
     Raises:
         CalibrationError: the model does not take the batch.
+        ModelError: it runs attention in a way that not every device and pass has, and stops.
     """
     try:
         return model(**batch)
     except (StopForward, LiarError):
         raise
     except Exception as error:
+        attention = getattr(getattr(model, "config", None), "_attn_implementation", None) or "eager"
+        if attention not in ("eager", "sdpa"):
+            raise ModelError(
+                f"{type(model).__name__} with attn_implementation={attention!r} stops ({error}). Not every device and backward "
+                'pass has it: call model.set_attn_implementation("sdpa") first, and set it back afterwards'
+            ) from error
         shapes = {name: list(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
         raise CalibrationError(
             f"{type(model).__name__} does not take calibration batch {number} with {shapes}: {error}"

@@ -62,9 +62,11 @@ def capture_activations(points: Mapping[str, Point], *, stop: bool = False) -> I
 @contextmanager
 def replay_output(module: nn.Module, output: Any) -> Iterator[None]:
     """Let a module return a known output instead of computing it."""
-    assert "forward" not in vars(module), "only modules of our own copies are replayed, and one at a time"
+    before = vars(module).get("forward")
     module.forward = lambda *args, **kwargs: output
     try:
         yield
     finally:
         del module.forward
+        if before is not None:
+            module.forward = before

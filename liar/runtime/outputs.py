@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,18 +20,19 @@ class Output:
 
     Attributes:
         name: as the model calls it; `"hidden"` for mean hidden states.
-        rows: [rows, *]: log-probabilities of classes that exclude each other, or numbers, or mean hidden states.
-        is_log_probability: whether the rows are log-probabilities.
+        rows: [rows, *]: log-probabilities, logits, numbers, or mean hidden states.
+        kind: `"classes"`: log-probabilities of classes that exclude each other; `"labels"`: logits of labels of which each may
+            be there or not; `"numbers"`.
         by_token: whether there is a row for each kept token, and not one for each sequence.
     """
 
     name: str
     rows: Tensor
-    is_log_probability: bool
+    kind: Literal["classes", "labels", "numbers"]
     by_token: bool
 
 
-def model_outputs(returned: Any, token_mask: Tensor) -> list[Output]:
+def model_outputs(returned: Any, token_mask: Tensor, *, several_labels: bool = False) -> list[Output]:
     """The outputs for the real tokens, or for whole sequences.
 
     Without a head it is the mean of the hidden states, since that is what users of such a model compute, and what moves
@@ -40,12 +41,13 @@ def model_outputs(returned: Any, token_mask: Tensor) -> list[Output]:
     Args:
         returned: what the model's forward returned, by name.
         token_mask: bool [sequences, length]: True for real tokens.
+        several_labels: whether a row's classes do not exclude each other (`problem_type="multi_label_classification"`).
     """
     logits = {name: value for name, value in returned.items() if name.endswith("logits") and isinstance(value, Tensor)}
     if not logits:
         mask = token_mask[..., None]
         mean = (widen(returned[0]) * mask).sum(1) / mask.sum(1).clamp_min(1)
-        return [Output("hidden", mean, is_log_probability=False, by_token=False)]
+        return [Output("hidden", mean, "numbers", by_token=False)]
     outputs = []
     for name, value in logits.items():
         by_token = value.ndim == 3 and value.shape[:2] == token_mask.shape
@@ -53,6 +55,10 @@ def model_outputs(returned: Any, token_mask: Tensor) -> list[Output]:
         if name in POSITIONS:
             # No answer is in the padding. (Not -inf: differences of logarithms are to stay finite.)
             rows = rows.masked_fill(~token_mask, torch.finfo(rows.dtype).min)
-        classes = rows.shape[-1] > 1
-        outputs.append(Output(name, rows.log_softmax(-1) if classes else rows, classes, by_token))
+        if several_labels:
+            outputs.append(Output(name, rows, "labels", by_token))
+        elif rows.shape[-1] > 1:
+            outputs.append(Output(name, rows.log_softmax(-1), "classes", by_token))
+        else:
+            outputs.append(Output(name, rows, "numbers", by_token))
     return outputs

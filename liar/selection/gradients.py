@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from liar.data import Calibration
 from liar.errors import CalibrationError, at_site
-from liar.models import Edge, LayerView, Layout, Site, base_and_prefix, layer_of
+from liar.models import Edge, LayerView, Layout, Site, base_and_prefix, layer_of, takes_choices
 from liar.runtime import Output, Point, capture_activations, model_outputs, record_gradients, run_model, widen
 from liar.selection.loss import label_loss, sampled_label_loss
 from liar.statistics import check_finite
@@ -70,8 +70,13 @@ def run_with_gradients(
         CalibrationError: NaN or Inf at a site, which it names, or in the outputs.
     """
     with capture_activations(points) as activations:
-        returned = run_model(model, calibration.batches[number], number)
-    outputs = model_outputs(returned, calibration.token_masks[number])
+        batch = calibration.batches[number]
+        if takes_choices(model):
+            # Every sequence is a question of its own, with one choice.
+            batch = {name: value.unsqueeze(1) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        returned = run_model(model, batch, number)
+    several_labels = getattr(model.config, "problem_type", None) == "multi_label_classification"
+    outputs = model_outputs(returned, calibration.token_masks[number], several_labels=several_labels)
     for site in layout.sites:
         with at_site(site.name, site.module):
             check_finite(activations[site.name])

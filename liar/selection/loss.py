@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import nll_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, nll_loss
 
 from liar.errors import CalibrationError
 from liar.runtime import Output
@@ -41,8 +41,10 @@ def label_loss(outputs: Sequence[Output], token_mask: Tensor, labels: Tensor, *,
         following[:, -1] = False
         labels = labels.roll(-1, 1).where(following, IGNORED)
     labels = labels[token_mask] if output.by_token else labels
-    if output.is_log_probability:
+    if output.kind == "classes":
         return nll_loss(output.rows, labels.long(), ignore_index=IGNORED, reduction="sum")
+    if output.kind == "labels":
+        return binary_cross_entropy_with_logits(output.rows, labels.to(output.rows), reduction="sum")
     return (output.rows.squeeze(-1) - labels).square().sum() / 2
 
 
@@ -56,14 +58,18 @@ def _fitting(outputs: Sequence[Output], token_mask: Tensor, labels: Tensor) -> T
         )
     shape = token_mask.shape if output.by_token else token_mask.shape[:1]
     labels = labels.squeeze(-1) if labels.shape == (*shape, 1) else labels
-    if labels.shape != shape or (output.is_log_probability and labels.is_floating_point()):
-        kind = "integer labels" if output.is_log_probability else "numbers as labels"
+    if output.kind == "labels":
+        shape = output.rows.shape
+    if labels.shape != shape or (output.kind == "classes" and labels.is_floating_point()):
+        kind = {"classes": "integer labels", "labels": "0 or 1 for every label", "numbers": "numbers as labels"}[output.kind]
         raise CalibrationError(
             f"expected {kind} of shape {list(shape)} for logits of shape {list(output.rows.shape)}, got {labels.dtype} of "
             f"shape {list(labels.shape)}"
         )
     classes = output.rows.shape[-1]
-    if output.is_log_probability and not bool(((labels == IGNORED) | ((labels >= 0) & (labels < classes))).all()):
+    if output.kind == "labels" and not bool(((labels == 0) | (labels == 1)).all()):
+        raise CalibrationError("expected 0 or 1 for every label of multi-label classification, got other labels")
+    if output.kind == "classes" and not bool(((labels == IGNORED) | ((labels >= 0) & (labels < classes))).all()):
         raise CalibrationError(
             f"expected labels from 0 to {classes} - 1, or {IGNORED} for those that do not count, got labels from "
             f"{int(labels.min())} to {int(labels.max())}"
@@ -103,7 +109,11 @@ def _sampled_loss(output: Output, sizes: Sequence[int], seeds: Sequence[int]) ->
         return rows.sum()  # only padding
     pairs = [(part, seed) for part, seed in zip(torch.split(rows.detach(), list(sizes)), seeds, strict=True) if len(part)]
     generators = [torch.Generator(rows.device).manual_seed(seed) for _, seed in pairs]
-    if output.is_log_probability:
+    if output.kind == "labels":
+        chances = [(part.sigmoid(), each) for (part, _), each in zip(pairs, generators, strict=True)]
+        present = torch.cat([torch.bernoulli(chance, generator=each) for chance, each in chances])
+        return binary_cross_entropy_with_logits(rows, present, reduction="sum")
+    if output.kind == "classes":
         sampled = [torch.multinomial(part.exp(), 1, generator=each) for (part, _), each in zip(pairs, generators, strict=True)]
         return nll_loss(rows, torch.cat(sampled).squeeze(-1), reduction="sum")
     # A number y ~ N(output, 1): the gradient of (output - y)^2 / 2 is a standard normal number times that of the output.

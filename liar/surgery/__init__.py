@@ -1,16 +1,20 @@
 """Cutting models: layers to the kept units, and what the stock class can still build."""
 
-from liar.surgery.cut import adopt, check_adoptable, copy_block, cut_site, remove, update_config
-from liar.surgery.stock import build_stock, scaled_sizes, stock_counts, uniform_sizes
+from liar.surgery.cut import adopt, all_or_nothing, check_adoptable, copy_block, cut_site, remove, update_config
+from liar.surgery.stock import OPTIONAL_PARTS, accepts, build_stock, scaled_sizes, stock_class, stock_counts, uniform_sizes
 
 __all__ = [
+    "OPTIONAL_PARTS",
+    "accepts",
     "adopt",
+    "all_or_nothing",
     "build_stock",
     "check_adoptable",
     "copy_block",
     "cut_site",
     "remove",
     "scaled_sizes",
+    "stock_class",
     "stock_counts",
     "uniform_sizes",
     "update_config",

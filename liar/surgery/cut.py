@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from liar.errors import ModelError
 from liar.mask import Mask
 from liar.models import Site, discover, layer_of
+from liar.runtime import exclusive
 from liar.surgery.stock import uniform_sizes
 
 
@@ -46,6 +48,24 @@ def check_adoptable(block: nn.Module, pruned_block: nn.Module) -> None:
         )
 
 
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Put every parameter, size and entry of the configuration back if the block ends with an error or is interrupted."""
+    modules = [(module, dict(vars(module)), dict(module._parameters)) for module in model.modules()]
+    config = dict(vars(model.config))
+    try:
+        yield
+    except BaseException:
+        for module, attributes, parameters in modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+        vars(model.config).clear()
+        vars(model.config).update(config)
+        raise
+
+
 def adopt(block: nn.Module, pruned_block: nn.Module) -> None:
     """Give the layers of a block the parameters and sizes of its cut copy; modules and their hooks stay."""
     for module, cut_module in zip(block.modules(), pruned_block.modules(), strict=True):
@@ -73,9 +93,10 @@ def remove(model: nn.Module, mask: Mask | Mapping[str, Any]) -> None:
     """
     layout = discover(model)
     mask = Mask.of(mask, layout)
-    for site in layout.sites:
-        cut_site(model.get_submodule(site.block), site, mask[site.name])
-    update_config(model)
+    with exclusive(model), all_or_nothing(model):
+        for site in layout.sites:
+            cut_site(model.get_submodule(site.block), site, mask[site.name])
+        update_config(model)
 
 
 def update_config(model: nn.Module) -> None:

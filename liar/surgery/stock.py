@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from liar.errors import CheckpointError
 from liar.models import Layout, Site, SitePattern, discover, family_of
+
+# Parts a class builds unless an argument of its constructor is False -> the module. No configuration says so.
+OPTIONAL_PARTS = {"add_pooling_layer": "pooler"}
 
 
 def uniform_sizes(model: nn.Module) -> dict[str, int] | None:
@@ -77,14 +82,45 @@ def shapes(model: nn.Module) -> Mapping[str, torch.Size]:
     return {name: value.shape for name, value in model.state_dict().items()}
 
 
-def build_stock(model: nn.Module, sizes: Mapping[str, int]) -> nn.Module | None:
-    """A model of the same class as its configuration, with `sizes` changed, builds it, on the meta device; None if refused."""
+def build_stock(
+    model: nn.Module, sizes: Mapping[str, int], changed: Callable[[type[nn.Module]], type[nn.Module]] | None = None
+) -> nn.Module | None:
+    """A model of the same class as its configuration, with `sizes` changed, builds it, on the meta device; None if refused.
+
+    Args:
+        model: whose class and configuration.
+        sizes: entries of the configuration.
+        changed: makes the class that is built from the model's.
+    """
     config: Any = copy.deepcopy(model.config)
+    stock = stock_class(model)
+    parts = {
+        argument: False
+        for argument, part in OPTIONAL_PARTS.items()
+        if accepts(stock, argument) and getattr(model, part, None) is None
+    }
     with torch.device("meta"):
         try:
             for key, value in sizes.items():
                 setattr(config, key, value)
             # Made anew, so that the class checks its entries: what it refuses here it would refuse to load.
-            return type(model)(type(config).from_dict(config.to_dict()))
+            return (changed or (lambda same: same))(stock)(type(config).from_dict(config.to_dict()), **parts)
+        except CheckpointError:
+            raise
         except Exception:  # noqa: BLE001 (every class refuses a configuration in its own way)
             return None
+
+
+def accepts(kind: type[nn.Module], argument: str) -> bool:
+    """Whether the constructor of a class has an argument of some name."""
+    return argument in inspect.signature(kind.__init__).parameters
+
+
+def stock_class(model: nn.Module) -> type[nn.Module]:
+    """The class of a model, or the nearest one above it that needs a configuration and nothing else."""
+
+    def needs_more(kind: type) -> bool:
+        parameters = list(inspect.signature(kind.__init__).parameters.values())[2:]  # type: ignore[misc]
+        return any(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters)
+
+    return next(kind for kind in type(model).__mro__ if not needs_more(kind))

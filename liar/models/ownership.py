@@ -1,0 +1,80 @@
+"""Whether the layers of a model can be rewritten: asked once, before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from liar.errors import ModelError
+from liar.models.layout import Site
+
+# Classes that wrap a model or a part of one -> what to do first. Known by name: their packages may not be installed.
+WRAPPERS = {
+    "DataParallel": "unwrap it: pass model.module",
+    "DistributedDataParallel": "unwrap it: pass model.module",
+    "FullyShardedDataParallel": "unwrap it: pass the model before it was sharded",
+    "OptimizedModule": "unwrap what torch.compile made: pass model._orig_mod, and compile again afterwards",
+    "PeftModel": "merge its adapters first: model = model.merge_and_unload()",
+    "BaseTuner": "merge its adapters first: model = model.merge_and_unload()",
+    "BaseTunerLayer": "merge the adapters first, or unload them (PEFT's merge_and_unload)",
+}
+
+
+def check_model(model: Any) -> None:
+    """Check that something is a model, and none inside a wrapper.
+
+    Raises:
+        ModelError: it is not; says what to pass.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a Hugging Face model, got a {type(model).__name__}; read a folder with liar.load(folder)")
+    for name, module in model.named_modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in WRAPPERS:
+                where = f"the model's {name} is" if name else "got"
+                what = f"{where} a {type(module).__name__}: {WRAPPERS[kind.__name__]}"
+                raise ModelError(f"expected a plain Hugging Face model, {what}")
+
+
+def check_owned(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Check that the layers of all sites are the model's own, and that its blocks compute what their classes say.
+
+    Raises:
+        ModelError: a weight is shared, or a module has a forward of its own, bound to the layers as they were.
+    """
+    sites = list(sites)
+    for block in dict.fromkeys(site.block for site in sites):
+        for name, module in model.get_submodule(block).named_modules():
+            own = vars(module).get("forward")
+            # What accelerate leaves when it takes its hooks away is the class's own forward.
+            if own is not None and getattr(own, "__func__", None) is not type(module).forward:
+                raise ModelError(
+                    f"{'.'.join(filter(None, (block, name)))} has a forward of its own, set on the instance (accelerate's "
+                    "hooks, a patched kernel): a copy of the block would still run the original layers. Remove it first "
+                    "(accelerate.hooks.remove_hook_from_module(model, recurse=True), or load the model without it), and put "
+                    "it back afterwards"
+                )
+    holders: dict[object, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(_memory(parameter), []).append(name)
+    for site in sites:
+        for edge in site.edges:
+            weight = f"{site.block}.{edge.module}.weight"
+            shared = holders[_memory(model.get_parameter(weight))]
+            if len(shared) > 1:
+                raise ModelError(
+                    f"{' and '.join(shared[:4])} are one parameter: it cannot be cut in one place only. Give every layer its "
+                    "own copy first (layer.weight = torch.nn.Parameter(layer.weight.detach().clone()))"
+                )
+
+
+def count_parameters(modules: Iterable[nn.Module]) -> int:
+    """Parameters in some modules; one that several share counts once."""
+    return sum(each.numel() for each in {id(p): p for module in modules for p in module.parameters()}.values())
+
+
+def _memory(parameter: Tensor) -> object:
+    """Equal for parameters that are one, or that see the same memory as the same matrix."""
+    return id(parameter) if parameter.is_meta else (parameter.device, parameter.data_ptr(), parameter.shape, parameter.stride())
