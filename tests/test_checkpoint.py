@@ -31,7 +31,7 @@ from transformers import (
 
 import liar
 from liar.errors import CheckpointError
-from liar.io import atomic, versions
+from liar.io import folders, versions
 from liar.models import discover
 from liar.surgery import cut_site
 
@@ -125,7 +125,7 @@ def test_sharded_folder(tmp_path):
     assert (tmp_path / "model.safetensors.index.json").exists()
     assert_same(model, liar.load(tmp_path))
     next(iter(tmp_path.glob("model-*.safetensors"))).unlink()
-    with pytest.raises(CheckpointError, match="expected whole safetensors files"):
+    with pytest.raises(CheckpointError, match="expected whole weight files"):
         liar.load(tmp_path)
 
 
@@ -149,13 +149,17 @@ def test_device_map(tmp_path):
     assert_same(model, liar.load(tmp_path, device_map="cpu"))
 
 
-def test_no_architectures_gives_the_bare_model(tmp_path):
+def test_no_architectures_gives_the_bare_model(tmp_path, caplog):
     model, _ = cut(make(BertForMaskedLM))
     liar.save(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["architectures"]
     (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"liar\.json says BertForMaskedLM, config\.json None"):
+        liar.load(tmp_path)
+    (tmp_path / "liar.json").unlink()
     bare = liar.load(tmp_path)
+    assert "not used: cls.predictions" in caplog.text
     assert type(bare) is BertModel
     with torch.no_grad():
         assert torch.equal(bare(ids())[0], model.bert(ids())[0])
@@ -375,7 +379,7 @@ class _Tokenizer:
 
 
 def _die_at(moment):
-    swap = atomic._swap
+    swap = folders._swap
 
     def swapped(*arguments):
         swap(*arguments)
@@ -384,14 +388,14 @@ def _die_at(moment):
     if moment == "model":
         BertModel.save_pretrained = lambda self, folder: (Path(folder, "config.json").write_text("{"), _die())
     elif moment == "swapped":
-        atomic._swap = swapped
+        folders._swap = swapped
     elif moment in ("sync", "swap", "clean"):
-        setattr(atomic, f"_{moment}", _die)
+        setattr(folders, f"_{moment}", _die)
 
 
 def test_without_an_exchange_in_one_step(tmp_path, monkeypatch):
     """The way of systems without renameat2."""
-    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    monkeypatch.setattr(folders, "_exchange", lambda *_: False)
     for seed in (1, 2):
         model = make(BertModel, seed=seed)
         liar.save(model, tmp_path / "model")
@@ -402,14 +406,14 @@ def test_without_an_exchange_in_one_step(tmp_path, monkeypatch):
 def test_an_error_leaves_the_old_folder(tmp_path):
     old = make(BertModel, seed=1)
     liar.save(old, tmp_path / "model")
-    with pytest.raises(TypeError):
+    with pytest.raises(CheckpointError, match="expected a plain file name with a text, got a int"):
         liar.save(make(BertModel, seed=2), tmp_path / "model", extra={"run.json": 3})
     assert_same(old, liar.load(tmp_path / "model"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_folder_that_another_process_fills_is_left_alone(tmp_path):
-    with atomic.replacing(tmp_path / "model") as slow:
+    with folders.replacing(tmp_path / "model") as slow:
         (slow / "begun").write_text("")
         liar.save(make(BertModel), tmp_path / "model")
         assert (slow / "begun").exists()
@@ -435,7 +439,7 @@ def test_symbolic_link_is_followed(tmp_path):
 
 def test_refuses_to_replace_what_is_no_model_folder(tmp_path):
     (tmp_path / "thesis.txt").write_text("three years")
-    with pytest.raises(CheckpointError, match=r"expected a model folder \(with config.json\) or an empty one"):
+    with pytest.raises(CheckpointError, match=r"expected a model folder \(with the config.json of a model\) or an empty one"):
         liar.save(make(BertModel), tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "three years"
 
@@ -481,9 +485,7 @@ def test_load_of_a_truncated_file(length, tmp_path):
     liar.save(make(BertModel), tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(
-        CheckpointError, match=r"expected whole safetensors files, got .* damaged or incomplete: copy or save it"
-    ):
+    with pytest.raises(CheckpointError, match=r"expected whole weight files, got .* damaged or incomplete: copy or save it"):
         liar.load(tmp_path)
 
 

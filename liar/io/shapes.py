@@ -6,24 +6,28 @@ import json
 from collections.abc import Mapping
 from math import nan
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from liar.errors import CheckpointError
 from liar.models import Site, base_and_prefix, discover, layer_of
 from liar.surgery import cut_site
 
+# Units of a site; a damaged configuration should not ask for all memory there is.
+MOST = 2**24
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def stored_shapes(where: str, variant: str | None, place: Mapping[str, Any]) -> Shapes:
-    """Shapes of all tensors in the safetensors files of a folder or a repository; only headers are read.
+    """Shapes of all tensors in the weight files of a folder or a repository; of safetensors files only headers are read.
 
     Args:
         where: folder, or name on the hub.
@@ -31,10 +35,10 @@ def stored_shapes(where: str, variant: str | None, place: Mapping[str, Any]) -> 
         place: arguments of `cached_file`, such as `revision`.
 
     Returns:
-        By tensor name; empty where there is no safetensors file.
+        By tensor name; empty where there is no weight file.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged, or an index names files that are not in the folder.
     """
 
     def find(name: str, **more: Any) -> str | None:
@@ -42,20 +46,40 @@ def stored_shapes(where: str, variant: str | None, place: Mapping[str, Any]) -> 
         return cached_file(where, f"{stem}.{variant}.{end}" if variant else name, **place, **more)
 
     try:
-        single = find(SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
-        if single is not None:
-            return _header(single)
-        index = find(SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-        if index is None:
-            return {}
-        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [cached_file(where, name, **place) for name in names]
-        return {name: shape for file in files if file is not None for name, shape in _header(file).items()}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        # In the order in which transformers looks.
+        for single, index, read in (
+            (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, _header),
+            (WEIGHTS_NAME, WEIGHTS_INDEX_NAME, _pickled),
+        ):
+            if (file := find(single, _raise_exceptions_for_missing_entries=False)) is not None:
+                return read(file)
+            if (file := find(index, _raise_exceptions_for_missing_entries=False)) is not None:
+                names = sorted(set(json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"].values()))
+                if outside := [name for name in names if Path(name).name != name]:
+                    raise ValueError(f"{Path(file).name} names {outside[0]!r}, which is not a file of the folder")
+                files = [cached_file(where, name, **place) for name in names]
+                return {name: shape for file in files if file is not None for name, shape in read(file).items()}
+        return {}
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        UnpicklingError,
+        SafetensorError,
+    ) as error:
         raise CheckpointError(
-            f"{where}: expected whole safetensors files, got {type(error).__name__}: {error}. "
+            f"{where}: expected whole weight files, got {type(error).__name__}: {error}. "
             "The folder is damaged or incomplete: copy or save it again"
         ) from error
+
+
+def _pickled(file: str) -> dict[str, tuple[int, ...]]:
+    # Only tensors and plain values are unpickled: nothing of the file runs.
+    content = torch.load(file, map_location="meta", weights_only=True)
+    return {name: tuple(value.shape) for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def _header(file: str) -> dict[str, tuple[int, ...]]:
@@ -81,11 +105,34 @@ def fitted(stock: type[PreTrainedModel], shapes: Shapes, where: str) -> type[Pre
     return type(stock.__name__, (stock,), names)
 
 
+def differences(shapes: Shapes, built: nn.Module, *, extra: bool) -> str:
+    """How a model of some shapes differs from one that its class has built, in words; "" if it does not.
+
+    Args:
+        shapes: of the model, by name in its state dict.
+        built: by its class.
+        extra: whether what the class does not build is a difference outside of the blocks as well.
+    """
+    expected = {name: tuple(value.shape) for name, value in built.state_dict().items()}
+    blocks = discover(built).blocks
+    found = [f"{name} is missing" for name in expected.keys() - shapes.keys()]
+    found += [
+        f"{name} is {list(shapes[name])} and not {list(expected[name])}"
+        for name in expected.keys() & shapes.keys()
+        if shapes[name] != expected[name]
+    ]
+    parent = blocks[0].rpartition(".")[0]
+    found += [f"{name} has no place" for name in shapes.keys() - expected.keys() if extra or name.startswith(f"{parent}.")]
+    return ", ".join(sorted(found)[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
 def _fit(model: nn.Module, site: Site, shapes: Shapes, where: str) -> None:
     block = model.get_submodule(site.block)
     units = _units(model, site, shapes, where)
     if units is None:
         return
+    if site.units > MOST:
+        raise CheckpointError(f"{where}, {site.name}: config.json says {site.units} units, more than any model has")
     if units < site.units:
         # Which units is of no account: their values are about to be loaded. Models are built on the meta device.
         cut_site(block, site, torch.arange(site.units, device="cpu") < units)

@@ -1,0 +1,261 @@
+"""Loading models, pruned or not, from Hugging Face folders.
+
+Loading looks at the shapes of the tensors in the file, so folders that a Trainer or `model.save_pretrained` wrote load as
+well. The model that comes back is an instance of the stock class. What the file holds, what the class needs and what
+`liar.json` says are compared: nothing is left at random values without a word. No code of a folder runs (docs/security.md).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from liar.errors import CheckpointError, LiarError
+from liar.files import user_path
+from liar.io.shapes import Shapes, fitted, stored_shapes
+from liar.models import base_and_prefix, discover, families, family_of
+from liar.surgery import OPTIONAL_PARTS, accepts
+
+logger = logging.getLogger(__name__)
+
+# Arguments of `from_pretrained` that say where a file is, not how a model is built.
+PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+BUILD = (
+    "device_map",
+    "dtype",
+    "torch_dtype",
+    "attn_implementation",
+    "quantization_config",
+    "trust_remote_code",
+    "ignore_mismatched_sizes",
+    *OPTIONAL_PARTS,
+)
+QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+DAMAGED = "Weights and config.json do not belong together, or the folder is damaged: copy or save it again"
+
+
+def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a model, pruned or not, in evaluation mode, as an instance of the stock class its configuration names.
+
+    Args:
+        folder: a local folder, or the name of a repository on the hub.
+        **kwargs: as for `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, …), or fields of the configuration:
+            `architectures=["BertForSequenceClassification"], num_labels=3` gives a pruned encoder a new head, at random
+            values. `trust_remote_code` is False unless given.
+
+    Raises:
+        CheckpointError: no such folder, a damaged file, tensors that are missing or left over, shapes that no cut of the
+            configured class has, or another model than `liar.json` describes.
+
+    Example:
+        >>> model = liar.load("slim", dtype=torch.bfloat16)  # doctest: +SKIP
+    """
+    where = _where(folder)
+    place = {name: kwargs[name] for name in PLACE if name in kwargs}
+    kwargs.setdefault("trust_remote_code", False)
+    with _reading(where):
+        entries = _config_entries(where, place)
+        _check_trusted(where, entries, kwargs, place)
+        if not _is_known(entries.get("model_type")) or "quantization_config" in entries or "config" in kwargs:
+            stock_model: PreTrainedModel = (_named_class(entries.get("architectures")) or AutoModel).from_pretrained(
+                where, **kwargs
+            )
+            return stock_model
+        known: PreTrainedModel = _load_known(where, entries, kwargs, place)
+    return known
+
+
+def _load_known(where: str, entries: dict[str, Any], kwargs: dict[str, Any], place: Mapping[str, Any]) -> Any:
+    # Transformers refuses the block, or fails to build from it; the shapes say the same.
+    entries.pop("per_layer_config", None)
+    wants_info = kwargs.pop("output_loading_info", False)
+    fields = {name: kwargs.pop(name) for name in list(kwargs) if name not in (*PLACE, *BUILD)}
+    config, rest = CONFIG_MAPPING[entries["model_type"]].from_dict(entries, return_unused_kwargs=True, **fields)
+    stock: type[PreTrainedModel] = _named_class(config.architectures, type(config)) or MODEL_MAPPING[type(config)]  # type: ignore[assignment]
+    shapes = stored_shapes(where, rest.get("variant"), place)
+    if not fields:
+        _check_blocks(config, shapes, where)
+    for argument, part in OPTIONAL_PARTS.items():
+        absent = shapes and not any(f".{part}." in f".{name}" for name in shapes)
+        if absent and accepts(stock, argument):
+            kwargs.setdefault(argument, False)
+    loaded: Any = fitted(stock, shapes, where).from_pretrained(where, config=config, output_loading_info=True, **kwargs, **rest)
+    model, info = loaded
+    model.__class__ = stock
+    _check_complete(model, info, where, fields)
+    _check_record(model, where, place, fields)
+    return (model, info) if wants_info else model
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer of a model folder. No code of the folder runs.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    where = _where(folder)
+    try:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(
+            f"{where}: expected a model folder with a tokenizer, or a name on the hub: {error}. Save the tokenizer to it"
+        ) from error
+
+
+@contextmanager
+def _reading(where: str) -> Iterator[None]:
+    """Turn whatever transformers raises for a folder into a `CheckpointError`, with the random state as it was."""
+    state = torch.get_rng_state()
+    try:
+        yield
+    except LiarError:
+        torch.set_rng_state(state)
+        raise
+    except Exception as error:
+        torch.set_rng_state(state)
+        raise CheckpointError(f"cannot load {where}: {type(error).__name__}: {error}. {DAMAGED}") from error
+
+
+def _where(folder: str | Path) -> str:
+    """A folder or a name on the hub, as transformers takes it."""
+    path = user_path(folder)
+    if path.is_dir():
+        return str(path)
+    if path.is_absolute() or str(folder).startswith((".", "~")) or path.exists():
+        actual = "a file" if path.exists() else "nothing there"
+        raise CheckpointError(f"{folder}: expected a model folder, got {actual}; check the path")
+    return str(folder)
+
+
+def _is_known(kind: Any) -> bool:
+    """Whether this library and transformers know a `model_type`."""
+    return isinstance(kind, str) and kind in CONFIG_MAPPING and kind in {family.model_type for family in families()}
+
+
+def _config_entries(where: str, place: Mapping[str, Any]) -> dict[str, Any]:
+    reason: object = "there is no config.json"
+    try:
+        entries, _ = PreTrainedConfig.get_config_dict(where, **place)
+    except Exception as error:  # noqa: BLE001 (whatever is wrong with the file: it is not what was expected)
+        entries, reason = {}, error
+    if not entries or not isinstance(entries, dict):
+        raise CheckpointError(
+            f"{where}: expected a model folder with a readable config.json, or a name on the hub: {reason}. "
+            "Check the path, or save the model again"
+        )
+    return dict(entries)
+
+
+def _check_trusted(where: str, entries: Mapping[str, Any], kwargs: Mapping[str, Any], place: Mapping[str, Any]) -> None:
+    """Refuse what would run or read more than the files of the folder, or computes nothing."""
+    asked = "attn_implementation" in kwargs or kwargs["trust_remote_code"]
+    for name, value in _items(entries):
+        if isinstance(value, float) and isnan(value):
+            raise CheckpointError(f"{where}: config.json says {name} is no number (NaN). {DAMAGED}")
+        if name.endswith("_implementation") and isinstance(value, str) and "/" in value and not asked:
+            raise CheckpointError(
+                f"{where}: config.json wants {name}={value!r}, code from the hub; it is not loaded unless you ask for it: "
+                'liar.load(folder, attn_implementation="…")'
+            )
+    if cached_file(where, "adapter_config.json", **place, **QUIET) is not None:
+        raise CheckpointError(
+            f"{where}: expected a model, got an adapter (adapter_config.json): load it with PEFT, merge it "
+            "(model.merge_and_unload()), and save the model that results"
+        )
+
+
+def _items(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All entries, those of nested configurations too."""
+    for name, value in entries.items():
+        yield str(name), value
+        if isinstance(value, Mapping):
+            yield from _items(value)
+
+
+def _named_class(names: Any, config: type[PreTrainedConfig] | None = None) -> type[PreTrainedModel] | None:
+    """The class that `architectures` names, if transformers has it.
+
+    Raises:
+        CheckpointError: it is of another family than the configuration.
+    """
+    if names is None or names == []:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"architectures={names!r}: expected a list with the name of a class of transformers")
+    actual = getattr(transformers, names[0], None)
+    if not isinstance(actual, type) or not issubclass(actual, PreTrainedModel):
+        return None
+    if config is not None and actual.config_class is not config:
+        raise CheckpointError(f"architectures={names!r}: expected a class for a {config.__name__}, which {names[0]} is not")
+    return actual
+
+
+def _check_blocks(config: PreTrainedConfig, shapes: Shapes, where: str) -> None:
+    """Compare the number of blocks in the file with the configuration's before a model is built: it may be any number."""
+    blocks = re.escape(next(family.blocks for family in families() if family.model_type == config.model_type))
+    found = {match[1] for name in shapes for match in re.finditer(rf"(?:^|\.){blocks}\.(\d+)\.", name)}
+    expected = getattr(config, "num_hidden_layers", None)
+    if found and isinstance(expected, int) and expected != len(found):
+        raise CheckpointError(f"{where}: config.json says {expected} blocks, the weights have {len(found)}. {DAMAGED}")
+
+
+def _check_complete(model: PreTrainedModel, info: Mapping[str, Any], where: str, fields: Mapping[str, Any]) -> None:
+    """Check that every tensor of the file has a place, and every weight of the model came from the file.
+
+    A head of another class than the file's, asked for by `architectures`, may be new.
+    """
+    _, prefix = base_and_prefix(model)
+    blocks = f".{family_of(model).blocks}."
+    missing, left_over = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    new = [name for name in missing if "architectures" in fields and prefix and not name.startswith(prefix)]
+    if lost := [name for name in missing if name not in new]:
+        raise CheckpointError(f"{where}: expected a tensor for every weight, {_listed(lost)} missing. {DAMAGED}")
+    if not fields and (unread := [name for name in left_over if blocks in f".{name}"]):
+        raise CheckpointError(
+            f"{where}: expected a layer for every tensor of the blocks, there is none for {_listed(unread)} (config.json says "
+            f"{len(discover(model).blocks)} blocks). {DAMAGED}"
+        )
+    if new or left_over:
+        logger.warning(
+            "%s as %s: new, at random values: %s; not used: %s",
+            where, type(model).__name__, _listed(new) or "nothing", _listed(left_over) or "nothing",
+        )  # fmt: skip
+
+
+def _check_record(model: PreTrainedModel, where: str, place: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Compare the model with what `liar.json` says, where there is one."""
+    path = cached_file(where, "liar.json", **place, **QUIET)
+    if path is None:
+        return
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        expected = {name: site["units"] for name, site in record["sites"].items()}
+        saved_class = record.get("class")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected the units of every site, got {error!r}; {DAMAGED}") from error
+    known = isinstance(saved_class, str) and isinstance(getattr(transformers, saved_class, None), type)
+    if known and saved_class != type(model).__name__ and "architectures" not in fields:
+        raise CheckpointError(f"{where}: liar.json says {saved_class}, config.json {model.config.architectures}. {DAMAGED}")
+    actual = {site.name: site.units for site in discover(model).sites}
+    if expected != actual:
+        wrong = [name for name in [*actual, *expected] if expected.get(name) != actual.get(name)]
+        raise CheckpointError(
+            f"{where}: liar.json says {expected.get(wrong[0], 'no')} units at {wrong[0]}, the weights have "
+            f"{actual.get(wrong[0], 'none')}. If another program has saved the folder since, remove liar.json; else it is "
+            "damaged"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
