@@ -20,6 +20,8 @@ import pandas
 from benchmarks import speed
 from benchmarks.baselines import RULES
 from benchmarks.elimination import rows as above_best
+from benchmarks.few_tokens import HEADINGS as FEW_TOKENS
+from benchmarks.few_tokens import rows as few_tokens_rows
 from benchmarks.figures import published
 from benchmarks.results import RESULTS, read_records
 from benchmarks.selections import SELECTIONS
@@ -123,6 +125,11 @@ def latency() -> str:
     return lined(["model", "batch", "time requested", "time measured", "parameters left", "faster by"], rows)
 
 
+def few_tokens() -> str:
+    """Whether the repair is ever worse than the mask alone."""
+    return lined(list(FEW_TOKENS), few_tokens_rows(read_records(RESULTS / "few_tokens.jsonl")))
+
+
 def elimination() -> str:
     """How far from the best of all subsets elimination ends."""
     (run,) = read_records(RESULTS / "elimination.jsonl")
@@ -181,6 +188,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fine-tuning": lambda: fine_tuning("reconstruction"),
     "speed": speed_table,
     "latency": latency,
+    "few tokens": few_tokens,
     "elimination": elimination,
     "elimination time": elimination_time,
     "label sampling": label_sampling,

@@ -1,15 +1,25 @@
 """From texts to padded batches."""
 
+import copy
+import gzip
+from pathlib import Path
+
 import datasets
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 import liar
 from liar.data import Calibration
+from liar.data.texts import texts as read_texts
 from liar.data.tokenise import DOCUMENT, SHORTEST
-from liar.errors import CalibrationError
+from liar.errors import CalibrationError, OptionError
 from liar.testing import tiny_model
 
 TEXTS = ["w1", "w2 w3 w4", "w5 w6", "w7 w8 w9 w10 w11"]
@@ -217,10 +227,12 @@ def test_any_source_of_strings(tokenizer, column):
         ("a text", "expected many texts .*got one str"),
         (b"a text", "got one bytes"),
         ([3], "text 0: expected a string or a pair of strings, got int"),
-        (["w1", None], "text 1: expected a string or a pair of strings, got NoneType"),
+        ([None, "", ("", None)], "got none"),
         ([("a", "b", "c")], "text 0: expected a string or a pair"),
         ([("a", 3)], "text 0: expected a string or a pair"),
-        ([{"text": "w1"}], "text 0: .*got dict"),
+        ([{"label": 1, "body": "w1"}], "text 0: .*a row with text or messages, got one with label, body"),
+        ({"text": ["w1"]}, "expected many texts .*got one dict; choose one split of it"),
+        (5, "got one int"),
     ],
 )
 @pytest.mark.parametrize("pack", [True, False])
@@ -245,3 +257,137 @@ def test_real_tokenizer_with_token_types(minilm_folder):
     batch = liar.calibration([("A dog.", "A cat sleeps."), ("One.", "Two.")], tokenizer, max_length=8)[0]
     assert batch["input_ids"].shape[1] <= 8
     assert batch["token_type_ids"].max() == 1
+
+
+# --- what users bring ---
+
+
+def fast(vocabulary, **names):
+    made = Tokenizer(WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token=vocabulary[0]))
+    made.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token=vocabulary[0], **names)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("mixed_lengths", [True, False])
+def test_the_tokenizer_is_as_it_was(tokenizer, pack, mixed_lengths):
+    """Calling a fast tokenizer sets its truncation and padding, which its `save_pretrained` writes."""
+    own = copy.deepcopy(tokenizer)
+    own.backend_tokenizer.enable_truncation(max_length=77)
+    own.backend_tokenizer.enable_padding(length=9)
+    before = own.backend_tokenizer.to_str()
+    liar.calibration(
+        ["w1 " * 300, ("w2 " * 300, "w3 " * 300), "w4"], own, max_length=20, pack=pack, mixed_lengths=mixed_lengths
+    )
+    assert own.backend_tokenizer.to_str() == before
+
+
+def test_what_has_no_token_is_passed_over():
+    tokenizer = fast(["[UNK]", "hello", "world"])
+    for texts in (["hello world", "   ", "world"], ["   ", "hello world", "\t\n", "world"], ["", None, "hello world", "world"]):
+        batches = liar.calibration(texts, tokenizer)
+        assert real_ids(batches) == [[2], [1, 2]]
+        assert {value.dtype for batch in batches for value in batch.values()} == {torch.int64}
+    with pytest.raises(CalibrationError, match="got none"):
+        liar.calibration(["   ", "\n"], tokenizer)
+
+
+def test_rows_of_a_dataset(tokenizer):
+    rows = [{"text": text, "label": number} for number, text in enumerate([*TEXTS, None, ""])]
+    expected = real_ids(liar.calibration(TEXTS, tokenizer))
+    assert real_ids(liar.calibration(datasets.Dataset.from_list(rows), tokenizer)) == expected
+    assert real_ids(liar.calibration(rows, tokenizer)) == expected
+    assert real_ids(liar.calibration(datasets.Dataset.from_list(rows)["text"], tokenizer)) == expected
+    with pytest.raises(CalibrationError, match="got one DatasetDict; choose one split of it"):
+        liar.calibration(datasets.DatasetDict(train=datasets.Dataset.from_list(rows)), tokenizer)
+
+
+def test_chats_go_through_the_chat_template():
+    words = ["[UNK]", "<user>", "<bot>", "hello", "world", "[CLS]"]
+    tokenizer = fast(words, cls_token="[CLS]")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 5)])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<bot>"]})
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
+    chat = [{"role": "user", "content": "hello world"}, {"role": "bot", "content": "world"}]
+    for texts in ([chat], [{"messages": chat}], datasets.Dataset.from_list([{"messages": chat}])):
+        # The template has written what frames the text: no second [CLS].
+        assert real_ids(liar.calibration(texts, tokenizer)) == [[1, 3, 4, 2, 4]]
+    assert real_ids(liar.calibration(["hello"], tokenizer)) == [[5, 3]]
+
+
+def test_chats_without_a_template(tokenizer):
+    with pytest.raises(CalibrationError, match="text 1: the tokenizer cannot join these messages"):
+        liar.calibration(["w1", [{"role": "user", "content": "w1"}]], tokenizer)
+
+
+@pytest.mark.parametrize("tokenizer_given", [None, "bert-base-uncased", 5, ()])
+def test_what_is_no_tokenizer(tokenizer_given):
+    with pytest.raises(CalibrationError, match="tokenizer: expected a Hugging Face tokenizer, got a"):
+        liar.calibration(TEXTS, tokenizer_given)
+
+
+def test_arguments_in_the_wrong_order(tokenizer):
+    with pytest.raises(CalibrationError, match="tokenizer: expected a Hugging Face tokenizer, got a list"):
+        liar.calibration(tokenizer, TEXTS)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_length_without_room(tokenizer, length):
+    with pytest.raises(OptionError, match=f"max_length={length}: expected more than the 2 special tokens"):
+        liar.calibration(TEXTS, tokenizer, max_length=length)
+
+
+@pytest.mark.parametrize("length", [0, -1, 10**10, 10**400, 1.5, True, "5"])
+@pytest.mark.parametrize("pack", [True, False])
+def test_lengths_that_are_none(tokenizer, length, pack):
+    with pytest.raises(OptionError, match=r"max_length=.*expected a whole number, at least 1"):
+        liar.calibration(TEXTS, tokenizer, max_length=length, pack=pack)
+
+
+def test_texts_that_a_tokenizer_cannot_read(tokenizer):
+    with pytest.raises(CalibrationError, match="text 1: the tokenizer cannot read it"):
+        liar.calibration(["w1", "a\ud800"], tokenizer)
+
+
+@given(left=st.integers(1, 400), right=st.integers(1, 400), length=st.integers(4, 40))
+def test_long_pairs_are_cut_as_the_tokenizer_cuts_them(tokenizer, left, right, length):
+    """Their ends are taken off first, since cutting a pair takes memory with the square of its length."""
+    pair = (" ".join(f"w{n % 80}" for n in range(left)), " ".join(f"w{79 - n % 80}" for n in range(right)))
+    found = real_ids(liar.calibration([pair], tokenizer, max_length=length))[0]
+    expected = tokenizer(*pair, truncation=True, max_length=length)["input_ids"]
+    assert len(found) == len(expected)
+    # Where both are longer than there is room, the tokenizer decides by their full lengths which one keeps the odd token.
+    assert found == expected or min(left, right) > length
+
+
+def test_fewer_tokens_than_asked_for_are_said(tokenizer, caplog):
+    liar.calibration(TEXTS, tokenizer, tokens=1000)
+    assert "asked for 1000 calibration tokens, the texts give 19" in caplog.text
+    caplog.clear()
+    liar.calibration(TEXTS, tokenizer, tokens=10)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", ["texts[1].txt", "a*b?.txt", "x::y.txt", "http: z.txt", "{a,b}.txt", "d[ir]/t.txt", "~t.txt", "a.b.txt", "é ü.txt"]
+)
+def test_the_file_that_was_named_is_read(name, tmp_path, monkeypatch):
+    """However its name would be read as a pattern or an address, and whatever lies beside it."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(exist_ok=True)
+    for other in ("texts1.txt", "aXbY.txt", "y.txt", "a.txt", "b.txt", "di/t.txt"):
+        Path(other).parent.mkdir(exist_ok=True)
+        Path(other).write_text("wrong\n" * 5)
+    Path(name).write_text("right\n" * 60)
+    assert list(read_texts(name)) == ["right"] * 60
+    with gzip.open(f"{name}.gz", "wt") as file:
+        file.write("packed\n" * 3)
+    assert list(read_texts(f"{name}.gz")) == ["packed"] * 3
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.json", "rows.parquet"])
+def test_missing_cells_are_passed_over(name, tmp_path, tokenizer):
+    rows = datasets.Dataset.from_list([{"text": None if n == 5 else f"w{n}", "id": n} for n in range(10)])
+    save = {"parquet": rows.to_parquet, "csv": rows.to_csv}.get(name.partition(".")[2], rows.to_json)
+    save(tmp_path / name)
+    assert sum(map(len, real_ids(liar.calibration(read_texts(str(tmp_path / name)), tokenizer)))) == 9 * 3

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import liar
 from liar import Mask, Verdict
+from liar.repair import context
 from liar.testing import tiny_batches, tiny_model
 
 KINDS = ("heads", "neurons")
@@ -571,8 +572,13 @@ def test_verdicts(case, ridge, verdict, target, solver):
     assert bool(torch.isfinite(outputs(got, batches)).all())
 
 
-def test_the_guard_keeps_the_weights_where_no_update_is_better_on_held_out_text():
-    """Twelve tokens for 63 channels: a fit of the weights finds chance, and only a new bias helps."""
+def test_the_guard_keeps_the_weights_where_no_update_is_better_on_held_out_text(monkeypatch):
+    """Twelve tokens for 63 channels: a fit of the weights finds chance, and only a new bias helps.
+
+    That so few tokens change nothing at all is a rule of its own, which is switched off here.
+    """
+    for name in ("FEWEST_TOKENS", "TOKENS_PER_CHANNEL"):
+        monkeypatch.setattr(context, name, 0)
     model = tiny_model("bert", dtype=torch.float64, num_hidden_layers=1)
     before = consumer(model, 0, "neurons")
     weight, bias = before.weight.detach().clone(), before.bias.detach().clone()
@@ -618,3 +624,52 @@ def test_real_llama(stories_folder):
         return float((dense.exp() * (dense - other)).sum(-1).mean())
 
     assert divergence(repaired) < 0.65 * divergence(naive)
+
+
+def model_units(model, kind):
+    return liar.discover(model).of_kind(kind)[0].units
+
+
+@pytest.mark.parametrize("solver", ["auto", "lstsq"])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_fewer_tokens_than_are_enough_change_nothing(kind, solver):
+    """Below 64 tokens anywhere, and in post-norm models below two for every channel; not even a bias moves."""
+    model = tiny_model(kind)
+    keep = {
+        "neurons": [[unit < 50 for unit in range(model_units(model, "neurons"))]] * 2,
+        "heads": [[unit < 1 for unit in range(model_units(model, "heads"))]] * 2,
+    }
+    cut = copy.deepcopy(model)
+    liar.remove(cut, keep)
+    ids = torch.randint(1, 96, (1, 63), generator=torch.Generator().manual_seed(0))
+    got, report = run(model, keep, [ids], ridge="auto", solver=solver)
+    assert set(report.verdicts.values()) == {Verdict.TOO_FEW_TOKENS}
+    assert all(site.ridge == inf and site.after == site.before for site in report.sites)
+    assert all(torch.equal(*pair) for pair in zip(got.parameters(), cut.parameters(), strict=True))
+    # One token more is enough for a pre-norm model, and for the few channels of a head.
+    ids = torch.randint(1, 96, (1, 64), generator=torch.Generator().manual_seed(0))
+    _, report = run(model, keep, [ids], ridge="auto", solver=solver)
+    changed = {name for name, verdict in report.verdicts.items() if verdict is not Verdict.TOO_FEW_TOKENS}
+    assert {"heads.0", "heads.1"} <= changed
+    assert report.verdicts["neurons.0"] is (Verdict.RIDGED if kind == "llama" else Verdict.TOO_FEW_TOKENS)
+
+
+def test_a_ridge_that_was_given_is_used_however_few_tokens_there_are():
+    model = tiny_model("bert")
+    keep = {"neurons": [[unit < 50 for unit in range(64)]] * 2}
+    _, report = run(model, keep, [torch.randint(1, 96, (1, 20))], ridge=0.1)
+    assert report.sites[1].ridge == 0.1
+    assert report.sites[1].verdict is Verdict.TOO_FEW_TOKENS
+
+
+def test_real_models_are_never_worse_than_their_mask(stories_folder):
+    """The promise of docs/limitations.md, on a real model; benchmarks/few_tokens.py has more masks, and an encoder."""
+    from benchmarks.few_tokens import run as measured  # noqa: PLC0415 (only used here)
+
+    for tokens in (1, 2, 10, 100):
+        for seed in range(2):
+            result = measured(str(stories_folder), 0.7, seed, tokens)
+            assert result["repaired"] <= 1.05 * result["mask_only"], (tokens, seed)
+            if tokens < 64:
+                assert result["repaired"] == result["mask_only"], "nothing changes by so little text"
+    assert result["repaired"] < 0.9 * result["mask_only"], "and a hundred tokens help"

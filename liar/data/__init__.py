@@ -1,6 +1,6 @@
 """From texts to batches a model takes, with what is known of their tokens."""
 
-from liar.data.batches import FOLDS, Calibration
+from liar.data.calibration_data import FOLDS, Calibration
 from liar.data.texts import builder_of, texts
 from liar.data.tokenise import calibration
 

@@ -1,130 +1,120 @@
-"""Batches a user brings (a DataLoader, mappings, tensors of ids), checked before any forward pass, and split into folds."""
+"""Batches as users bring them (a DataLoader, mappings, tensors of ids, rows of a dataset), checked before any forward pass."""
 
 from __future__ import annotations
 
 import inspect
-import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from liar.errors import CalibrationError
-from liar.models import base_and_prefix
+from liar.models import base_and_prefix, takes_choices
 
 logger = logging.getLogger(__name__)
 
-FOLDS = 4
-# Longer sequences are split into pieces of this many tokens, so that a few long ones still fill every fold.
-PIECE = 256
-# Little data is split into at least so many pieces.
-PIECES = 16
+# Single sequences are put together in batches of so many.
+ROWS = 32
+# What a forward that only says *args and **kwargs is given.
+INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
+IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# As in transformers: a label that does not count.
+IGNORED = -100
 
 Batch = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Batches on the model's device, with what is known of their tokens.
+def read_batches(data: Iterable[Any], model: nn.Module) -> list[tuple[Batch, Any]]:
+    """What the user gave as (arguments of the bare model's forward, labels), on the model's device.
 
-    Every sequence has a global number: its place in the whole calibration data, over all processes. Folds and sampled labels
-    follow that number, so that they do not depend on how the data is batched or shared among processes.
+    Args:
+        data: as for `Calibration.of`.
+        model: the model that will be run.
 
-    Attributes:
-        batches: keyword arguments of the bare model's forward.
-        token_masks: per batch bool [sequences, length]: True for real tokens.
-        folds: per batch int64 [tokens]: the cross-validation fold (0 to `FOLDS` - 1) of each real token.
-        tokens: real tokens in all batches.
-        sequences: sequences in all batches.
-        labels: per batch its `labels`, or None: only criteria that need gradients look at them.
-        first_sequence: global number of the first sequence.
-
-    Example:
-        >>> calibration = liar.Calibration.of(calib, model)
-        >>> calibration.tokens == sum(int(mask.sum()) for mask in calibration.token_masks)
-        True
+    Raises:
+        CalibrationError: a batch the model does not take.
     """
-
-    batches: tuple[Batch, ...]
-    token_masks: tuple[Tensor, ...]
-    folds: tuple[Tensor, ...]
-    tokens: int
-    sequences: int
-    labels: tuple[Any, ...]
-    first_sequence: int = 0
-
-    @classmethod
-    def of(
-        cls, data: Iterable[Any] | Calibration, model: nn.Module, *, first_sequence: int = 0, total_tokens: int | None = None
-    ) -> Calibration:
-        """Check what the user gave, before any forward pass, and move it to the model's device.
-
-        Args:
-            data: a DataLoader, or any iterable of batches; a batch is a mapping with `input_ids` (or `inputs_embeds`) and
-                perhaps `attention_mask` and other arguments of the model, or a tensor of ids [sequences, length]. Its
-                `labels` are kept beside: the model does not get them. A `Calibration` is returned as it is.
-            model: the model that will be run.
-            first_sequence: global number of the first sequence, where `data` is one process's part of the whole.
-            total_tokens: real tokens in the data of all processes; those of `data` if left out.
-
-        Raises:
-            CalibrationError: nothing in it, all padding, or a batch the model does not take.
-        """
-        if isinstance(data, Calibration):
-            if first_sequence or total_tokens is not None:
-                raise CalibrationError("got a Calibration, whose numbers are fixed: pass its batches to number them anew")
-            return data
-        base, _ = base_and_prefix(model)
-        device = next(model.parameters()).device
-        accepted = set(inspect.signature(base.forward).parameters)
-        pairs = [
-            (_as_batch(batch, number, accepted, model, device), _labels(batch, device))
-            for number, batch in enumerate(_batches(data))
-        ]
-        batches = [batch for batch, _ in pairs]
-        if not batches:
-            raise CalibrationError(
-                "the calibration data is empty: expected at least one batch, got none (a used-up generator?)"
-            )
-        token_masks = [_token_mask(batch) for batch in batches]
-        tokens = sum(int(mask.sum()) for mask in token_masks)
-        if not tokens:
-            raise CalibrationError(
-                "no token of the calibration data is kept: attention_mask is 0 everywhere (1 marks real tokens)"
-            )
-        piece = max(min(PIECE, (total_tokens or tokens) // PIECES), 1)
-        starts = itertools.accumulate((len(mask) for mask in token_masks), initial=first_sequence)
-        if "use_cache" in accepted:
-            batches = [{**batch, "use_cache": False} for batch in batches]
-        return cls(
-            batches=tuple(batches),
-            token_masks=tuple(token_masks),
-            folds=tuple(_folds(mask, start, piece) for mask, start in zip(token_masks, starts, strict=False)),
-            tokens=tokens,
-            sequences=sum(len(mask) for mask in token_masks),
-            labels=tuple(labels for _, labels in pairs),
-            first_sequence=first_sequence,
-        )
-
-    @cached_property
-    def starts(self) -> tuple[int, ...]:
-        """Per batch the global number of its first sequence."""
-        lengths = (len(mask) for mask in self.token_masks[:-1])
-        return tuple(itertools.accumulate(lengths, initial=self.first_sequence))
+    base, _ = base_and_prefix(model)
+    device = next(model.parameters()).device
+    accepted = _accepted(base)
+    pairs = [
+        (_as_batch(batch, number, accepted, model, device), _labels(batch, device))
+        for number, batch in enumerate(_batches(data))
+    ]
+    return [(batch, labels) for batch, labels in pairs if main_input(batch).numel()]
 
 
-def _batches(data: Iterable[Any]) -> Iterable[Any]:
-    if isinstance(data, (str, bytes)) or (isinstance(data, Sequence) and data and isinstance(data[0], str)):
+def main_input(batch: Batch) -> Tensor:
+    """The ids [sequences, length], or in place of them the embeddings [sequences, length, channels]."""
+    value: Tensor = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
+    return value
+
+
+def _accepted(base: nn.Module) -> set[str]:
+    """Names of the arguments of a model's forward."""
+    parameters = inspect.signature(base.forward).parameters
+    anything = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return {*parameters, *(INPUTS if anything and not parameters.keys() & set(INPUTS) else ())}
+
+
+def _batches(data: Iterable[Any]) -> Iterator[Any]:
+    """The batches, with single sequences put together."""
+    if isinstance(data, (str, bytes)) or (isinstance(data, Sequence) and len(data) and isinstance(data[0], str)):
         raise CalibrationError("got strings: tokenise them first with liar.calibration(texts, tokenizer)")
     if isinstance(data, (Mapping, Tensor)):
-        return [data]
+        data = [data]
     if not isinstance(data, Iterable):
         raise CalibrationError(f"expected a DataLoader or an iterable of batches, got a {type(data).__name__}")
-    return data
+    rows: list[Batch] = []
+    for batch in data:
+        is_row = isinstance(batch, Mapping) and _is_sequence(batch.get("input_ids"))
+        if is_row:
+            rows.append(batch)
+        if rows and (not is_row or len(rows) == ROWS):
+            yield _together(rows)
+            rows = []
+        if not is_row:
+            yield batch
+    if rows:
+        yield _together(rows)
+
+
+def _is_sequence(ids: Any) -> bool:
+    """Whether these are the ids of one sequence: a list of numbers, or a tensor or array of one dimension."""
+    if isinstance(ids, list):
+        return all(isinstance(each, int) for each in ids)
+    return getattr(ids, "ndim", None) == 1
+
+
+def _length(value: Any) -> int:
+    """Of a list, tensor or array; -1 for what has none, and for texts."""
+    if isinstance(value, list):
+        return len(value)
+    shape: Any = getattr(value, "shape", ())
+    return int(shape[0]) if len(shape) == 1 else -1
+
+
+def _together(rows: Sequence[Batch]) -> Batch:
+    """Single sequences as one batch, padded on the right."""
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    batch: dict[str, Any] = {}
+    try:
+        lengths = [len(row["input_ids"]) for row in rows]
+        for name in names:
+            values = [row[name] for row in rows]
+            if [_length(value) for value in values] == lengths:
+                tensors = [torch.as_tensor(value, dtype=torch.int64) for value in values]
+                batch[name] = pad_sequence(tensors, batch_first=True, padding_value=IGNORED if name == "labels" else 0)
+            elif all(isinstance(value, (int, float, Tensor, np.generic, np.ndarray)) for value in values):
+                batch[name] = torch.stack([torch.as_tensor(value) for value in values])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CalibrationError(f"expected rows of integers, one sequence each, got {names}: {error}") from error
+    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return {**batch, "attention_mask": batch.get("attention_mask", real.long())}
 
 
 def _as_batch(batch: Any, number: int, accepted: set[str], model: nn.Module, device: torch.device) -> Batch:
@@ -134,14 +124,37 @@ def _as_batch(batch: Any, number: int, accepted: set[str], model: nn.Module, dev
         raise CalibrationError(
             f"calibration batch {number}: expected a mapping with input_ids or a tensor of ids, got a {type(batch).__name__}"
         )
-    unused = sorted(set(batch) - accepted)
+    batch = {name: _as_tensor(name, value, number) for name, value in batch.items()}
+    if absent := [name for name, value in batch.items() if isinstance(value, Tensor) and value.is_meta]:
+        raise CalibrationError(f"calibration batch {number}: {absent[0]} is on the meta device: it holds no values")
+    unused = sorted(set(batch) - accepted, key=str)
     if unused and number == 0:
-        logger.info("not passed to the model: %s", ", ".join(unused))
+        logger.info("not passed to the model: %s", ", ".join(map(str, unused)))
     taken = {
         name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items() if name in accepted
     }
+    if taken.get("input_ids") is None:
+        taken.pop("input_ids", None)
+    if takes_choices(model) and getattr(taken.get("input_ids"), "ndim", 0) == 3:
+        # The bare model sees every choice as a sequence.
+        taken = {name: value.flatten(0, 1) if isinstance(value, Tensor) else value for name, value in taken.items()}
     _check_batch(taken, number, model, unused)
-    return taken
+    if "input_ids" in taken:
+        taken["input_ids"] = taken["input_ids"].long()
+    return _derived_mask(taken, number, model)
+
+
+def _as_tensor(name: str, value: Any, number: int) -> Any:
+    """Arrays and lists of what a model takes as tensors."""
+    if name not in (*INPUTS, "labels") or not isinstance(value, (list, np.ndarray)):
+        return value
+    try:
+        return torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CalibrationError(
+            f"calibration batch {number}: expected {name}, a tensor [sequences, length], got a {type(value).__name__}; call "
+            "the tokenizer with return_tensors='pt' and padding=True, or use liar.calibration(texts, tokenizer)"
+        ) from error
 
 
 def _labels(batch: Any, device: torch.device) -> Any:
@@ -160,30 +173,48 @@ def _check_batch(batch: Batch, number: int, model: nn.Module, unused: list[str])
                 f"{where}: expected input_ids, a tensor [sequences, length], got a {type(main).__name__}; call the tokenizer "
                 "with return_tensors='pt' and padding=True, or use liar.calibration(texts, tokenizer)"
             )
-        actual = list(main.shape) if isinstance(main, Tensor) else f"keys {sorted([*batch, *unused])}"
+        actual = list(main.shape) if isinstance(main, Tensor) else f"keys {sorted(map(str, [*batch, *unused]))}"
         raise CalibrationError(f"{where}: expected input_ids, a tensor [sequences, length], got {actual}")
     if ids is not None:
         size = getattr(model.config, "vocab_size", None)
-        if ids.is_floating_point() or (size and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size):
+        if ids.dtype not in IDS:
+            raise CalibrationError(f"{where}: expected integer ids, got {ids.dtype}")
+        if size and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
             raise CalibrationError(
                 f"{where}: expected integer ids from 0 to {size} - 1, got {ids.dtype} from {ids.min()} to {ids.max()}; "
                 "was another tokenizer used?"
             )
+    elif not main.is_floating_point():
+        raise CalibrationError(f"{where}: expected inputs_embeds of a float type, got {main.dtype}")
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != main.shape[:2]):
         actual = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise CalibrationError(f"{where}: expected attention_mask, a tensor of shape {list(main.shape[:2])}, got {actual}")
+    if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
+        raise CalibrationError(f"{where}: expected an attention_mask of 1 for real tokens and 0 for padding, got other values")
 
 
-def _token_mask(batch: Batch) -> Tensor:
-    mask = batch.get("attention_mask")
-    if mask is not None:
-        return torch.as_tensor(mask).bool()
-    main = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
-    return torch.ones(main.shape[:2], dtype=torch.bool, device=main.device)
-
-
-def _folds(token_mask: Tensor, first_sequence: int, length: int) -> Tensor:
-    """The fold of each real token: its sequence's global number, plus one for every `length` tokens before it."""
-    sequence = torch.arange(first_sequence, first_sequence + len(token_mask), device=token_mask.device)[:, None]
-    piece = (token_mask.cumsum(1) - 1) // length
-    return ((sequence + piece) % FOLDS)[token_mask]
+def _derived_mask(batch: Batch, number: int, model: nn.Module) -> Batch:
+    """A batch without a mask whose rows begin or end in the padding token gets one, where that token is nothing else."""
+    ids, padding = batch.get("input_ids"), getattr(model.config, "pad_token_id", None)
+    if ids is None or batch.get("attention_mask") is not None or not isinstance(padding, int) or not ids.numel():
+        return batch
+    real = (ids != padding).long()
+    inside = (real.cummax(1).values * real.flip(1).cummax(1).values.flip(1)).bool()
+    padded = int((~inside).any(1).sum())
+    ends = getattr(model.config, "eos_token_id", None)
+    if not padded or not bool(inside.any()):
+        return batch
+    if padding in (ends if isinstance(ends, (list, tuple)) else (ends,)):
+        if bool((~inside).sum(1).max() > 1):
+            logger.warning(
+                "calibration batch %d has no attention_mask, and %d of its %d sequences begin or end in several tokens %d, "
+                "which is the padding token as well as the end of a text: all of them count as text; pass an attention_mask",
+                number, padded, len(ids), padding,
+            )  # fmt: skip
+        return batch
+    logger.warning(
+        "calibration batch %d has no attention_mask, and %d of its %d sequences begin or end in the padding token (%d): that "
+        "is taken as padding; pass an attention_mask if it is text",
+        number, padded, len(ids), padding,
+    )  # fmt: skip
+    return {**batch, "attention_mask": inside.long()}

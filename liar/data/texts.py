@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from liar.errors import CalibrationError
+from liar.files import user_path
 
 # By the end of a file's name (before .gz), the builder of `datasets` that reads it.
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -22,10 +26,10 @@ def builder_of(source: str) -> str | None:
         >>> builder_of("wikitext") is None
         True
     """
-    builder = BUILDERS.get(Path(source.removesuffix(".gz")).suffix)
-    if builder and not Path(source).is_file():
+    builder, is_file = BUILDERS.get(Path(source.removesuffix(".gz")).suffix), user_path(source).is_file()
+    if builder and not is_file:
         raise CalibrationError(f"calib={source!r}: expected a file with texts, there is none; check the path")
-    if not builder and Path(source).is_file():
+    if not builder and is_file:
         raise CalibrationError(
             f"calib={source!r}: expected a file that ends in {', '.join(BUILDERS)} (also with .gz), or the name of a dataset; "
             "rename or convert the file"
@@ -53,19 +57,20 @@ def texts(source: str, *, config: str | None = None, split: str = "train", colum
     builder = builder_of(source)
     column = "text" if builder == "text" else column
     try:
-        for row in _rows(source, builder, config, split):
-            if column not in row:
-                raise CalibrationError(
-                    f"calib={source!r}: expected a column {column!r} with texts, got {', '.join(row)}; name another column"
-                )
-            yield row[column]
+        with TemporaryDirectory(prefix="liar-") as folder:
+            for row in _rows(source, builder, config, split, Path(folder)):
+                if column not in row:
+                    raise CalibrationError(
+                        f"calib={source!r}: expected a column {column!r} with texts, got {', '.join(row)}; name another column"
+                    )
+                yield row[column]
     except CalibrationError:
         raise
     except Exception as error:  # datasets raises whatever its builders and file systems raise
         raise CalibrationError(f"calib={source!r}: datasets cannot read it ({type(error).__name__}): {error}") from error
 
 
-def _rows(source: str, builder: str | None, config: str | None, split: str) -> Any:
+def _rows(source: str, builder: str | None, config: str | None, split: str, folder: Path) -> Any:
     try:
         import datasets  # noqa: PLC0415 (an extra)
     except ImportError as error:
@@ -73,5 +78,17 @@ def _rows(source: str, builder: str | None, config: str | None, split: str) -> A
             f'calib={source!r}: reading texts needs the package datasets, which is not installed: pip install "liar-prune[cli]"'
         ) from error
     if builder:
-        return datasets.load_dataset(builder, data_files=source, split="train", streaming=True)
+        name = str(_plainly_named(user_path(source), folder))
+        return datasets.load_dataset(builder, data_files=name, split="train", streaming=True)
     return datasets.load_dataset(source, config, split=split)
+
+
+def _plainly_named(path: Path, folder: Path) -> Path:
+    """The file under another name: `datasets` reads names with brackets, stars or colons as patterns and addresses."""
+    packed = ".gz" if path.suffix == ".gz" else ""
+    link = folder / f"texts{Path(path.name.removesuffix(packed)).suffix}{packed}"
+    try:
+        os.symlink(path.resolve(), link)
+    except OSError:  # Windows, without the right to make links
+        shutil.copyfile(path, link)
+    return link

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +15,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from liar.errors import CalibrationError
+from liar.errors import CalibrationError, OptionError
 from liar.options import CalibrationOptions
+
+logger = logging.getLogger(__name__)
 
 # Texts of so many tokens are documents: where they are cut is free to choose.
 DOCUMENT = 128
@@ -22,12 +27,26 @@ SHORTEST = 8
 # What a model reads, of what a tokenizer gives.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
-Parts = tuple[str, ...]
 Row = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Text:
+    """One text, or a pair.
+
+    Attributes:
+        number: its place in what the user gave.
+        parts: one string or two.
+        framed: whether the tokenizer adds its special tokens; a chat template has written its own.
+    """
+
+    number: int
+    parts: tuple[str, ...]
+    framed: bool = True
+
+
 def calibration(
-    texts: Iterable[str | tuple[str, str]],
+    texts: Iterable[Any],
     tokenizer: Any,
     *,
     max_length: int = CalibrationOptions.max_length,
@@ -39,8 +58,10 @@ def calibration(
     """Tokenise texts into padded batches, sorted by length so that little is padded.
 
     Args:
-        texts: strings or pairs of strings: a list, a generator, or a column of a `datasets` dataset.
-        tokenizer: a Hugging Face tokenizer; it need not have a padding token.
+        texts: a list, a generator, or a `datasets` dataset, of strings, pairs of strings, chats (lists of messages with a
+            `role` and a `content`, which the tokenizer's chat template joins), or rows with a `text` or `messages`. What is
+            None, empty, or gives no token is passed over.
+        tokenizer: a Hugging Face tokenizer; it need not have a padding token. It is not changed.
         max_length: longer texts are cut to so many tokens.
         batch_size: sequences per batch.
         tokens: stop after so many tokens (the last sequence is cut); all texts otherwise.
@@ -57,20 +78,27 @@ def calibration(
         int64 [sequences, length], padded on the right.
 
     Raises:
-        CalibrationError: no text, or something that is not a text.
-        OptionError: a length or count below 1.
+        CalibrationError: no text, something that is not a text, or no tokenizer.
+        OptionError: a length or count below 1, or a length that leaves no room beside the special tokens.
 
     Example:
         >>> batches = calibration(["a text", "another one"], tokenizer)
         >>> batches[0]["input_ids"].shape
         torch.Size([2, 4])
     """
-    CalibrationOptions(max_length, batch_size, tokens, pack, mixed_lengths).check()
+    options = CalibrationOptions(max_length, batch_size, tokens, pack, mixed_lengths).checked()
+    max_length, batch_size, tokens = options.max_length, options.batch_size, options.tokens
+    # Calling a tokenizer with a longest length changes its state, which would be saved with it.
+    tokenizer = copy.deepcopy(tokenizer)
+    _check_tokenizer(tokenizer, max_length)
     mixed_lengths = mixed_lengths and getattr(tokenizer, "cls_token", None) is not None
     many = _joined if pack else _in_pieces if mixed_lengths else _encoded
-    rows = list(_cut(many(_checked(texts), tokenizer, max_length), tokens))
+    rows = list(_cut(many(_checked(texts, tokenizer), tokenizer, max_length), tokens))
     if not rows:
         raise CalibrationError("no calibration text: expected at least one non-empty string, got none")
+    given = sum(len(row["input_ids"]) for row in rows)
+    if tokens is not None and given < tokens:
+        logger.warning("asked for %d calibration tokens, the texts give %d", tokens, given)
     rows.sort(key=lambda row: len(row["input_ids"]))
     padding = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0}
     return [
@@ -82,35 +110,82 @@ def calibration(
     ]
 
 
-def _checked(texts: Iterable[Any]) -> Iterator[Parts]:
-    """Texts that are not empty, each as one or two strings."""
-    if isinstance(texts, (str, bytes)):
-        raise CalibrationError(f"expected many texts (a list of strings, a column), got one {type(texts).__name__}")
-    for number, text in enumerate(texts):
-        parts = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, (tuple, list)) else ()
-        if not 1 <= len(parts) <= 2 or not all(isinstance(part, str) for part in parts):
-            raise CalibrationError(f"text {number}: expected a string or a pair of strings, got {type(text).__name__}")
-        if any(parts):
-            yield parts
+def _check_tokenizer(tokenizer: Any, longest: int) -> None:
+    if not callable(tokenizer):
+        raise CalibrationError(f"tokenizer: expected a Hugging Face tokenizer, got a {type(tokenizer).__name__}")
+    count = getattr(tokenizer, "num_special_tokens_to_add", lambda: 0)()
+    if longest <= count:
+        raise OptionError(f"max_length={longest}: expected more than the {count} special tokens around every text")
 
 
-def _encoded(texts: Iterable[Parts], tokenizer: Any, longest: int) -> Iterator[Row]:
+def _checked(texts: Iterable[Any], tokenizer: Any = None) -> Iterator[Text]:
+    """The texts that are not empty."""
+    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
+        more = "; choose one split of it" if isinstance(texts, Mapping) else ""
+        raise CalibrationError(f"expected many texts (a list of strings, a column), got one {type(texts).__name__}{more}")
+    for number, given in enumerate(texts):
+        text = _as_text(given, number, tokenizer)
+        if any(text.parts):
+            yield text
+
+
+def _as_text(given: Any, number: int, tokenizer: Any) -> Text:
+    if isinstance(given, Mapping):
+        name = next((name for name in ("messages", "text") if name in given), None)
+        if name is None:
+            raise CalibrationError(
+                f"text {number}: expected a string, or a row with text or messages, got one with {', '.join(map(str, given))}; "
+                "pass the column that holds the texts"
+            )
+        return _as_text(given[name], number, tokenizer)
+    parts = (given,) if isinstance(given, str) or given is None else tuple(given) if isinstance(given, (tuple, list)) else (0,)
+    if parts and all(isinstance(part, Mapping) and {"role", "content"} <= part.keys() for part in parts):
+        try:
+            return Text(number, (tokenizer.apply_chat_template(list(parts), tokenize=False),), framed=False)
+        except Exception as error:  # no template, or one that refuses these roles
+            raise CalibrationError(f"text {number}: the tokenizer cannot join these messages: {error}") from error
+    parts = tuple(part for part in parts if part is not None)
+    if len(parts) > 2 or not all(isinstance(part, str) for part in parts):
+        raise CalibrationError(f"text {number}: expected a string or a pair of strings, got {type(given).__name__}")
+    return Text(number, parts)
+
+
+def _tokenised(text: Text, tokenizer: Any, **how: Any) -> Any:
+    try:
+        parts = text.parts
+        if len(parts) == 2 and getattr(tokenizer, "is_fast", False):
+            # Cutting a pair takes memory with the square of its length.
+            parts = tuple(_beginning(part, tokenizer, 2 * how.get("max_length", len(part) + 1)) for part in parts)
+        return tokenizer(*parts, **how, **({} if text.framed else {"add_special_tokens": False}))
+    except Exception as error:  # tokenizers raise whatever they raise
+        raise CalibrationError(f"text {text.number}: the tokenizer cannot read it ({type(error).__name__}): {error}") from error
+
+
+def _beginning(part: str, tokenizer: Any, tokens: int) -> str:
+    """A text without most of what is beyond its first tokens."""
+    if len(part) <= tokens:
+        return part
+    how = {"add_special_tokens": False, "truncation": True, "max_length": tokens, "return_offsets_mapping": True}
+    return part[: max((end for _, end in tokenizer(part, **how)["offset_mapping"]), default=0)]
+
+
+def _encoded(texts: Iterable[Text], tokenizer: Any, longest: int) -> Iterator[Row]:
     """Every text by itself."""
-    for parts in texts:
-        yield from _rows(tokenizer(*parts, truncation=True, max_length=longest))
+    for text in texts:
+        yield from _rows(_tokenised(text, tokenizer, truncation=True, max_length=longest))
 
 
-def _in_pieces(texts: Iterable[Parts], tokenizer: Any, longest: int) -> Iterator[Row]:
+def _in_pieces(texts: Iterable[Text], tokenizer: Any, longest: int) -> Iterator[Row]:
     """Short texts and pairs as they are, then of long ones the first piece of each before the second of any."""
     lengths, later = _mixed_lengths(longest), []
-    for parts in texts:
-        [row] = _encoded([parts], tokenizer, longest)
-        if len(parts) == 1 and len(row["input_ids"]) >= min(DOCUMENT, longest):
+    for text in texts:
+        rows = list(_encoded([text], tokenizer, longest))
+        if len(text.parts) == 1 and rows and len(rows[0]["input_ids"]) >= min(DOCUMENT, longest):
             length = next(lengths)
-            pieces = tokenizer(*parts, truncation=True, max_length=length, return_overflowing_tokens=True)
-            row, *rest = _rows(pieces, longest // length)
-            later += rest
-        yield row
+            pieces = _tokenised(text, tokenizer, truncation=True, max_length=length, return_overflowing_tokens=True)
+            rows = _rows(pieces, longest // length)
+        yield from rows[:1]
+        later += rows[1:]
     yield from later
 
 
@@ -121,11 +196,11 @@ def _mixed_lengths(longest: int) -> Iterator[int]:
         yield round(math.exp(generator.uniform(math.log(shortest), math.log(longest))))
 
 
-def _joined(texts: Iterable[Parts], tokenizer: Any, length: int) -> Iterator[Row]:
+def _joined(texts: Iterable[Text], tokenizer: Any, length: int) -> Iterator[Row]:
     """All texts one after the other, in sequences of one length; the last may be shorter."""
     joined: list[int] = []
-    for parts in texts:
-        joined += tokenizer(*parts)["input_ids"]
+    for text in texts:
+        joined += _tokenised(text, tokenizer)["input_ids"]
         while len(joined) >= length:
             yield _row(joined[:length])
             joined = joined[length:]
@@ -138,7 +213,11 @@ def _rows(encoded: Mapping[str, Any], most: int = 1) -> list[Row]:
     names = [name for name in INPUTS if name in encoded]
     several = any(isinstance(ids, list) for ids in encoded["input_ids"][:1])
     columns = [encoded[name][:most] if several else [encoded[name]] for name in names]
-    return [dict(zip(names, map(torch.tensor, values), strict=True)) for values in zip(*columns, strict=True)]
+    rows = [
+        {name: torch.tensor(value, dtype=torch.int64) for name, value in zip(names, values, strict=True)}
+        for values in zip(*columns, strict=True)
+    ]
+    return [row for row in rows if len(row["input_ids"])]
 
 
 def _row(ids: list[int]) -> Row:

@@ -65,7 +65,15 @@ class RefitProducers(RepairStep):
             weight, bias = (torch.cat(parts, -1) for parts in zip(*initial, strict=True))
             affine = all(layer.bias is not None for layer in layers)
             all_data, splits = folds.all_data(affine=affine), folds.splits(affine=affine, channels=len(weight))
-            weight, bias = fit_drift(all_data, splits, weight, bias, ridge=options.ridge, solver=options.solver)
+            weight, bias = fit_drift(
+                all_data,
+                splits,
+                weight,
+                bias,
+                ridge=options.ridge,
+                solver=options.solver,
+                enough=self.context.is_enough(site, len(weight)),
+            )
             widths = [layer.size("out") for layer in layers]
             parts = torch.split(weight, widths, 1), torch.split(bias, widths)
             for layer, part, offset in zip(layers, *parts, strict=True):

@@ -17,6 +17,9 @@ from liar.solve import Solution, fit
 from liar.statistics import Factor, Folds, Moments
 from liar.verdicts import Verdict
 
+FEWEST_TOKENS = 64
+TOKENS_PER_CHANNEL = 2
+
 
 @dataclass
 class RepairContext:
@@ -36,6 +39,16 @@ class RepairContext:
         """Empty statistics for one site."""
         return Folds(FOLDS, Factor if self.options.solver == "lstsq" else Moments)
 
+    def is_enough(self, site: SiteState, channels: int) -> bool:
+        """Whether there is enough text, copies counted once, to change layers with so many input channels by it.
+
+        A few dozen tokens show an error too roughly. Where a block normalises its sums (BERT), more is needed: with less than
+        about two tokens for every channel all answers are drawn to the mean, so that the held-out error of the layer falls
+        while the model's output gets worse. Where it does not (LLaMA), fewer help too (benchmarks/README.md, "Few tokens").
+        """
+        per_channel = 0 if site.walk.layout.is_pre_norm else TOKENS_PER_CHANNEL
+        return site.walk.calibration.distinct_tokens >= max(FEWEST_TOKENS, per_channel * channels)
+
     def fit_consumer(self, site: SiteState, folds: Folds) -> None:
         """Solve a site, write the answer into its consumer, and report it."""
         began = time.perf_counter()
@@ -45,7 +58,9 @@ class RepairContext:
             affine = creates or consumer.bias is not None
             all_data, splits = folds.all_data(affine=affine), folds.splits(affine=affine, channels=consumer.size("in"))
             options = self.options
-            solution = fit(all_data, splits, *consumer.initial_weights(), ridge=options.ridge, solver=options.solver)
+            enough = self.is_enough(site, consumer.size("in"))
+            initial = consumer.initial_weights()
+            solution = fit(all_data, splits, *initial, ridge=options.ridge, solver=options.solver, enough=enough)
             consumer.write(solution.weight, solution.bias, create_bias=creates)
         self._report(site, solution, time.perf_counter() - began, bias_created=creates)
 

@@ -50,33 +50,35 @@ def fit(
     *,
     ridge: float | str = "auto",
     solver: str = "auto",
+    enough: bool = True,
 ) -> Solution:
     """Fit one site.
 
     Args:
         all_data: normal equations of all calibration tokens.
         splits: pairs (fitted on, held out) of disjoint parts of the calibration sequences; may be empty, then nothing
-            is validated and `ridge="auto"` takes the middle of `RIDGES`.
+            can be validated and `ridge="auto"` leaves the weights as they are, as it does with too few tokens.
         weight: [kept channels, out], the consumer's kept weights (transposed).
         bias: [out], the consumer's bias (zeros where it has none and none is created).
         ridge: relative ridge, or "auto": the one with the least error on the held-out parts; if keeping the weights, with
             or without moving the bias, is better there, they are kept.
         solver: one of the solvers.
+        enough: False if there is too little data to change anything by it; see `RepairContext.is_enough`.
     """
     weight, bias = weight.double(), bias.double()
-    decision = decide(splits, weight, bias, ridge, solver)
+    decision = decide(splits, weight, bias, ridge, solver, enough=enough)
     if decision.ridge == inf:
         solved = Solved(torch.zeros_like(weight), len(weight), nan)
     else:
         solved = solve(all_data, weight, absolute(decision.ridge, all_data), solver)
     changed = weight + solved.change
-    moved = all_data.affine and not (decision.ridge == inf and decision.unchanged <= decision.bias_only)
+    moved = all_data.affine and (decision.ridge != inf or decision.bias_only < decision.unchanged)
     held_energy = sum(held.target_energy for _, held in splits) or nan
     return Solution(
         weight=changed,
         bias=all_data.mean_t - all_data.mean_z @ changed if moved else bias,
         ridge=decision.ridge,
-        verdict=_verdict(all_data.count, solved, decision.ridge),
+        verdict=_verdict(all_data.count, solved, decision.ridge, held_out=bool(splits), enough=enough),
         rank=solved.rank,
         condition=solved.condition,
         target_energy=all_data.target_energy / all_data.weight_sum,
@@ -93,6 +95,7 @@ def fit_drift(
     *,
     ridge: float | str = "auto",
     solver: str = "auto",
+    enough: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Fit linear layers whose input has drifted to what they gave on the old input.
 
@@ -106,6 +109,7 @@ def fit_drift(
         bias: [out]; it stays as it is if the statistics are not affine.
         ridge: as in `fit`.
         solver: as in `fit`.
+        enough: as in `fit`.
 
     Returns:
         The new weight and bias.
@@ -113,7 +117,7 @@ def fit_drift(
     sketch = sketch_of(weight)
     narrow, offset = weight @ sketch, bias @ sketch
     parts = [(fitted.project_targets(narrow, offset), held.project_targets(narrow, offset)) for fitted, held in splits]
-    chosen = decide(parts, narrow, offset, ridge, solver).ridge
+    chosen = decide(parts, narrow, offset, ridge, solver, enough=enough).ridge
     if chosen == inf:
         return weight, bias
     target = all_data.project_targets(weight, bias)
@@ -121,11 +125,13 @@ def fit_drift(
     return changed, target.mean_t - target.mean_z @ changed if all_data.affine else bias
 
 
-def _verdict(tokens: int, solved: Solved, ridge: float) -> Verdict:
+def _verdict(tokens: int, solved: Solved, ridge: float, *, held_out: bool, enough: bool) -> Verdict:
     channels = len(solved.change)
-    if ridge == inf:
+    if ridge == inf and not held_out:
+        return Verdict.NOTHING_HELD_OUT
+    if ridge == inf and enough:
         return Verdict.KEPT_BASELINE
-    if tokens <= channels:
+    if tokens <= channels or not enough:
         return Verdict.TOO_FEW_TOKENS
     if ridge == 0 and solved.rank < channels:
         return Verdict.RANK_DEFICIENT

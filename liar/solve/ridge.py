@@ -38,12 +38,12 @@ class Decision:
     updated: float
 
 
-def decide(splits: Sequence[Split], weight: Tensor, bias: Tensor, ridge: float | str, solver: str) -> Decision:
+def decide(splits: Sequence[Split], weight: Tensor, bias: Tensor, ridge: float | str, solver: str, *, enough: bool) -> Decision:
     """Choose the ridge of one fit.
 
     A number is used as it is. "auto" is the ridge with the least held-out error, guarded: where that is no better than
-    leaving the weights alone, with or without a new bias, they stay (an infinite ridge). Without splits nothing can be
-    compared, and "auto" is the middle of `RIDGES`.
+    leaving the weights alone, with or without a new bias, they stay (an infinite ridge). So they do where nothing can be
+    compared: without splits, and where an error is not a number.
 
     Args:
         splits: as for `fit`.
@@ -51,12 +51,16 @@ def decide(splits: Sequence[Split], weight: Tensor, bias: Tensor, ridge: float |
         bias: [out], the initial bias.
         ridge: relative ridge, or "auto".
         solver: one of the solvers.
+        enough: False if there is too little data for held-out errors to decide: "auto" then leaves the weights as they are.
     """
     auto = ridge == "auto"
-    chosen = float(ridge) if not auto else best_ridge(splits, weight, bias, solver) if splits else RIDGES[len(RIDGES) // 2]
+    if auto and not (splits and enough):
+        unchanged = sum(float(held.error(weight, bias)) for _, held in splits)
+        return Decision(inf, unchanged, unchanged, unchanged)
+    chosen = best_ridge(splits, weight, bias, solver) if auto else float(ridge)
     unchanged, bias_only, updated = held_out_errors(splits, weight, bias, chosen, solver)
-    if auto and splits and updated >= min(unchanged, bias_only):
-        return Decision(inf, unchanged, bias_only, min(unchanged, bias_only))
+    if auto and not (updated < unchanged and updated < bias_only):
+        return Decision(inf, unchanged, bias_only, bias_only if bias_only < unchanged else unchanged)
     return Decision(chosen, unchanged, bias_only, updated)
 
 

@@ -32,7 +32,7 @@ def cholesky(normal: Normal, rest: Tensor, ridges: Tensor) -> Solved | None:
 
 def eigh(normal: Normal, rest: Tensor, ridges: Tensor) -> Solved:
     """The same from one eigendecomposition, for every ridge; null directions get no change (the minimum norm)."""
-    values, vectors = torch.linalg.eigh(normal.gram)
+    values, vectors = normal.spectrum.eigen
     largest = values[-1].clamp_min(torch.finfo(values.dtype).tiny)
     live = values > normal.rank_tolerance * largest
     damped = torch.where(live, 1 / (values.clamp_min(0) + ridges[..., None]).where(live, torch.ones_like(values)), 0.0)
@@ -73,5 +73,6 @@ def solve(normal: Normal, weight: Tensor, ridges: Tensor, solver: str) -> Solved
     if solver == "lstsq":
         return lstsq(normal, weight, ridges)
     rest = normal.cross - normal.gram @ weight
-    solved = None if solver == "eigh" else cholesky(normal, rest, ridges)
+    # With few rows the matrix is singular, and its eigenvectors cost less than a factorisation.
+    solved = None if solver == "eigh" or normal.spectrum.is_thin else cholesky(normal, rest, ridges)
     return solved or eigh(normal, rest, ridges)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
+import numpy as np
 import torch
+from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 
 from liar.errors import CalibrationError
@@ -20,6 +23,32 @@ def check_finite(*values: Tensor, what: str = "activations") -> None:
     """Raise a `CalibrationError` that says of what if any value is NaN or infinite."""
     if not all(bool(torch.isfinite(value).all()) for value in values):
         raise CalibrationError(_NOT_FINITE.format(what))
+
+
+class Spectrum:
+    """Eigenvalues and eigenvectors of a Gram matrix, computed when they are first asked for.
+
+    Args:
+        gram: [channels, channels], positive semidefinite.
+        rows: how many it is the Gram matrix of; its rank is not larger.
+    """
+
+    def __init__(self, gram: Tensor, rows: int) -> None:
+        self._gram, self._rows = gram, rows
+        self.is_thin = 2 * rows < len(gram)
+
+    @cached_property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Ascending eigenvalues [n], eigenvectors in columns [channels, n]; without null directions where rows are few."""
+        if not self.is_thin:
+            values, vectors = torch.linalg.eigh(self._gram)
+            return values, vectors
+        # Pivots of a Cholesky factorisation come in descending order; after as many as there are rows the rest is rounding.
+        factor, pivots, rank, _ = dpstrf(self._gram.cpu().numpy(), lower=1)
+        root = torch.from_numpy(np.tril(factor)[:, : max(min(rank, self._rows), 1)])
+        root = torch.empty_like(root).index_copy_(0, torch.from_numpy(pivots).long() - 1, root).to(self._gram)
+        left, singular, _ = torch.linalg.svd(root, full_matrices=False)
+        return singular.square().flip(0), left.flip(1)
 
 
 @dataclass(frozen=True)
@@ -51,6 +80,11 @@ class Normal:
     rank_tolerance: float
     factor: tuple[Tensor, Tensor] | None = None
 
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Of `gram`; all normal equations that `project_targets` makes of these have it too, and all ridges use it."""
+        return Spectrum(self.gram, self.count)
+
     @property
     def scale(self) -> float:
         """Mean diagonal of the Gram matrix: the unit of a relative ridge."""
@@ -61,13 +95,15 @@ class Normal:
 
         The energy of the new target is not known from these sums and left out (0): errors are then all smaller by it.
         """
-        return replace(
+        projected = replace(
             self,
             cross=self.cross @ weight,
             mean_t=self.mean_t @ weight + bias if self.affine else self.mean_t @ weight,
             target_energy=0.0,
             factor=self.factor and (self.factor[0], self.factor[1] @ weight),
         )
+        vars(projected)["spectrum"] = self.spectrum
+        return projected
 
     def error(self, weight: Tensor, bias: Tensor) -> Tensor:
         """Sum of squares of `t - z weight - bias` over these rows: weight [*, channels, out], bias [*, out] -> [*].

@@ -1,0 +1,164 @@
+"""Calibration data: batches with what is known of their tokens, and the folds that are held out."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from liar.data.batches import Batch, main_input, read_batches
+from liar.data.copies import find_copies
+from liar.errors import CalibrationError
+from liar.models import base_and_prefix, check_model
+
+logger = logging.getLogger(__name__)
+
+FOLDS = 4
+# Longer sequences are split into pieces of this many tokens, so that a few long ones still fill every fold.
+PIECE = 256
+# Little data is split into at least so many pieces.
+PIECES = 16
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches on the model's device, with what is known of their tokens.
+
+    Every sequence has a global number: its place in the whole calibration data, over all processes. Folds and sampled labels
+    follow that number, so that they do not depend on how the data is batched or shared among processes.
+
+    Attributes:
+        batches: keyword arguments of the bare model's forward.
+        token_masks: per batch bool [sequences, length]: True for real tokens.
+        folds: per batch int64 [tokens]: the cross-validation fold (0 to `FOLDS` - 1) of each real token.
+        tokens: real tokens in all batches.
+        distinct_tokens: those that are not copies: a text that comes again, cut elsewhere or not, counts once.
+        sequences: sequences in all batches.
+        labels: per batch its `labels`, or None: only criteria that need gradients look at them.
+        first_sequence: global number of the first sequence.
+
+    Example:
+        >>> calibration = liar.Calibration.of(calib, model)
+        >>> calibration.tokens == sum(int(mask.sum()) for mask in calibration.token_masks)
+        True
+    """
+
+    batches: tuple[Batch, ...]
+    token_masks: tuple[Tensor, ...]
+    folds: tuple[Tensor, ...]
+    tokens: int
+    distinct_tokens: int
+    sequences: int
+    labels: tuple[Any, ...]
+    first_sequence: int = 0
+
+    @classmethod
+    def of(
+        cls, data: Iterable[Any] | Calibration, model: nn.Module, *, first_sequence: int = 0, total_tokens: int | None = None
+    ) -> Calibration:
+        """Check what the user gave, before any forward pass, and move it to the model's device.
+
+        Args:
+            data: a DataLoader, or any iterable of batches; a batch is a mapping with `input_ids` (or `inputs_embeds`) and
+                perhaps `attention_mask` and other arguments of the model, or a tensor of ids [sequences, length]. Its
+                `labels` are kept beside: the model does not get them. Rows of a tokenised `datasets.Dataset`, mappings with
+                one sequence each, are put together in batches. Choices of multiple-choice models [sequences, choices, length]
+                are sequences of their own. A `Calibration` is returned as it is.
+            model: the model that will be run.
+            first_sequence: global number of the first sequence, where `data` is one process's part of the whole.
+            total_tokens: real tokens in the data of all processes; those of `data` if left out.
+
+        Raises:
+            CalibrationError: nothing in it, all padding, or a batch the model does not take.
+            ModelError: the model is none.
+        """
+        check_model(model)
+        if isinstance(data, Calibration):
+            if first_sequence or total_tokens is not None:
+                raise CalibrationError("got a Calibration, whose numbers are fixed: pass its batches to number them anew")
+            return data
+        # A DataLoader draws a seed for its workers.
+        with torch.random.fork_rng(devices=[]):
+            pairs = read_batches(data, model)
+        batches = [batch for batch, _ in pairs]
+        if not batches:
+            raise CalibrationError(
+                "the calibration data is empty: expected at least one batch, got none (a used-up generator?)"
+            )
+        token_masks = [_token_mask(batch) for batch in batches]
+        tokens = sum(int(mask.sum()) for mask in token_masks)
+        if not tokens:
+            raise CalibrationError(
+                "no token of the calibration data is kept: attention_mask is 0 everywhere (1 marks real tokens)"
+            )
+        piece = max(min(PIECE, (total_tokens or tokens) // PIECES), 1)
+        folds, distinct = _folds(batches, token_masks, first_sequence, piece)
+        if "use_cache" in inspect.signature(base_and_prefix(model)[0].forward).parameters:
+            batches = [{**batch, "use_cache": False} for batch in batches]
+        return cls(
+            batches=tuple(batches),
+            token_masks=tuple(token_masks),
+            folds=folds,
+            tokens=tokens,
+            distinct_tokens=distinct,
+            sequences=sum(len(mask) for mask in token_masks),
+            labels=tuple(labels for _, labels in pairs),
+            first_sequence=first_sequence,
+        )
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Per batch the global number of its first sequence."""
+        lengths = (len(mask) for mask in self.token_masks[:-1])
+        return tuple(itertools.accumulate(lengths, initial=self.first_sequence))
+
+
+def _token_mask(batch: Batch) -> Tensor:
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        return torch.as_tensor(mask).bool()
+    main = main_input(batch)
+    return torch.ones(main.shape[:2], dtype=torch.bool, device=main.device)
+
+
+def _folds(
+    batches: Sequence[Batch], token_masks: Sequence[Tensor], first_sequence: int, length: int
+) -> tuple[tuple[Tensor, ...], int]:
+    """The fold of each real token, per batch, and how many tokens are not copies.
+
+    A fold holds whole pieces of `length` tokens. Its number follows from the sequence's global number, plus one for every
+    piece before it; copies are in the fold of the first of them, wherever they are.
+    """
+    numbers, keys = [], []
+    starts = itertools.accumulate((len(mask) for mask in token_masks), initial=first_sequence)
+    for batch, mask, start in zip(batches, token_masks, starts, strict=False):
+        sequence = torch.arange(start, start + len(mask), device=mask.device)[:, None].expand_as(mask)
+        numbers.append(torch.stack([sequence, (mask.cumsum(1) - 1) // length])[:, mask].cpu())
+        keys.append(_keys(batch)[mask].cpu())
+    sequence, piece_of = torch.cat(numbers, 1)
+    # Tokens of one piece are neighbours.
+    is_first = torch.ones_like(sequence, dtype=torch.bool)
+    is_first[1:] = (sequence.diff() != 0) | (piece_of.diff() != 0)
+    piece = is_first.cumsum(0) - 1
+    leader, new = find_copies(torch.cat(keys).numpy(), sequence.numpy(), piece.numpy())
+    fold = ((sequence + piece_of) % FOLDS)[is_first][torch.from_numpy(leader)][piece]
+    if (copies := int(np.count_nonzero(leader != np.arange(len(leader))))) and copies * 10 > len(leader):
+        logger.warning("%d of %d pieces of the calibration data are copies of others; each counts once", copies, len(leader))
+    parts = fold.split([mask.sum().item() for mask in token_masks])
+    return tuple(part.to(mask.device) for part, mask in zip(parts, token_masks, strict=True)), int(new.sum())
+
+
+def _keys(batch: Batch) -> Tensor:
+    """A number for every token, the same for the same token: int64 [sequences, length]."""
+    main = main_input(batch)
+    if main.ndim == 2:
+        return main
+    return (main.double() * torch.arange(1, main.shape[2] + 1, device=main.device)).sum(2).view(torch.int64)
