@@ -544,7 +544,7 @@ def test_less_of_a_loss_wins(pages, tmp_path):
 
 
 # Tables of benchmarks that have results of their own, which are always there.
-ELSEWHERE = ("speed", "latency", "elimination", "elimination time")
+ELSEWHERE = ("speed", "latency", "elimination", "elimination time", "few tokens")
 
 
 def test_pages_without_a_run_have_headings_only(pages):

@@ -275,3 +275,14 @@ def test_a_changed_number_is_seen(monkeypatch, tmp_path):
     page.write_text(changed, encoding="utf-8")
     monkeypatch.setattr(publish, "pages", lambda: [page])
     assert publish.stale() == [page]
+
+
+def test_the_security_page_names_tests_that_exist():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "security.md").read_text(encoding="utf-8")))
+    written = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text("utf-8"), re.M)
+    }
+    assert len(named) > 15
+    assert named <= written, named - written

@@ -178,10 +178,10 @@ RECONSTRUCT = {
         r"\[sequences, length\], got \[5\]",
     ),
     "lists of ids": Case(
-        lambda m: reconstruct(m, batches=[{"input_ids": [[1, 2]]}]), CalibrationError, "expected input_ids, a tensor"
+        lambda m: reconstruct(m, batches=[{"input_ids": [[1, 2], [3]]}]), CalibrationError, "expected input_ids, a tensor"
     ),
     "mask as lists": Case(
-        lambda m: reconstruct(m, batches=batch_with(m, attention_mask=[[1] * 12] * 8)), CalibrationError, "attention_mask"
+        lambda m: reconstruct(m, batches=batch_with(m, attention_mask=[[1] * 12] * 7)), CalibrationError, "attention_mask"
     ),
     "ids too high": Case(
         lambda m: reconstruct(m, batches=[torch.full((2, 5), 96)]),
@@ -243,7 +243,7 @@ RECONSTRUCT = {
         lambda m: poisoned(m, row=slice(None)),
     ),
     "a list of ids": Case(
-        lambda m: reconstruct(m, batches=[{"input_ids": [[1, 2, 3]]}]),
+        lambda m: reconstruct(m, batches=[{"input_ids": [[1, 2, 3], [4]]}]),
         CalibrationError,
         "expected input_ids, a tensor .*got a list; call the tokenizer with return_tensors='pt'",
     ),

@@ -19,6 +19,7 @@ from liar.testing import tiny_batches, tiny_model
 # Each package (or single file) imports only from those before it.
 ORDER = (
     "errors",
+    "files",
     "verdicts",
     "options",
     "models",
@@ -40,6 +41,7 @@ ORDER = (
 # Tensors only: packages of mathematics know neither models nor data, so nothing but what is listed here.
 PURE = {
     "errors": set(),
+    "files": {"errors"},
     "verdicts": set(),
     "options": {"errors"},
     "statistics": {"errors"},
