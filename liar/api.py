@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from liar.data import Calibration
-from liar.errors import CalibrationError, OptionError
+from liar.errors import CalibrationError, OptionError, at_site
 from liar.mask import Mask
 from liar.models import check_model, discover_with_weights
 from liar.options import ReconstructOptions, SelectOptions
@@ -33,6 +33,7 @@ from liar.selection import (
     params,
     scores,
 )
+from liar.statistics import check_finite
 from liar.surgery import stock_counts
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,9 @@ def _select(
     for number, site in enumerate(layout.sites):
         weights = SiteWeights.of(model.get_submodule(site.block), site, statistics[site.name], seed=options.seed + number)
         by_site[site.name] = scores(options.criterion, weights)
+        # A comparison with NaN is neither true nor false: it would decide at random which units go.
+        with at_site(site.name, site.module):
+            check_finite(by_site[site.name], what=f"scores of criterion={options.criterion!r}")
     mask = allocate(by_site, layout, budget, options.widths, comparable=criterion.comparable)
     achieved = costs.of({name: mask.kept(name) for name in mask.masks}) / costs.dense
     level = logging.WARNING if achieved < options.keep - TOLERANCE else logging.INFO

@@ -9,7 +9,7 @@ from torch import nn
 
 import liar
 import liar.repair.apply
-from liar.errors import ModelError
+from liar.errors import CalibrationError, ModelError
 from liar.surgery import adopt, cut_site
 from liar.testing import tiny_batches, tiny_model
 
@@ -206,3 +206,15 @@ def test_a_stream_beyond_all_bounds_changes_no_weight():
 def test_a_model_of_no_rows_is_no_module():
     with pytest.raises(ModelError, match="a Linear without config"):
         liar.prune(nn.Linear(2, 2), [torch.ones(1, 2)], keep=0.5)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_choose_nothing(criterion, value):
+    model = tiny_model("bert")
+    model.encoder.layer[1].output.dense.weight.data[0, 3] = value
+    with pytest.raises(
+        CalibrationError,
+        match=rf"neurons\.1 \(encoder\.layer\.1\.output\.dense\): NaN or Inf in the scores of criterion='{criterion}'",
+    ):
+        liar.select(model, tiny_batches(model), keep=0.5, criterion=criterion, progress=False)

@@ -26,8 +26,10 @@ def builder_of(source: str) -> str | None:
         >>> builder_of("wikitext") is None
         True
     """
-    builder, is_file = BUILDERS.get(Path(source.removesuffix(".gz")).suffix), user_path(source).is_file()
-    if builder and not is_file:
+    path = user_path(source)
+    builder, is_file = BUILDERS.get(Path(source.removesuffix(".gz")).suffix), path.is_file()
+    is_path = builder or path.is_absolute() or source.startswith((".", "~"))
+    if (is_path and not path.exists()) or (builder and not is_file):
         raise CalibrationError(f"calib={source!r}: expected a file with texts, there is none; check the path")
     if not builder and is_file:
         raise CalibrationError(

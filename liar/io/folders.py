@@ -106,11 +106,9 @@ def check_target(folder: str | Path, *, overwrite: bool) -> None:
     path = user_path(folder).resolve()
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{folder}: expected a folder, or nothing yet, got a file; choose another name")
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not there.is_dir() or not os.access(
-        path if _is_fixed(path) else there if there != path else path.parent, os.W_OK | os.X_OK
-    ):
-        raise CheckpointError(f"{folder}: expected a place that can be written to, {there} cannot; choose another folder")
+    written = path if _is_fixed(path) else next(parent for parent in path.parents if parent.exists())
+    if not written.is_dir() or not os.access(written, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{folder}: expected a place that can be written to, {written} cannot; choose another folder")
     if not path.exists() or not _content(path):
         return
     if not overwrite:
@@ -145,16 +143,13 @@ def _check_replaceable(path: Path) -> None:
 
 def foreign_names(path: Path) -> list[str]:
     """What a folder holds that neither `save` nor `save_pretrained` has written."""
-    own = {*WRITTEN, *_names(_read(path / "liar.json").get("files"))}
-    return sorted(
-        child.name for child in _content(path) if not (child.is_file() and any(fnmatch(child.name, name) for name in own))
-    )
+    listed = _read(path / "liar.json").get("files")
+    own = set(map(str, listed)) if isinstance(listed, list) else set()
 
+    def is_own(child: Path) -> bool:
+        return child.is_file() and (child.name in own or any(fnmatch(child.name, pattern) for pattern in WRITTEN))
 
-def _names(value: Any) -> list[str]:
-    """Of the list of files in a liar.json; as names, not as patterns."""
-    names = [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
-    return [re.sub(r"([*?[])", r"[\1]", name) for name in names]
+    return sorted(child.name for child in _content(path) if not is_own(child))
 
 
 def _is_model(path: Path) -> bool:
