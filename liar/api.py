@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from liar.data import Calibration
 from liar.errors import CalibrationError, OptionError, at_site
 from liar.mask import Mask
-from liar.models import check_model, discover_with_weights
+from liar.models import Layout, check_model, discover_with_weights
 from liar.options import ReconstructOptions, SelectOptions
 from liar.repair import RepairContext, apply_steps, closed_form_steps
 from liar.report import Report
@@ -107,6 +107,10 @@ def select_with(
     if isinstance(options.budget, Mapping):
         raise OptionError("budget: expected liar.Costs, got a mapping; liar.Costs.from_json reads what they were saved as")
     check_model(model)
+    # Read before the model is locked: an iterable may need another thread, or this one, to use the model.
+    if CRITERIA[options.criterion].needs and calib is not None and not isinstance(calib, CriterionStatistics):
+        _layout(model)
+        calib = Calibration.of(calib, model)
     with exclusive(model):
         return _select(model, calib, options, progress=progress)
 
@@ -197,22 +201,20 @@ def reconstruct_with(
 ) -> Report:
     """`reconstruct` with its options in one object."""
     options = options.checked()
-    check_model(model)
+    mask, calibration = Mask.of(mask, _layout(model)), Calibration.of(calib, model)
     with exclusive(model):
-        return _reconstruct(model, mask, calib, options, progress=progress)
+        return _reconstruct(model, mask, calibration, options, progress=progress)
 
 
 def _reconstruct(
     model: nn.Module,
-    mask: Mask | Mapping[str, Any],
-    calib: Iterable[Any] | Calibration,
+    mask: Mask,
+    calibration: Calibration,
     options: ReconstructOptions,
     *,
     progress: bool,
 ) -> Report:
     layout = discover_with_weights(model)
-    mask = Mask.of(mask, layout)
-    calibration = Calibration.of(calib, model)
     before = _parameters(model)
     clock: defaultdict[str, float] = defaultdict(float)
     with tqdm(total=len(layout.sites), desc="reconstruct", unit="site", disable=not progress) as bar:
@@ -230,6 +232,13 @@ def _reconstruct(
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         seconds=dict(clock),
     )
+
+
+def _layout(model: nn.Module) -> Layout:
+    """The sites of a model, which no other thread works with meanwhile."""
+    check_model(model)
+    with exclusive(model):
+        return discover_with_weights(model)
 
 
 def _parameters(model: nn.Module) -> int:
@@ -265,9 +274,8 @@ def prune(
     how = ReconstructOptions(target, ridge, refit, solver, bias)
     selection.check()
     how.check()
-    check_model(model)
+    _layout(model)
+    calibration = Calibration.of(calib, model)
     with exclusive(model):
-        discover_with_weights(model)
-        calibration = Calibration.of(calib, model)
         mask = select_with(model, calibration, selection, progress=progress)
         return reconstruct_with(model, mask, calibration, how, progress=progress)

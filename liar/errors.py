@@ -67,6 +67,8 @@ def wrap_parse_errors(kind: type[LiarError], expected: str, path: str | Path | N
         yield
     except kind as error:
         raise kind(f"{where}{error}") from error
+    except KeyError as error:
+        raise kind(f"{where}expected {expected}, got one without {error}: is it another file?") from error
     except OSError as error:
         raise kind(f"{where}expected {expected}, got {error.strerror or error}; check the path") from error
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:

@@ -48,6 +48,8 @@ def replacing_file(where: str | Path) -> Iterator[Path]:
         ...     fresh.write_text("one line")
     """
     path = user_path(where).resolve()
+    if not path.parent.is_dir():
+        raise CheckpointError(f"cannot write {where}: there is no folder {path.parent}; make it, or choose another file")
     if path.exists() and not path.is_file() and not path.is_dir():
         yield path  # a pipe, a terminal: nothing is there to be lost
         return

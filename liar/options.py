@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -126,7 +127,8 @@ def _check_budget(name: str, value: Any) -> None:
 def check_list(name: str, value: Any, of: str = "names") -> None:
     """Raise an `OptionError` if a text was given in place of a list of texts: its letters would be taken one by one."""
     try:
-        is_list = not isinstance(value, (str, bytes)) and all(True for _ in value)
+        # An iterator would be used up by the time it is needed.
+        is_list = not isinstance(value, (str, bytes)) and iter(value) is not value
     except TypeError:
         is_list = False
     if not is_list:
@@ -199,6 +201,7 @@ class OptionGroup:
         self.check()
         own = {each.name: getattr(self, each.name) for each, _ in options_in(type(self))}
         plain = {name: value.item() for name, value in own.items() if isinstance(value, np.generic)}
+        plain |= {name: float(value) for name, value in own.items() if isinstance(value, Fraction)}
         return replace(self, **plain)  # type: ignore[type-var]
 
 
@@ -227,7 +230,7 @@ class SelectOptions(OptionGroup):
     widths: str = _option("How widths may differ between layers.", default="free", choices=WIDTHS)
     round_to: int = _option("Kept channels of a layer are a multiple of this number, or all.", default=1, check=check_count)
     protect: Sequence[str | int] = _option(
-        "Sites (heads.0) and numbers of layers that stay whole.", default=(), check=_check_names
+        "Sites (heads.0) and numbers of layers of which nothing is cut.", default=(), check=_check_names
     )
     seed: int = _option("For the random criterion.", default=0, check=check_integer)
 

@@ -31,8 +31,8 @@ _TEXTS = {
     Verdict.OK: "plain least squares",
     Verdict.RIDGED: "least squares with a ridge toward the kept weights",
     Verdict.RANK_DEFICIENT: "the kept channels are linearly dependent on this data: minimum-norm change of the kept weights",
-    Verdict.TOO_FEW_TOKENS: "too few tokens for so many kept channels: where the ridge is infinite the kept weights stay, else "
-    "the result depends mostly on the ridge; use more text",
+    Verdict.TOO_FEW_TOKENS: "too little text (at least 64 tokens, in post-norm models two for every kept channel): the kept "
+    "weights stay, or, where there is a ridge, the result depends mostly on it; use more text",
     Verdict.KEPT_BASELINE: "no update was better on held-out tokens: the kept weights stay, at most the bias moves",
     Verdict.NOTHING_HELD_OUT: "too little text to hold some of it out (copies count once), so no update could be tested: the "
     "kept weights stay; use more text",

@@ -364,3 +364,45 @@ def test_several_labels_at_once():
         liar.select(model, [{**batches[0], "labels": labels + 1}], keep=0.5, criterion="taylor", progress=False)
     with pytest.raises(CalibrationError, match="expected 0 or 1 for every label"):
         liar.select(model, [{**batches[0], "labels": labels[:, 0]}], keep=0.5, criterion="taylor", progress=False)
+
+
+def test_padded_rows_are_as_good_as_padded_batches():
+    rows = [[5, 6, 7, 0, 0, 0], [8, 9, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6]]
+    by_row, by_batch = Calibration.of([{"input_ids": row} for row in rows], BERT), Calibration.of([torch.tensor(rows)], BERT)
+    assert ids_and_mask(by_row) == ids_and_mask(by_batch) == [[5, 6, 7], [8, 9], [1, 2, 3, 4, 5, 6]]
+
+
+def test_a_row_without_a_mask_takes_none_from_the_others():
+    rows = [{"input_ids": [5, 6, 7, 8], "attention_mask": [1, 1, 0, 0]}, {"input_ids": [9, 9]}]
+    assert ids_and_mask(Calibration.of(rows, BERT)) == [[5, 6], [9, 9]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"input_ids": np.array([1.7, 2.5])}], "expected integer ids, got torch.float64"),
+        ([{"input_ids": torch.tensor([True, False])}], "expected integer ids, got torch.bool"),
+        ([{"input_ids": [1, 2], "attention_mask": [1, 0.5]}], "1 for real tokens"),
+        ([{"input_ids": [1, 2], "labels": "good"}], "expected labels as numbers"),
+        ([{"input_ids": [1, 2], "labels": 1}, {"input_ids": [1, 2]}], "expected labels as numbers in every row or in none"),
+        ([{"input_ids": [torch.tensor([1, 2]), torch.tensor([3, 4])]}], "got a list of tensors; torch's default collation"),
+    ],
+)
+def test_rows_that_are_none(rows, message):
+    with pytest.raises(CalibrationError, match=message):
+        Calibration.of(rows, BERT)
+
+
+def test_a_dataset_in_a_loader_is_not_read_transposed():
+    """torch's default collation makes a list by position of what was a list by sequence."""
+    rows = datasets.Dataset.from_list([{"input_ids": list(range(1, 7))} for _ in range(8)])
+    with pytest.raises(CalibrationError, match=r"with_format\(\"torch\"\)"):
+        Calibration.of(DataLoader(rows, batch_size=4), BERT)
+    assert Calibration.of(DataLoader(rows.with_format("torch"), batch_size=4), BERT).sequences == 8
+
+
+def test_several_labels_in_rows():
+    model = tiny_model("bert", head="sequence-classification", problem_type="multi_label_classification", num_labels=3)
+    rows = [{"input_ids": [1, 2, 3], "labels": [0.0, 1.0, 1.0]}, {"input_ids": [4, 5, 6], "labels": [1.0, 0.0, 0.0]}]
+    assert Calibration.of(rows, model).labels[0].tolist() == [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
+    assert liar.select(model, rows, keep=0.5, criterion="taylor", progress=False)

@@ -83,7 +83,7 @@ def test_long_texts_are_cut(tokenizer):
 
 def test_long_texts_of_an_encoder_give_pieces_of_all_magnitudes(tokenizer):
     """As many from 8 to 16 tokens as from 16 to 32 or 32 to 64, and the same ones every time."""
-    texts = ["w1 " * 70] * 900
+    texts = [f"w{number % 80} w{number // 80} " + "w1 " * 68 for number in range(900)]
     rows = real_ids(liar.calibration(texts, tokenizer, max_length=64, tokens=20_000))
     lengths = torch.tensor(sorted(map(len, rows)), dtype=torch.float64)
     assert lengths.unique().tolist()[-57:] == list(range(SHORTEST, 65))
@@ -138,10 +138,18 @@ def test_short_texts_pairs_and_packed_sequences_are_not_taken_in_pieces(tokenize
 
 @pytest.mark.parametrize("short", [True, False])
 def test_a_text_of_128_tokens_is_long(tokenizer, short):
-    texts = ["w1 " * (DOCUMENT - 2 - short)] * 8
+    texts = [f"w{number} " * (DOCUMENT - 2 - short) for number in range(8)]
     rows = real_ids(liar.calibration(texts, tokenizer, max_length=512))
     assert {len(tokenizer(text)["input_ids"]) for text in texts} == {DOCUMENT - short}
     assert (len(rows) == 8) is short
+
+
+def test_a_text_that_comes_again_is_cut_as_the_first_time(tokenizer):
+    """So that it is known again: other lengths would hide that it is a copy."""
+    text, other = (" ".join(f"w{(step * number) % 80}" for number in range(300)) for step in (1, 7))
+    once = real_ids(liar.calibration([text, other], tokenizer, max_length=64))
+    thrice = real_ids(liar.calibration([text, other, text, text], tokenizer, max_length=64))
+    assert {tuple(row) for row in thrice} == {tuple(row) for row in once}
 
 
 def test_a_causal_models_texts_stay_whole(plain_tokenizer):

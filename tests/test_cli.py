@@ -568,3 +568,16 @@ def test_console_script(home, tmp_path):
 
 def test_version():
     assert call("--version").stdout.startswith(f"liar {liar.io.versions()['liar']} torch {torch.__version__}")
+
+
+def test_the_home_folder_stands_for_the_home_folder(home, tmp_path, monkeypatch):
+    """Also where the shell has not replaced it; and the model itself is no place to write to, by whatever name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    source = ["--keep", 0.5, "--criterion", "magnitude", "--calib", home / "texts.txt"]
+    call("prune", home / "bert", "~/slim", *source)
+    assert (tmp_path / "slim" / "liar.json").exists()
+    assert not (tmp_path / "~").exists()
+    call("report", "~/slim")
+    assert "OUT is the folder of MODEL" in refused("prune", "~/slim", tmp_path / "slim", *source, "--force")
+    assert "OUT is the folder of MODEL" in refused("prune", tmp_path / "slim", "~/slim", *source, "--force")

@@ -1,6 +1,7 @@
 """What the caller has set around a call changes nothing, and an interrupted call leaves all or nothing."""
 
 import copy
+import os
 import threading
 
 import pytest
@@ -218,3 +219,97 @@ def test_scores_that_are_no_numbers_choose_nothing(criterion, value):
         match=rf"neurons\.1 \(encoder\.layer\.1\.output\.dense\): NaN or Inf in the scores of criterion='{criterion}'",
     ):
         liar.select(model, tiny_batches(model), keep=0.5, criterion=criterion, progress=False)
+
+
+@pytest.mark.parametrize("size", [1e12, 1e15, 1e18, 1e19, 1e30])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_a_stream_in_which_the_layers_are_rounding(kind, size):
+    """What a layer adds is lost in float32 then, so no error says anything: the weights stay, or the call is refused."""
+    model = tiny_model(kind)
+    embeddings = model.get_input_embeddings()
+    embeddings.weight.data *= size
+    batches, cut = tiny_batches(model, batches=3), copy.deepcopy(model)
+    mask = liar.select(model, keep=0.5, criterion="magnitude")
+    liar.remove(cut, mask)
+    try:
+        report = liar.reconstruct(model, mask, batches, refit=False, progress=False)
+    except CalibrationError:
+        return
+    for site in report.sites:
+        assert site.ridge == float("inf") or site.after < site.before, "nothing changes without evidence"
+    if kind != "bert":  # which normalises its embeddings
+        assert set(report.verdicts.values()) == {liar.Verdict.NOTHING_HELD_OUT}
+        assert all(torch.equal(*pair) for pair in zip(model.parameters(), cut.parameters(), strict=True))
+
+
+def test_an_iterable_may_use_the_model_in_another_thread():
+    """It is read before the model is locked."""
+    model = tiny_model("bert")
+    batches = tiny_batches(model)
+
+    def slow():
+        done = threading.Event()
+        worker = threading.Thread(target=lambda: (liar.select(model, keep=0.5, criterion="magnitude"), done.set()))
+        worker.start()
+        assert done.wait(20), "the model is locked while its batches are read"
+        worker.join()
+        yield from batches
+
+    calls = [
+        lambda: liar.select(model, slow(), keep=0.5, progress=False),
+        lambda: liar.collect(model, slow(), progress=False),
+        lambda: liar.reconstruct(copy.deepcopy(model), {}, slow(), progress=False),
+        lambda: liar.prune(model, slow(), keep=0.5, progress=False),
+    ]
+    for call in calls:
+        call()
+
+
+def test_settings_of_the_process_are_back_when_threads_are_done():
+    """Two models at once: the last one to end puts back what the first one found."""
+    models, ready = [tiny_model("bert"), tiny_model("bert")], threading.Barrier(2)
+    before = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    torch.set_float32_matmul_precision("high")
+    torch.set_default_dtype(torch.float64)
+    inside = []
+
+    def work(model):
+        with liar.runtime.exclusive(model):
+            ready.wait(20)
+            inside.append((torch.get_float32_matmul_precision(), torch.get_default_dtype()))
+
+    try:
+        threads = [threading.Thread(target=work, args=(model,)) for model in models]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert inside == [("highest", torch.float32)] * 2
+        assert (torch.get_float32_matmul_precision(), torch.get_default_dtype()) == ("high", torch.float64)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.set_default_dtype(before[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are POSIX")
+def test_a_forked_child_is_not_locked_out():
+    model = tiny_model("bert")
+    with liar.runtime.exclusive(model):
+        child = os.fork()
+        if child == 0:
+            thread = threading.Thread(target=lambda: liar.select(model, keep=0.5, criterion="magnitude"), daemon=True)
+            thread.start()
+            thread.join(20)
+            os._exit(int(thread.is_alive()))
+        assert os.waitpid(child, 0)[1] == 0
+
+
+def test_the_newer_way_to_set_precision():
+    """Where the user takes it, torch refuses the older one."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "tf32"
+    try:
+        model = tiny_model("bert")
+        liar.prune(model, tiny_batches(model), keep=0.5, progress=False)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import liar
 from liar.data import Calibration
-from liar.data.copies import RUN, find_copies
+from liar.data.copies import NEARLY, RUN, find_copies
 from liar.testing import tiny_batches, tiny_model
 from liar.verdicts import Verdict
 
@@ -32,6 +32,14 @@ def folds_of(rows):
 
 def naive(rows):
     """`find_copies` for whole rows, pair by pair: groups by the share of runs in common."""
+    group = grouped(rows, lambda common, own, other, is_copy: is_copy or 2 * common > min(own, other))
+    largest = max(sum(len(row) for row, leader in zip(rows, group, strict=True) if leader == each) for each in group)
+    if 2 * largest > sum(map(len, rows)):
+        group = grouped(rows, lambda common, own, other, _: common >= max(1, NEARLY * min(own, other)))
+    return group
+
+
+def grouped(rows, belong_together):
     runs = [{tuple(row[i : i + RUN]) for i in range(max(len(row) - RUN + 1, 1))} for row in rows]
     first, group = {}, list(range(len(rows)))
     for number, own in enumerate(runs):
@@ -40,8 +48,8 @@ def naive(rows):
     for number, own in enumerate(runs):
         common = [sum(first[run] == other for run in own) for other in range(number)]
         for other in range(number):
-            is_copy = 2 * sum(common) > len(own) and common[other] == max(common)
-            if is_copy or 2 * common[other] > min(len(own), len(runs[other])):
+            is_copy = 2 * sum(common) > len(own) and common[other] == max(common) > 0
+            if belong_together(common[other], len(own), len(runs[other]), is_copy):
                 low, high = sorted((group[number], group[other]))
                 group = [low if each == high else each for each in group]
     return group
@@ -75,16 +83,50 @@ def test_identical_sequences_are_in_one_fold_and_count_once():
 @pytest.mark.parametrize("shift", [1, 3, 9])
 def test_the_same_text_cut_elsewhere_is_a_copy(shift):
     text = ids_of(60, 0)
-    folds, distinct = folds_of([text[:40], ids_of(40, 1), text[shift : shift + 40]])
-    assert folds[0] == folds[2] != folds[1]
-    assert 80 <= distinct <= 80 + 2 * shift
+    others = [ids_of(40, seed) for seed in range(1, 4)]
+    folds, distinct = folds_of([text[:40], *others, text[shift : shift + 40]])
+    assert folds[0] == folds[4]
+    assert [fold for each in folds[:4] for fold in each] == [0, 1, 2, 3]
+    assert 160 <= distinct <= 160 + 2 * shift
 
 
 def test_copies_by_way_of_others_belong_together():
     """Windows over one text: the first and the last have nothing in common, but each is nearly its neighbour."""
     text = ids_of(100, 0)
-    folds, _ = folds_of([text[start : start + 40] for start in range(0, 60, 10)])
-    assert all(fold == folds[0] for fold in folds)
+    others = [ids_of(40, seed) for seed in range(1, 13)]
+    folds, _ = folds_of([*[text[start : start + 40] for start in range(0, 60, 10)], *others])
+    assert all(fold == folds[0] for fold in folds[:6])
+    assert len({fold for each in folds[6:] for fold in each}) == 4
+
+
+@pytest.mark.parametrize("data", ["a prompt before every text", "windows over one text", "four letters"])
+def test_what_all_texts_have_in_common_does_not_switch_the_hold_out_off(data):
+    """More of them is the same than is not, and still each has something of its own."""
+    prompt, text = ids_of(60, 0), ids_of(4000, 0)
+    letters = torch.randint(1, 5, (40_000,), generator=torch.Generator().manual_seed(0))
+    rows = {
+        "a prompt before every text": [torch.cat([prompt, ids_of(30, seed)]) for seed in range(1, 101)],
+        "windows over one text": [text[start : start + 128] for start in range(0, 3800, 48)],
+        "four letters": list(letters.split(128)),
+    }[data]
+    folds, distinct = folds_of(rows)
+    assert {fold for each in folds for fold in each} == {0, 1, 2, 3}
+    sizes = torch.bincount(torch.tensor([fold for each in folds for fold in each]))
+    assert sizes.min() > len(rows) / 8
+    assert distinct > 0.2 * sum(map(len, rows))
+
+
+def test_rulers_make_no_copies():
+    """As under headings in plain text: many tokens of one kind in texts that are different."""
+    ruler = torch.full((40,), 7)
+    rows = [torch.cat([ids_of(20, seed), ruler, ids_of(6, 100 + seed)]) for seed in range(12)]
+    folds, distinct = folds_of(rows)
+    assert [fold for each in folds for fold in each] == [0, 1, 2, 3] * 3
+    assert distinct > 0.98 * 12 * 66
+    # Negative control: of such texts themselves, copies are found.
+    folds, distinct = folds_of([*rows, rows[0]])
+    assert folds[12] == folds[0]
+    assert distinct <= 12 * 66
 
 
 def test_a_packed_text_that_repeats_is_one_copy_after_another():
@@ -131,7 +173,7 @@ def test_copies_of_one_text_change_no_weight(kind, copies):
 def test_copies_are_said(caplog):
     rows = [ids_of(20, 0)] * 5 + [ids_of(20, seed) for seed in range(1, 6)]
     folds_of(rows)
-    assert "4 of 10 pieces of the calibration data are copies of others" in caplog.text
+    assert "4 of 10 calibration sequences (long ones in pieces) repeat others" in caplog.text
     caplog.clear()
     folds_of([ids_of(20, seed) for seed in range(10)])
     assert not caplog.text
@@ -149,3 +191,13 @@ def test_without_copies_nothing_is_said_and_all_count():
     model = tiny_model("bert")
     calibration = Calibration.of(tiny_batches(model, batches=3), model)
     assert calibration.distinct_tokens == calibration.tokens
+
+
+def test_copies_do_not_make_enough_of_too_few_tokens():
+    """Three texts of twenty tokens fill three folds, however often each comes."""
+    model = tiny_model("llama")
+    ids = torch.cat([ids_of(20, seed)[None].repeat(50, 1) for seed in range(3)])
+    mask = liar.select(model, keep=0.5, criterion="magnitude")
+    report = liar.reconstruct(model, mask, [ids], progress=False)
+    assert report.tokens == 3000
+    assert set(report.verdicts.values()) == {Verdict.TOO_FEW_TOKENS}

@@ -1,5 +1,6 @@
 """Damaged, foreign and hostile folders: an error that says what is wrong, and nothing of the folder ever runs."""
 
+import copy
 import io
 import json
 import logging
@@ -88,10 +89,46 @@ def test_another_number_of_blocks(kind, number, tmp_path):
 
 
 def test_fewer_blocks_on_purpose(tmp_path):
-    """A field of the configuration that the user names is their choice, as in `from_pretrained`."""
+    """A number of blocks that the user names is their choice, as in `from_pretrained`; another field says nothing about it."""
     liar.save(tiny_model("bert"), tmp_path)
     (tmp_path / "liar.json").unlink()
     assert len(liar.load(tmp_path, num_hidden_layers=1).encoder.layer) == 1
+    change_config(tmp_path, num_hidden_layers=1)
+    with pytest.raises(CheckpointError, match=r"config.json says 1 blocks, the weights have 2"):
+        liar.load(tmp_path, hidden_dropout_prob=0.1)
+
+
+def test_a_quantisation_of_nothing_is_none(tmp_path):
+    liar.save(tiny_model("bert"), tmp_path)
+    change_config(tmp_path, quantization_config=None)
+    liar.load(tmp_path)
+    change_tensors(tmp_path, lambda tensors: tensors.pop("encoder.layer.1.output.dense.bias"))
+    with pytest.raises(CheckpointError, match=r"output.dense.bias missing"):
+        liar.load(tmp_path)
+
+
+def test_buffers_of_earlier_versions_are_left_over(tmp_path):
+    """As GPT-2 folders of other programs have them."""
+    model = tiny_model("gpt2")
+    model.save_pretrained(tmp_path)
+    old = {f"h.{n}.attn.{name}": torch.ones(1, 1, 4, 4) for n in range(2) for name in ("bias", "masked_bias")}
+    change_tensors(tmp_path, lambda tensors: tensors.update(old))
+    again = liar.load(tmp_path)
+    assert all(torch.equal(*pair) for pair in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_a_new_head_for_a_body_without_a_pooler(tmp_path):
+    BertForMaskedLM(tiny_model("bert").config).save_pretrained(tmp_path)
+    model = liar.load(tmp_path, architectures=["BertForSequenceClassification"], num_labels=3)
+    assert model.classifier.out_features == 3
+    with pytest.raises(CheckpointError, match="transformers has no class of this name"):
+        liar.load(tmp_path, architectures=["BertForSequenceClasification"], num_labels=3)
+
+
+def test_names_of_arguments_that_are_none(tmp_path):
+    liar.save(tiny_model("bert"), tmp_path)
+    with pytest.raises(CheckpointError, match=r"unexpected keyword argument 'num_lables'.*Check the names of the arguments"):
+        liar.load(tmp_path, num_lables=3)
 
 
 def test_the_record_and_the_weights_disagree(tmp_path):
@@ -202,11 +239,17 @@ def test_code_of_a_known_family_does_not_run_either(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("entry", ["attn_implementation", "_attn_implementation", "experts_implementation"])
-def test_kernels_that_a_configuration_names_are_not_fetched(entry, tmp_path):
+@pytest.mark.parametrize(
+    "value", ["someone/kernel", "flash_attention_2", {"": "someone/kernel"}, {"a": {"b": "someone/kernel"}}]
+)
+def test_kernels_that_a_configuration_names_are_not_fetched(entry, value, tmp_path):
+    """A name without a slash may stand for one, too."""
     liar.save(tiny_model("bert"), tmp_path)
-    change_config(tmp_path, **{entry: "someone/kernel"})
-    with pytest.raises(CheckpointError, match=f"config.json wants {entry}='someone/kernel', code from the hub"):
+    change_config(tmp_path, **{entry: value})
+    with pytest.raises(CheckpointError, match=f"config.json wants {entry}=.*which may be code from the hub"):
         liar.load(tmp_path)
+    change_config(tmp_path, **{entry: "eager"})
+    liar.load(tmp_path)
 
 
 def test_adapters_are_no_models(tmp_path):
@@ -312,6 +355,19 @@ def test_what_could_not_be_loaded_is_not_saved(change, message, tmp_path):
     assert sorted((path.name, path.read_bytes()) for path in (tmp_path / "m").iterdir()) == before
 
 
+def test_a_parameter_that_is_not_written_is_not_lost(tmp_path):
+    """A bias that two modules share, which only tied embeddings would tie again."""
+    model = BertForMaskedLM(tiny_model("bert", tie_word_embeddings=False).config)
+    model.resize_token_embeddings(100)
+    with pytest.raises(CheckpointError, match=r"decoder\.bias is not written by save_pretrained"):
+        liar.save(model, tmp_path / "m")
+    decoder = model.cls.predictions.decoder
+    decoder.bias = torch.nn.Parameter(decoder.bias.detach().clone())
+    liar.save(model, tmp_path / "m")
+    again = liar.load(tmp_path / "m").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+
+
 def test_saving_says_what_save_pretrained_says(tmp_path):
     model = tiny_model("llama", head="causal-lm")
     liar.save(model, tmp_path / "m")
@@ -387,9 +443,10 @@ def test_what_need_not_build_the_model_reads_every_folder(tmp_path, tokenizer):
 def test_other_files_and_folders_stay(tmp_path):
     model = tiny_model("bert")
     names = ["README.md", "thesis.tex", ".git", "checkpoint-5", "model.py", "training_args.bin", "1_Pooling", "notes.json"]
+    names += ["model_best_epoch7.safetensors", "pytorch_model_mine.bin", "report.json", "mask.json", "model.safetensors.old"]
     for name in names:
         where = tmp_path / name
-        liar.save(model, where / "m")
+        model.save_pretrained(where / "m")
         (where / "m" / name).write_text("mine")
         with pytest.raises(CheckpointError, match=f"also holds {name}"):
             liar.save(model, where / "m")
@@ -402,6 +459,46 @@ def test_a_config_of_something_else_is_no_model(config, tmp_path):
     with pytest.raises(CheckpointError, match="expected a model folder"):
         liar.save(tiny_model("bert"), tmp_path)
     assert (tmp_path / "config.json").read_text() == config
+
+
+def test_what_save_pretrained_has_written_is_replaced(tmp_path, tokenizer):
+    """Shards, variants, and further chat templates in a folder of their own."""
+    model = tiny_model("bert")
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    chatty.save_pretrained(tmp_path / "m")
+    model.save_pretrained(tmp_path / "m", variant="fp16", max_shard_size="20KB")
+    assert (tmp_path / "m" / "additional_chat_templates").is_dir()
+    for _ in range(2):
+        liar.save(model, tmp_path / "m", tokenizer=chatty)
+    (tmp_path / "m" / "additional_chat_templates" / "mine.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="also holds additional_chat_templates"):
+        liar.save(model, tmp_path / "m")
+
+
+def test_what_comes_into_the_folder_meanwhile_stays(tmp_path):
+    """Between the first look and the swap lies all the work."""
+    model = tiny_model("bert")
+    liar.save(model, tmp_path / "m")
+
+    class Slow:
+        def save_pretrained(self, folder):
+            (tmp_path / "m" / "thesis.tex").write_text("mine")
+
+    with pytest.raises(CheckpointError, match=r"also holds thesis.tex"):
+        liar.save(model, tmp_path / "m", tokenizer=Slow())
+    assert (tmp_path / "m" / "thesis.tex").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root may give files away")
+def test_owners_stay(tmp_path):
+    liar.save(tiny_model("bert"), tmp_path / "m")
+    os.chown(tmp_path / "m", 65534, 65534)
+    liar.save(tiny_model("bert", seed=1), tmp_path / "m")
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in (tmp_path / "m", *(tmp_path / "m").iterdir())} == {
+        (65534, 65534)
+    }
 
 
 def test_what_save_has_written_it_replaces(tmp_path, tokenizer):

@@ -267,6 +267,19 @@ def test_numbers_that_python_does_not_write():
         liar.select(tiny_model("bert"), keep=0.5, criterion="random", round_to=10**5000)
 
 
+@pytest.mark.parametrize("make", [iter, lambda names: (name for name in names), lambda names: map(str, names)])
+def test_iterators_in_place_of_lists(make):
+    """They would be used up by the time they are needed, and protect nothing."""
+    model = tiny_model("bert")
+    for call in (
+        lambda: liar.select(model, keep=0.5, criterion="random", protect=make(["heads.0"])),
+        lambda: liar.collect(model, tiny_batches(model), criteria=make(["wanda"]), progress=False),
+        lambda: liar.moments(model, tiny_batches(model), sites=make(["heads.0"]), progress=False),
+    ):
+        with pytest.raises(OptionError, match="expected a list of"):
+            call()
+
+
 def test_no_message_is_longer_than_a_screen():
     model = tiny_model("bert")
     for call in (

@@ -93,7 +93,25 @@ def quantised(layer):
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantised))
 
 
+def tied_biases(model):
+    layers = model.base_model.layers
+    layers[1].mlp.up_proj.bias = layers[0].mlp.up_proj.bias
+    return model
+
+
+def transposed(model):
+    attention = model.base_model.layers[0].self_attn
+    attention.o_proj.weight = nn.Parameter(attention.q_proj.weight.data.T)
+    return model
+
+
 CASES = {
+    "a transposed view": (transposed, r"q_proj\.weight and .*o_proj\.weight are one parameter"),
+    "a bias pruned with masks": (
+        changed(lambda each: prune.random_unstructured(each, "bias", 0.3)),
+        r"weight or bias of .* is computed from other parameters",
+    ),
+    "tied biases": (tied_biases, r"up_proj\.bias and .*up_proj\.bias are one parameter"),
     "DataParallel": (nn.DataParallel, r"unwrap it: pass model\.module"),
     "compiled": (lambda m: torch.compile(m, backend="eager"), r"pass model\._orig_mod"),
     "a compiled layer": (compiled_layer, r"layers\.1 is a OptimizedModule"),
@@ -117,7 +135,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_what_cannot_be_owned_is_refused_before_any_work(case, verb):
     make, message = CASES[case]
-    plain = tiny_model("llama", head="causal-lm")
+    plain = tiny_model("llama", head="causal-lm", mlp_bias=True)
     batches = tiny_batches(plain)
     model = make(plain)
     before = {name: value.clone() for name, value in plain.state_dict().items()}

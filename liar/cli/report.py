@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from liar.cli.app import app, report_errors
+from liar.files import user_path
 from liar.io import check_file
 from liar.report import Report, plot
 
@@ -27,6 +28,7 @@ def report(
         liar report slim/report.json --plot slim.png
     """
     with report_errors():
+        source = user_path(source)
         content = Report.load(source / "report.json" if source.is_dir() else source)
         if file:
             check_file(file, overwrite=force)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from liar.api import reconstruct_with, select_with
 from liar.data import builder_of, calibration, texts
 from liar.errors import MaskError, OptionError, check_choice, wrap_parse_errors
+from liar.files import user_path
 from liar.io import check_target, load, load_tokenizer, save, versions
 from liar.mask import Mask
 from liar.models import discover
@@ -80,7 +81,7 @@ class Run:
         check_text("model", self.model)
         check_text("out", self.out)
         check_target(self.out, overwrite=overwrite)
-        if Path(self.out).resolve() == Path(self.model).resolve():
+        if user_path(self.out).resolve() == user_path(self.model).resolve():
             raise OptionError(f"OUT is the folder of MODEL ({self.out}): it could not be repeated; choose another OUT")
         for name in GROUPS:
             if (group := getattr(self, name)) is not None:
@@ -161,7 +162,7 @@ def run_from(command: str, model: str, out: Path, options: Mapping[str, Any], *,
     # A run.json has to work from anywhere.
     given["calib"] = _absolute(given["calib"])
     groups = {name: group_options(group, given) for name, group in GROUPS.items() if name != "select" or command == "prune"}
-    return Run(command, _absolute(model), str(out.resolve()), mask=mask, **groups)
+    return Run(command, _absolute(model), str(user_path(out).resolve()), mask=mask, **groups)
 
 
 def finish(run: Run, *, overwrite: bool) -> None:
@@ -176,7 +177,8 @@ def group_options(group: Any, given: Mapping[str, Any]) -> Any:
 
 
 def _absolute(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    path = user_path(name)
+    return str(path.resolve()) if path.exists() else name
 
 
 def load_model(model: str, options: LoadOptions) -> nn.Module:

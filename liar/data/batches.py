@@ -91,7 +91,7 @@ def _is_sequence(ids: Any) -> bool:
 
 
 def _length(value: Any) -> int:
-    """Of a list, tensor or array; -1 for what has none, and for texts."""
+    """Of a list, tensor or array of one dimension; -1 for anything else."""
     if isinstance(value, list):
         return len(value)
     shape: Any = getattr(value, "shape", ())
@@ -100,21 +100,34 @@ def _length(value: Any) -> int:
 
 def _together(rows: Sequence[Batch]) -> Batch:
     """Single sequences as one batch, padded on the right."""
-    names = [name for name in rows[0] if all(name in row for row in rows)]
-    batch: dict[str, Any] = {}
+    lengths = [_length(row["input_ids"]) for row in rows]
+    names = dict.fromkeys(name for row in rows for name in row)
+    batch = {name: _column(name, [row.get(name) for row in rows], lengths) for name in names}
+    batch = {name: value for name, value in batch.items() if value is not None}
+    if len(set(lengths)) > 1 and "attention_mask" not in batch:
+        batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return batch
+
+
+def _column(name: str, values: list[Any], lengths: list[int]) -> Tensor | None:
+    """One entry of all rows as a tensor: padded if there is a value for every token, else stacked; None if it is none of these.
+
+    A row without a mask has no padding.
+    """
+    if name == "attention_mask":
+        values = [[1] * length if value is None else value for value, length in zip(values, lengths, strict=True)]
     try:
-        lengths = [len(row["input_ids"]) for row in rows]
-        for name in names:
-            values = [row[name] for row in rows]
-            if [_length(value) for value in values] == lengths:
-                tensors = [torch.as_tensor(value, dtype=torch.int64) for value in values]
-                batch[name] = pad_sequence(tensors, batch_first=True, padding_value=IGNORED if name == "labels" else 0)
-            elif all(isinstance(value, (int, float, Tensor, np.generic, np.ndarray)) for value in values):
-                batch[name] = torch.stack([torch.as_tensor(value) for value in values])
+        tensors = [torch.as_tensor(value) for value in values]
+        if [_length(value) for value in values] == lengths:
+            return pad_sequence(tensors, batch_first=True, padding_value=IGNORED if name == "labels" else 0)
+        return torch.stack(tensors)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CalibrationError(f"expected rows of integers, one sequence each, got {names}: {error}") from error
-    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return {**batch, "attention_mask": batch.get("attention_mask", real.long())}
+        if name not in (*INPUTS, "labels"):
+            return None  # a text, an identifier: not for the model
+        raise CalibrationError(
+            f"calibration rows: expected {name} as numbers in every row or in none, one for each token or as many in all rows: "
+            f"{error}"
+        ) from error
 
 
 def _as_batch(batch: Any, number: int, accepted: set[str], model: nn.Module, device: torch.device) -> Batch:
@@ -148,6 +161,11 @@ def _as_tensor(name: str, value: Any, number: int) -> Any:
     """Arrays and lists of what a model takes as tensors."""
     if name not in (*INPUTS, "labels") or not isinstance(value, (list, np.ndarray)):
         return value
+    if isinstance(value, list) and any(isinstance(each, Tensor) for each in value):
+        raise CalibrationError(
+            f"calibration batch {number}: expected {name}, a tensor [sequences, length], got a list of tensors; torch's "
+            'default collation makes this of lists, position by position: use dataset.with_format("torch"), or a collate_fn'
+        )
     try:
         return torch.as_tensor(np.asarray(value))
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -173,12 +191,13 @@ def _check_batch(batch: Batch, number: int, model: nn.Module, unused: list[str])
                 f"{where}: expected input_ids, a tensor [sequences, length], got a {type(main).__name__}; call the tokenizer "
                 "with return_tensors='pt' and padding=True, or use liar.calibration(texts, tokenizer)"
             )
-        actual = list(main.shape) if isinstance(main, Tensor) else f"keys {sorted(map(str, [*batch, *unused]))}"
+        keys = f"keys {sorted(map(str, [*batch, *unused]))}; texts are tokenised first, with liar.calibration(texts, tokenizer)"
+        actual = list(main.shape) if isinstance(main, Tensor) else keys
         raise CalibrationError(f"{where}: expected input_ids, a tensor [sequences, length], got {actual}")
     if ids is not None:
         size = getattr(model.config, "vocab_size", None)
-        if ids.dtype not in IDS:
-            raise CalibrationError(f"{where}: expected integer ids, got {ids.dtype}")
+        if ids.dtype not in IDS or ids.layout is not torch.strided:
+            raise CalibrationError(f"{where}: expected integer ids, got {ids.dtype} ({ids.layout})")
         if size and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
             raise CalibrationError(
                 f"{where}: expected integer ids from 0 to {size} - 1, got {ids.dtype} from {ids.min()} to {ids.max()}; "
@@ -189,6 +208,8 @@ def _check_batch(batch: Batch, number: int, model: nn.Module, unused: list[str])
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != main.shape[:2]):
         actual = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise CalibrationError(f"{where}: expected attention_mask, a tensor of shape {list(main.shape[:2])}, got {actual}")
+    if mask is not None and mask.layout is not torch.strided:
+        raise CalibrationError(f"{where}: expected a dense attention_mask, got {mask.layout}")
     if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
         raise CalibrationError(f"{where}: expected an attention_mask of 1 for real tokens and 0 for padding, got other values")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from liar.data.batches import Batch, main_input, read_batches
 from liar.data.copies import find_copies
-from liar.errors import CalibrationError
+from liar.errors import CalibrationError, ModelError
 from liar.models import base_and_prefix, check_model
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,8 @@ class Calibration:
             ModelError: the model is none.
         """
         check_model(model)
+        if torch.get_default_device().type == "meta":
+            raise ModelError("torch's default device is meta, where nothing is computed: call this outside of it")
         if isinstance(data, Calibration):
             if first_sequence or total_tokens is not None:
                 raise CalibrationError("got a Calibration, whose numbers are fixed: pass its batches to number them anew")
@@ -151,7 +153,10 @@ def _folds(
     leader, new = find_copies(torch.cat(keys).numpy(), sequence.numpy(), piece.numpy())
     fold = ((sequence + piece_of) % FOLDS)[is_first][torch.from_numpy(leader)][piece]
     if (copies := int(np.count_nonzero(leader != np.arange(len(leader))))) and copies * 10 > len(leader):
-        logger.warning("%d of %d pieces of the calibration data are copies of others; each counts once", copies, len(leader))
+        logger.warning(
+            "%d of %d calibration sequences (long ones in pieces) repeat others, or nearly, and count once: use other texts",
+            copies, len(leader),
+        )  # fmt: skip
     parts = fold.split([mask.sum().item() for mask in token_masks])
     return tuple(part.to(mask.device) for part, mask in zip(parts, token_masks, strict=True)), int(new.sum())
 

@@ -69,7 +69,14 @@ def texts(source: str, *, config: str | None = None, split: str = "train", colum
     except CalibrationError:
         raise
     except Exception as error:  # datasets raises whatever its builders and file systems raise
-        raise CalibrationError(f"calib={source!r}: datasets cannot read it ({type(error).__name__}): {error}") from error
+        raise CalibrationError(
+            f"calib={source!r}: datasets cannot read it ({type(error).__name__}): "
+            f"{_sentence(error)}. Files have to be UTF-8; a name that is no file is looked up on the hub: check it"
+        ) from error
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).rstrip(". ")
 
 
 def _rows(source: str, builder: str | None, config: str | None, split: str, folder: Path) -> Any:

@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import random
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +99,10 @@ def calibration(
         raise CalibrationError("no calibration text: expected at least one non-empty string, got none")
     given = sum(len(row["input_ids"]) for row in rows)
     if tokens is not None and given < tokens:
-        logger.warning("asked for %d calibration tokens, the texts give %d", tokens, given)
+        logger.warning(
+            "asked for %d calibration tokens, the texts give %d (of each text at most max_length=%d are taken): add texts%s",
+            tokens, given, max_length, "" if pack else ", or take more of each",
+        )  # fmt: skip
     rows.sort(key=lambda row: len(row["input_ids"]))
     padding = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0}
     return [
@@ -146,7 +150,10 @@ def _as_text(given: Any, number: int, tokenizer: Any) -> Text:
             raise CalibrationError(f"text {number}: the tokenizer cannot join these messages: {error}") from error
     parts = tuple(part for part in parts if part is not None)
     if len(parts) > 2 or not all(isinstance(part, str) for part in parts):
-        raise CalibrationError(f"text {number}: expected a string or a pair of strings, got {type(given).__name__}")
+        raise CalibrationError(
+            f"text {number}: expected a string or a pair of strings, got {type(given).__name__}; "
+            "pass the column that holds the texts"
+        )
     return Text(number, parts)
 
 
@@ -177,11 +184,13 @@ def _encoded(texts: Iterable[Text], tokenizer: Any, longest: int) -> Iterator[Ro
 
 def _in_pieces(texts: Iterable[Text], tokenizer: Any, longest: int) -> Iterator[Row]:
     """Short texts and pairs as they are, then of long ones the first piece of each before the second of any."""
-    lengths, later = _mixed_lengths(longest), []
+    drawn, later = _mixed_lengths(longest), list[Row]()
+    # A text that comes again is cut as the first time, so that it is known again.
+    lengths: defaultdict[tuple[str, ...], int] = defaultdict(lambda: next(drawn))
     for text in texts:
         rows = list(_encoded([text], tokenizer, longest))
         if len(text.parts) == 1 and rows and len(rows[0]["input_ids"]) >= min(DOCUMENT, longest):
-            length = next(lengths)
+            length = lengths[text.parts]
             pieces = _tokenised(text, tokenizer, truncation=True, max_length=length, return_overflowing_tokens=True)
             rows = _rows(pieces, longest // length)
         yield from rows[:1]

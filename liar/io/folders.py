@@ -11,7 +11,6 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,6 @@ from liar.files import user_path
 WRITTEN = (
     "config.json",
     "generation_config.json",
-    "model*.safetensors",
-    "model*.safetensors.index.json",
-    "pytorch_model*.bin",
-    "pytorch_model*.bin.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -40,10 +35,11 @@ WRITTEN = (
     "spiece.model",
     "sentencepiece.bpe.model",
     "liar.json",
-    "mask.json",
-    "report.json",
-    "run.json",
 )
+# model.safetensors, model.fp16-00001-of-00002.safetensors, pytorch_model.bin.index.json, …
+WEIGHTS = re.compile(r"(pytorch_)?model(\.\w+)?(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index(\.\w+)?\.json)?")
+# Further chat templates of a tokenizer, *.jinja.
+TEMPLATES = "additional_chat_templates"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -113,7 +109,8 @@ def check_target(folder: str | Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(
-            f"{folder} is there already and not empty; choose another folder, or allow to overwrite it (--force)"
+            f"{folder} is there already and not empty; choose another folder, or allow to overwrite it (overwrite=True, "
+            "--force)"
         )
     _check_replaceable(path)
 
@@ -147,7 +144,9 @@ def foreign_names(path: Path) -> list[str]:
     own = set(map(str, listed)) if isinstance(listed, list) else set()
 
     def is_own(child: Path) -> bool:
-        return child.is_file() and (child.name in own or any(fnmatch(child.name, pattern) for pattern in WRITTEN))
+        if child.name == TEMPLATES and child.is_dir():
+            return all(inside.is_file() and inside.suffix == ".jinja" for inside in child.iterdir())
+        return child.is_file() and (child.name in own or child.name in WRITTEN or WEIGHTS.fullmatch(child.name) is not None)
 
     return sorted(child.name for child in _content(path) if not is_own(child))
 
@@ -209,7 +208,7 @@ def _like(fresh: Path, target: Path) -> None:
     old = target.stat() if target.is_dir() else made
     for path in fresh.iterdir():
         # Some writers make files that only their owner may read.
-        path.chmod(made.st_mode & 0o666)
+        path.chmod(made.st_mode & (0o777 if path.is_dir() else 0o666))
     for path in (fresh, *fresh.iterdir()):
         if (old.st_uid, old.st_gid) != (made.st_uid, made.st_gid):
             with suppress(OSError):  # only root may give files away
@@ -226,7 +225,7 @@ def _fill(fresh: Path, target: Path) -> None:
             moved.append(path.rename(target / path.name))
     except BaseException:
         for path in moved:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         raise
     _sync_folder(target)
 

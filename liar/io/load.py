@@ -67,7 +67,13 @@ def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     with _reading(where):
         entries = _config_entries(where, place)
         _check_trusted(where, entries, kwargs, place)
-        if not _is_known(entries.get("model_type")) or "quantization_config" in entries or "config" in kwargs:
+        kind = entries.get("model_type")
+        if isinstance(kind, str) and kind not in CONFIG_MAPPING and not kwargs["trust_remote_code"]:
+            raise CheckpointError(
+                f"{where}: config.json says model_type={kind!r}, which transformers does not know; code of a folder does not "
+                "run unless you pass trust_remote_code=True"
+            )
+        if not _is_known(kind) or entries.get("quantization_config") or "config" in kwargs:
             stock_model: PreTrainedModel = (_named_class(entries.get("architectures")) or AutoModel).from_pretrained(
                 where, **kwargs
             )
@@ -82,9 +88,14 @@ def _load_known(where: str, entries: dict[str, Any], kwargs: dict[str, Any], pla
     wants_info = kwargs.pop("output_loading_info", False)
     fields = {name: kwargs.pop(name) for name in list(kwargs) if name not in (*PLACE, *BUILD)}
     config, rest = CONFIG_MAPPING[entries["model_type"]].from_dict(entries, return_unused_kwargs=True, **fields)
-    stock: type[PreTrainedModel] = _named_class(config.architectures, type(config)) or MODEL_MAPPING[type(config)]  # type: ignore[assignment]
+    named = _named_class(config.architectures, type(config))
+    if named is None and "architectures" in fields:
+        raise CheckpointError(f"architectures={config.architectures!r}: transformers has no class of this name")
+    stock: type[PreTrainedModel] = named or MODEL_MAPPING[type(config)]  # type: ignore[assignment]
     shapes = stored_shapes(where, rest.get("variant"), place)
-    if not fields:
+    # A field that the user names is their choice.
+    shortened = bool(fields.keys() & {"num_hidden_layers", config.attribute_map.get("num_hidden_layers")})
+    if not shortened:
         _check_blocks(config, shapes, where)
     for argument, part in OPTIONAL_PARTS.items():
         absent = shapes and not any(f".{part}." in f".{name}" for name in shapes)
@@ -93,7 +104,7 @@ def _load_known(where: str, entries: dict[str, Any], kwargs: dict[str, Any], pla
     loaded: Any = fitted(stock, shapes, where).from_pretrained(where, config=config, output_loading_info=True, **kwargs, **rest)
     model, info = loaded
     model.__class__ = stock
-    _check_complete(model, info, where, fields)
+    _check_complete(model, info, where, another_head="architectures" in fields, shortened=shortened)
     _check_record(model, where, place, fields)
     return (model, info) if wants_info else model
 
@@ -109,7 +120,8 @@ def load_tokenizer(folder: str) -> Any:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(
-            f"{where}: expected a model folder with a tokenizer, or a name on the hub: {error}. Save the tokenizer to it"
+            f"{where}: expected a model folder with a tokenizer, or a name on the hub: "
+            f"{str(error).rstrip('. ')}. Save the tokenizer to it"
         ) from error
 
 
@@ -124,7 +136,9 @@ def _reading(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         torch.set_rng_state(state)
-        raise CheckpointError(f"cannot load {where}: {type(error).__name__}: {error}. {DAMAGED}") from error
+        wrong_name = isinstance(error, TypeError) and "unexpected keyword argument" in str(error)
+        advice = "Check the names of the arguments" if wrong_name else DAMAGED
+        raise CheckpointError(f"cannot load {where}: {type(error).__name__}: {str(error).rstrip('. ')}. {advice}") from error
 
 
 def _where(folder: str | Path) -> str:
@@ -151,7 +165,7 @@ def _config_entries(where: str, place: Mapping[str, Any]) -> dict[str, Any]:
         entries, reason = {}, error
     if not entries or not isinstance(entries, dict):
         raise CheckpointError(
-            f"{where}: expected a model folder with a readable config.json, or a name on the hub: {reason}. "
+            f"{where}: expected a model folder with a readable config.json, or a name on the hub: {str(reason).rstrip('. ')}. "
             "Check the path, or save the model again"
         )
     return dict(entries)
@@ -163,16 +177,25 @@ def _check_trusted(where: str, entries: Mapping[str, Any], kwargs: Mapping[str, 
     for name, value in _items(entries):
         if isinstance(value, float) and isnan(value):
             raise CheckpointError(f"{where}: config.json says {name} is no number (NaN). {DAMAGED}")
-        if name.endswith("_implementation") and isinstance(value, str) and "/" in value and not asked:
+        if name.endswith("_implementation") and not asked and not set(_texts(value)) <= {"eager", "sdpa", "flex_attention"}:
             raise CheckpointError(
-                f"{where}: config.json wants {name}={value!r}, code from the hub; it is not loaded unless you ask for it: "
-                'liar.load(folder, attn_implementation="…")'
+                f"{where}: config.json wants {name}={value!r}, which may be code from the hub; it is not loaded unless you ask "
+                'for it: liar.load(folder, attn_implementation="…")'
             )
     if cached_file(where, "adapter_config.json", **place, **QUIET) is not None:
         raise CheckpointError(
             f"{where}: expected a model, got an adapter (adapter_config.json): load it with PEFT, merge it "
             "(model.merge_and_unload()), and save the model that results"
         )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """A text, or those in a mapping."""
+    if isinstance(value, Mapping):
+        for each in value.values():
+            yield from _texts(each)
+    elif value is not None:
+        yield str(value)
 
 
 def _items(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -210,18 +233,23 @@ def _check_blocks(config: PreTrainedConfig, shapes: Shapes, where: str) -> None:
         raise CheckpointError(f"{where}: config.json says {expected} blocks, the weights have {len(found)}. {DAMAGED}")
 
 
-def _check_complete(model: PreTrainedModel, info: Mapping[str, Any], where: str, fields: Mapping[str, Any]) -> None:
+def _check_complete(
+    model: PreTrainedModel, info: Mapping[str, Any], where: str, *, another_head: bool, shortened: bool
+) -> None:
     """Check that every tensor of the file has a place, and every weight of the model came from the file.
 
-    A head of another class than the file's, asked for by `architectures`, may be new.
+    Another head than the file's may be new, with the part of the body that only heads read (a pooler). Buffers that earlier
+    versions of a class had may be left over.
     """
     _, prefix = base_and_prefix(model)
     blocks = f".{family_of(model).blocks}."
     missing, left_over = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    new = [name for name in missing if "architectures" in fields and prefix and not name.startswith(prefix)]
+    parts = tuple(f"{prefix}{part}." for part in OPTIONAL_PARTS.values())
+    new = [name for name in missing if another_head and prefix and (not name.startswith(prefix) or name.startswith(parts))]
     if lost := [name for name in missing if name not in new]:
         raise CheckpointError(f"{where}: expected a tensor for every weight, {_listed(lost)} missing. {DAMAGED}")
-    if not fields and (unread := [name for name in left_over if blocks in f".{name}"]):
+    unread = [name for name in left_over if blocks in f".{name}" and name.endswith((".weight", ".bias"))]
+    if unread and not shortened:
         raise CheckpointError(
             f"{where}: expected a layer for every tensor of the blocks, there is none for {_listed(unread)} (config.json says "
             f"{len(discover(model).blocks)} blocks). {DAMAGED}"
@@ -246,7 +274,10 @@ def _check_record(model: PreTrainedModel, where: str, place: Mapping[str, Any], 
         raise CheckpointError(f"{path}: expected the units of every site, got {error!r}; {DAMAGED}") from error
     known = isinstance(saved_class, str) and isinstance(getattr(transformers, saved_class, None), type)
     if known and saved_class != type(model).__name__ and "architectures" not in fields:
-        raise CheckpointError(f"{where}: liar.json says {saved_class}, config.json {model.config.architectures}. {DAMAGED}")
+        raise CheckpointError(
+            f"{where}: liar.json says {saved_class}, config.json {model.config.architectures}. {DAMAGED}. If another program "
+            "has saved the folder since, remove liar.json"
+        )
     actual = {site.name: site.units for site in discover(model).sites}
     if expected != actual:
         wrong = [name for name in [*actual, *expected] if expected.get(name) != actual.get(name)]

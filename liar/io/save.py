@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from liar.errors import CheckpointError, LiarError, ModelError
 from liar.files import user_path
 from liar.io.folders import check_target, replacing
-from liar.io.shapes import differences, fitted
+from liar.io.shapes import differences, fitted, stored_shapes
 from liar.mask import Mask
 from liar.models import Layout, discover, discover_with_weights, family_of
 from liar.report import Report
@@ -79,6 +79,7 @@ def save(
             sizes = _sizes(model, layout)
             with replacing(user_path(folder)) as fresh:
                 model.save_pretrained(fresh)
+                _check_written(model, fresh)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(fresh)
                 config = json.loads((fresh / "config.json").read_text(encoding="utf-8"))
@@ -150,6 +151,17 @@ def _check_loadable(model: PreTrainedModel) -> None:
         raise CheckpointError(
             f"{wrong}: {found}. Make model.config say what the model has (num_hidden_layers, vocab_size, …), or remove what "
             "was added to it"
+        )
+
+
+def _check_written(model: PreTrainedModel, folder: Path) -> None:
+    """Check that every parameter is in the weight files, or is tied to one that is when the model is loaded."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    lost = sorted(parameters.keys() - stored_shapes(str(folder), None, {}).keys() - model.all_tied_weights_keys.keys())
+    if lost:
+        raise CheckpointError(
+            f"{lost[0]} is not written by save_pretrained, since it shares its memory with another parameter, and would be "
+            "missing: give it a copy of its own (torch.nn.Parameter(parameter.detach().clone()))"
         )
 
 

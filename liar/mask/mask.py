@@ -197,6 +197,8 @@ class Mask:
             >>> mask["heads.0"].tolist()
             [True, False, True, True]
         """
+        if not isinstance(layout, Layout):
+            raise MaskError(f"expected the sites of a model, liar.discover(model), got a {type(layout).__name__}")
         entries, requested = (mask.masks, mask.requested) if isinstance(mask, Mask) else (mask, None)
         if not isinstance(entries, Mapping):
             raise MaskError(f"{FORMATS}; got a {type(mask).__name__} (liar.Mask.load reads a file)")

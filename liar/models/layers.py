@@ -59,9 +59,9 @@ class LayerView:
             ModelError: the module is of no known class, its weight is quantised, or computed from other parameters.
         """
         storage = storage_of(module)
-        if storage is not None and "weight" not in module._parameters:
+        if storage is not None and not {"weight", "bias"} <= module._parameters.keys():
             raise ModelError(
-                f"the weight of {name} is computed from other parameters (torch.nn.utils.prune, a weight norm, a "
+                f"the weight or bias of {name} is computed from other parameters (torch.nn.utils.prune, a weight norm, a "
                 "parametrization), so it cannot be rewritten: make it permanent first, with torch.nn.utils.prune.remove(layer, "
                 '"weight") or torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")'
             )
@@ -69,7 +69,7 @@ class LayerView:
         if storage is None or not _is_ordinary(weight):
             classes = " or ".join(kind.__name__ for kind in STORAGE)
             raise ModelError(
-                f"{name} is a {type(module).__name__}, expected {classes} in float32, bfloat16 or float16. "
+                f"{name} is a {_class_name(module)}, expected {classes} in float32, float64, bfloat16 or float16. "
                 "Quantised or wrapped layers cannot be rewritten: load the model unquantised (or merge its adapters), "
                 "reconstruct it, then quantise"
             )
@@ -140,6 +140,13 @@ class LayerView:
         replaced = getattr(self.module, name)
         trainable = self.weight.requires_grad if replaced is None else replaced.requires_grad
         setattr(self.module, name, nn.Parameter(value, requires_grad=trainable))
+
+
+def _class_name(module: nn.Module) -> str:
+    """The name of a module's class; where a known class has the same name, with its module."""
+    kind = type(module)
+    is_namesake = kind.__name__ in {each.__name__ for each in STORAGE} and kind not in STORAGE
+    return f"{kind.__module__}.{kind.__name__}" if is_namesake else kind.__name__
 
 
 def _is_ordinary(weight: Any) -> bool:

@@ -16,6 +16,7 @@ WRAPPERS = {
     "DistributedDataParallel": "unwrap it: pass model.module",
     "FullyShardedDataParallel": "unwrap it: pass the model before it was sharded",
     "OptimizedModule": "unwrap what torch.compile made: pass model._orig_mod, and compile again afterwards",
+    "SentenceTransformer": "pass the transformer inside it: model[0].auto_model",
     "PeftModel": "merge its adapters first: model = model.merge_and_unload()",
     "BaseTuner": "merge its adapters first: model = model.merge_and_unload()",
     "BaseTunerLayer": "merge the adapters first, or unload them (PEFT's merge_and_unload)",
@@ -61,13 +62,14 @@ def check_owned(model: nn.Module, sites: Iterable[Site]) -> None:
         holders.setdefault(_memory(parameter), []).append(name)
     for site in sites:
         for edge in site.edges:
-            weight = f"{site.block}.{edge.module}.weight"
-            shared = holders[_memory(model.get_parameter(weight))]
-            if len(shared) > 1:
-                raise ModelError(
-                    f"{' and '.join(shared[:4])} are one parameter: it cannot be cut in one place only. Give every layer its "
-                    "own copy first (layer.weight = torch.nn.Parameter(layer.weight.detach().clone()))"
-                )
+            layer = model.get_submodule(f"{site.block}.{edge.module}")
+            for parameter in layer.parameters(recurse=False):
+                shared = holders[_memory(parameter)]
+                if len(shared) > 1:
+                    raise ModelError(
+                        f"{' and '.join(shared[:4])} are one parameter: it cannot be cut in one place only. Give every layer "
+                        "its own copy first (layer.weight = torch.nn.Parameter(layer.weight.detach().clone()))"
+                    )
 
 
 def count_parameters(modules: Iterable[nn.Module]) -> int:
@@ -76,5 +78,5 @@ def count_parameters(modules: Iterable[nn.Module]) -> int:
 
 
 def _memory(parameter: Tensor) -> object:
-    """Equal for parameters that are one, or that see the same memory as the same matrix."""
-    return id(parameter) if parameter.is_meta else (parameter.device, parameter.data_ptr(), parameter.shape, parameter.stride())
+    """Equal for parameters that are one, or that see the same memory, transposed or not."""
+    return id(parameter) if parameter.is_meta or not parameter.numel() else (parameter.device, parameter.data_ptr())

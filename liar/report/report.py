@@ -158,9 +158,11 @@ class Report:
     def _title(self) -> str:
         requested = "" if self.requested is None else f" ({self.requested:.1%} requested)"
         before, after = self.parameters
+        changed = sum(site.ridge < math.inf for site in self.sites)
         return (
             f"{self.achieved:.1%} of the block parameters kept{requested}; model {before:,} to {after:,} parameters; "
-            f"{self.tokens:,} calibration tokens; {sum(self.seconds.values()):.1f} s"
+            f"{self.tokens:,} calibration tokens; {changed} of {len(self.sites)} layers repaired; "
+            f"{sum(self.seconds.values()):.1f} s"
         )
 
     def __str__(self) -> str:

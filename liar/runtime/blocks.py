@@ -51,9 +51,17 @@ def run_model(model: nn.Module, batch: Mapping[str, Any], number: int = 0) -> An
                 'pass has it: call model.set_attn_implementation("sdpa") first, and set it back afterwards'
             ) from error
         shapes = {name: list(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
+        longest, most = max((shape[1] for shape in shapes.values() if len(shape) > 1), default=0), _positions(model)
+        more = f" (sequences may have at most {most} tokens)" if most and longest > most else ""
         raise CalibrationError(
-            f"{type(model).__name__} does not take calibration batch {number} with {shapes}: {error}"
+            f"{type(model).__name__} does not take calibration batch {number} with {shapes}{more}: {error}"
         ) from error
+
+
+def _positions(model: nn.Module) -> int | None:
+    """The most tokens a sequence may have, where the configuration says so."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else None
 
 
 def record_block_calls(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -39,11 +41,62 @@ def exclusive(model: nn.Module) -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-        torch.set_default_dtype(torch.float32)
-        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        torch.set_float32_matmul_precision("highest")
+        stack.enter_context(_ordinary_settings())
         yield
+
+
+@dataclass
+class _Settings:
+    """Settings of the process that were found by the first of the threads that work now, and how many these are."""
+
+    threads: int = 0
+    dtype: torch.dtype = torch.float32
+    precision: str | None = None
+
+
+_SETTINGS = _Settings()
+
+
+@contextmanager
+def _ordinary_settings() -> Iterator[None]:
+    """The default type float32 and full precision of products; the last thread that works puts back what the first found."""
+    with _LOCKS_LOCK:
+        if not _SETTINGS.threads:
+            _SETTINGS.dtype = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)
+            _SETTINGS.precision = _matmul_precision("highest")
+        _SETTINGS.threads += 1
+    try:
+        yield
+    finally:
+        with _LOCKS_LOCK:
+            _SETTINGS.threads -= 1
+            if not _SETTINGS.threads:
+                torch.set_default_dtype(_SETTINGS.dtype)
+                if _SETTINGS.precision is not None:
+                    _matmul_precision(_SETTINGS.precision)
+
+
+def _matmul_precision(wanted: str) -> str | None:
+    """Set the precision of float32 products; what it was, or None where the user sets it in torch's newer way."""
+    try:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(wanted)
+    except RuntimeError:
+        return None
+    return before
+
+
+def _forget_locks() -> None:
+    """In a forked child: threads that held a lock are not there."""
+    global _LOCKS_LOCK
+    _LOCKS_LOCK = threading.Lock()
+    _LOCKS.clear()
+    _SETTINGS.threads = 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 @contextmanager

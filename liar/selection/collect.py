@@ -107,8 +107,10 @@ class CriterionStatistics:
         needs = CRITERIA[criterion].needs
         for site in layout.sites if needs else ():
             for name in STATISTICS[needs or ""]:
-                value = self.sites[site.name].get(name)
+                value = dict(self.sites.get(site.name, {})).get(name)
                 units = site.units * (site.consumer.width if needs == "channels" else 1)
+                if value is not None and not isinstance(value, Tensor):
+                    raise CalibrationError(f"the statistics are damaged: {name} of {site.name} is a {type(value).__name__}")
                 if value is not None and (value.shape != (units,) or not bool(torch.isfinite(value).all())):
                     raise CalibrationError(
                         f"the statistics are damaged: expected {units} finite numbers as {name} of {site.name}, got "
@@ -165,7 +167,9 @@ def collect(
     check_model(model)
     with exclusive(model):
         layout = discover_with_weights(model)
-        calibration = Calibration.of(calib, model)
+    # Read before the model is locked again: an iterable may need another thread to use the model.
+    calibration = Calibration.of(calib, model)
+    with exclusive(model):
         sites: SiteTensors = {site.name: {} for site in layout.sites}
         for needs in dict.fromkeys(CRITERIA[criterion].needs for criterion in criteria):
             if needs:

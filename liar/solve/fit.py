@@ -66,6 +66,9 @@ def fit(
         enough: False if there is too little data to change anything by it; see `RepairContext.is_enough`.
     """
     weight, bias = weight.double(), bias.double()
+    held_energy = sum(held.target_energy for _, held in splits)
+    # A target that is nothing, or beyond all bounds, says nothing about an update.
+    splits = splits if 0 < held_energy < inf else []
     decision = decide(splits, weight, bias, ridge, solver, enough=enough)
     if decision.ridge == inf:
         solved = Solved(torch.zeros_like(weight), len(weight), nan)
@@ -73,7 +76,7 @@ def fit(
         solved = solve(all_data, weight, absolute(decision.ridge, all_data), solver)
     changed = weight + solved.change
     moved = all_data.affine and (decision.ridge != inf or decision.bias_only < decision.unchanged)
-    held_energy = sum(held.target_energy for _, held in splits) or nan
+    held_energy = held_energy if splits else nan
     return Solution(
         weight=changed,
         bias=all_data.mean_t - all_data.mean_z @ changed if moved else bias,

@@ -176,4 +176,6 @@ def _checked(sums: Sums | None) -> Sums:
     if sums is None:
         raise CalibrationError(NO_ROWS)
     check_finite(sums.gram, sums.cross, sums.target_energy)
+    if not sums.weight_sum > 0:
+        raise CalibrationError("the activations are so large that no token has a weight: the model is damaged, or overflows")
     return sums

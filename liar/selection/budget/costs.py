@@ -49,13 +49,16 @@ class Costs:
         if not isinstance(self.sites, Mapping) or not all(isinstance(levels, Mapping) for levels in self.sites.values()):
             raise BudgetError(f"expected {{site: {{number of units: cost}}}}, got {self.sites!r}")
         for where, cost in (("fixed", self.fixed), *((n, c) for n, levels in self.sites.items() for c in levels.values())):
-            if not isinstance(cost, (int, float, np.number)) or isinstance(cost, bool) or not -inf < cost < inf:
+            if not isinstance(cost, (int, float, np.integer, np.floating)) or isinstance(cost, bool) or not -inf < cost < inf:
                 raise BudgetError(f"{where}: expected finite costs, got {cost!r}")
         if self.fixed < 0:
             raise BudgetError(f"fixed: expected a cost of at least 0, got {self.fixed!r}")
         for name, levels in self.sites.items():
             if not isinstance(name, str) or not all(isinstance(n, (int, np.integer)) and n >= 0 for n in levels):
                 raise BudgetError(f"{name!r}: expected costs by whole numbers of units, got {list(levels)!r}")
+        plain = {name: {int(n): _plain(cost) for n, cost in levels.items()} for name, levels in self.sites.items()}
+        object.__setattr__(self, "sites", plain)
+        object.__setattr__(self, "fixed", _plain(self.fixed))
 
     @cached_property
     def dense(self) -> float:
@@ -125,6 +128,12 @@ class Costs:
         """
         with wrap_parse_errors(BudgetError, WRITTEN, path):
             return cls.from_json(user_path(path).read_text(encoding="utf-8"))
+
+
+def _plain(number: Any) -> float:
+    """A number of Python's own, which JSON has."""
+    own: float = number.item() if isinstance(number, np.generic) else number
+    return own
 
 
 def params(model: nn.Module) -> Costs:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from liar.data import Calibration
 from liar.errors import OptionError
+from liar.files import user_path
 from liar.models import Layout, Site, base_and_prefix, discover_with_weights
 from liar.options import check_count
 from liar.runtime import ActivationStore, BlockCall, calls_of, exclusive, preserve_model_state, record_block_calls, run_block
@@ -69,7 +70,8 @@ def latency(
     layout = discover_with_weights(model)
     _check_batch(model, batch_size, length)
     about = _about(model, batch_size, length)
-    if cache is not None and Path(cache).exists():
+    cache = None if cache is None else user_path(cache)
+    if cache is not None and cache.exists():
         cached = Costs.load(cache)
         if cached.about == about:
             cached.check(layout)
