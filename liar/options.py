@@ -124,14 +124,19 @@ def _check_budget(name: str, value: Any) -> None:
         check_choice(name, value, BUDGETS)
 
 
+def is_iterable(value: Any) -> bool:
+    """Whether a loop can go over a value; of an array without dimensions its class says so, wrongly."""
+    try:
+        iter(value)
+    except TypeError:
+        return False
+    return True
+
+
 def check_list(name: str, value: Any, of: str = "names") -> None:
     """Raise an `OptionError` if a text was given in place of a list of texts: its letters would be taken one by one."""
-    try:
-        # An iterator would be used up by the time it is needed.
-        is_list = not isinstance(value, (str, bytes)) and iter(value) is not value
-    except TypeError:
-        is_list = False
-    if not is_list:
+    # An iterator would be used up by the time it is needed.
+    if isinstance(value, (str, bytes)) or not is_iterable(value) or iter(value) is value:
         raise OptionError(f"{name}={value!r}: expected a list of {of}, got a {type(value).__name__}")
 
 

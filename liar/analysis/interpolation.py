@@ -87,7 +87,7 @@ def interpolation(moments: Moments, unit_mask: Tensor, *, ridge: float = 0.0, so
     if unit_mask.dtype != torch.bool or unit_mask.ndim != 1 or not unit_mask.any() or channels % len(unit_mask):
         raise MaskError(
             f"expected bool [units] with at least one kept unit and units that divide {channels} channels, "
-            f"got {unit_mask.dtype} {list(unit_mask.shape)} with {int(unit_mask.sum())} kept"
+            f"got {unit_mask.dtype} {list(unit_mask.shape)} with {int(unit_mask.count_nonzero())} kept"
         )
     stays = unit_mask.to(all_channels.gram.device).repeat_interleave(channels // len(unit_mask))
     kept, removed = stays.nonzero().squeeze(1), (~stays).nonzero().squeeze(1)

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from liar.errors import CalibrationError
 from liar.models import base_and_prefix, takes_choices
+from liar.options import is_iterable
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def _batches(data: Iterable[Any]) -> Iterator[Any]:
         raise CalibrationError("got strings: tokenise them first with liar.calibration(texts, tokenizer)")
     if isinstance(data, (Mapping, Tensor)):
         data = [data]
-    if not isinstance(data, Iterable):
+    if not is_iterable(data):
         raise CalibrationError(f"expected a DataLoader or an iterable of batches, got a {type(data).__name__}")
     rows: list[Batch] = []
     for batch in data:

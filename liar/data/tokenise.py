@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from liar.errors import CalibrationError, OptionError
-from liar.options import CalibrationOptions
+from liar.options import CalibrationOptions, is_iterable
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def _check_tokenizer(tokenizer: Any, longest: int) -> None:
 
 def _checked(texts: Iterable[Any], tokenizer: Any = None) -> Iterator[Text]:
     """The texts that are not empty."""
-    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
+    if isinstance(texts, (str, bytes, Mapping)) or not is_iterable(texts):
         more = "; choose one split of it" if isinstance(texts, Mapping) else ""
         raise CalibrationError(f"expected many texts (a list of strings, a column), got one {type(texts).__name__}{more}")
     for number, given in enumerate(texts):

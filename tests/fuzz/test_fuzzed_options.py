@@ -148,6 +148,9 @@ def test_calibration(tokenizer, options):
 @example(number=1, criteria=np.array(7), ridge=0.0)
 @example(number=1, criteria=[np.eye(2) > 0], ridge=0.0)
 @example(number=1, criteria=["a"], ridge=0.0)
+@example(number=0, criteria=1j, ridge=0.0)
+@example(number=0, criteria=torch.tensor([float("nan")]), ridge=0.0)
+@example(number=0, criteria=1e308, ridge=0.0)
 @inputs(
     40, number=NUMBERS | ODD, criteria=st.lists(st.sampled_from(list(CRITERIA)) | ODD, max_size=2) | ODD, ridge=FLOATS | ODD
 )

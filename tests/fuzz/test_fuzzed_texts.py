@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import command
 from hypothesis import example
@@ -61,6 +62,7 @@ OPTIONS = st.fixed_dictionaries({
 # room for the frame only
 @example(framed=True, way="list", texts=["w1"], options={"max_length": 1})
 @example(framed=True, way="list", texts=None, options={})
+@example(framed=True, way="list", texts=np.array(7), options={})
 @inputs(130, framed=st.booleans(), way=st.sampled_from(list(WAYS)), texts=SOURCES, options=OPTIONS)
 def test_texts(tokenizer, plain_tokenizer, framed, way, texts, options):
     used = tokenizer if framed else plain_tokenizer
