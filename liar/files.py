@@ -67,8 +67,11 @@ def replacing_file(where: str | Path) -> Iterator[Path]:
     except LiarError:
         raise
     except Exception as error:  # writers of other libraries wrap the system's error, or stumble over it
+        reason: BaseException = error
+        while not isinstance(reason, OSError) and reason.__context__ is not None:
+            reason = reason.__context__
         raise CheckpointError(
-            f"cannot write {where}: {getattr(error, 'strerror', None) or error}; what was there is as it was. Free space, or "
+            f"cannot write {where}: {getattr(reason, 'strerror', None) or error}; what was there is as it was. Free space, or "
             "choose another file"
         ) from error
     finally:
