@@ -1,6 +1,6 @@
 """Every solver against scipy.linalg.lstsq on the rows themselves, in float64."""
 
-from math import inf, isnan
+from math import inf, isnan, nan
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from reference import absolute, centred, least_squares, squares
 
 from liar.solve import RIDGES, SKETCH, fit, fit_drift, solve
+from liar.solve import ridge as ridge_module
 from liar.solve.ridge import sketch_of
 from liar.statistics import Factor, Folds, Moments
 from liar.verdicts import Verdict
@@ -433,3 +434,17 @@ def test_an_input_that_did_not_drift_changes_nothing():
     )
     torch.testing.assert_close(found, torch.from_numpy(weight), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(offset, torch.from_numpy(bias), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "errors", [(nan, nan, nan), (1.0, 1.0, nan), (nan, 1.0, 0.5), (1.0, nan, 0.5), (inf, nan, nan), (-nan, 2.0, 1.0)]
+)
+def test_errors_that_are_no_numbers_decide_nothing(errors, monkeypatch):
+    """A comparison with NaN is neither true nor false: the weights stay."""
+    monkeypatch.setattr(ridge_module, "held_out_errors", lambda *_: errors)
+    monkeypatch.setattr(ridge_module, "best_ridge", lambda *_: 0.1)
+    split = (object(), object())
+    weight, bias = torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    assert ridge_module.decide([split], weight, bias, "auto", "auto", enough=True).ridge == inf
+    monkeypatch.setattr(ridge_module, "held_out_errors", lambda *_: (1.0, 0.9, 0.5))
+    assert ridge_module.decide([split], weight, bias, "auto", "auto", enough=True).ridge == 0.1, "negative control"
