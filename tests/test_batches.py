@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
-from transformers import BertForMultipleChoice
+from transformers import BertForMultipleChoice, GPT2DoubleHeadsModel
 
 import liar
 from liar.data import FOLDS, Calibration
@@ -406,3 +406,17 @@ def test_several_labels_in_rows():
     rows = [{"input_ids": [1, 2, 3], "labels": [0.0, 1.0, 1.0]}, {"input_ids": [4, 5, 6], "labels": [1.0, 0.0, 0.0]}]
     assert Calibration.of(rows, model).labels[0].tolist() == [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
     assert liar.select(model, rows, keep=0.5, criterion="taylor", progress=False)
+
+
+@pytest.mark.parametrize(
+    "place", [{"first_sequence": "a"}, {"first_sequence": -1}, {"total_tokens": 1.5}, {"total_tokens": True}]
+)
+def test_places_that_are_none(place):
+    with pytest.raises(CalibrationError, match="expected a whole number of at least 0"):
+        Calibration.of(tiny_batches(BERT), BERT, **place)
+
+
+def test_two_heads_at_once():
+    """One gives words, the other a number for every sequence."""
+    model = GPT2DoubleHeadsModel(tiny_model("gpt2").config)
+    assert liar.prune(model, tiny_batches(model), keep=0.6, progress=False).achieved <= 0.6

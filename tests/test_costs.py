@@ -352,6 +352,11 @@ def test_a_batch_that_cannot_be_timed(batch, message):
         liar.latency(tiny_model("bert", max_position_embeddings=32), **batch)
 
 
+def test_a_batch_beyond_all_memory():
+    with pytest.raises(OptionError, match="such a batch cannot be timed here"):
+        liar.latency(tiny_model("bert"), batch_size=2**31 - 1, length=32, progress=False)
+
+
 @pytest.mark.parametrize("keep", [0, -0.5, 1.5, float("nan"), None])
 def test_an_impossible_share_is_refused_before_anything_is_timed(keep, capsys):
     with pytest.raises(OptionError, match=f"keep={keep}: expected the share that stays, above 0 and at most 1"):

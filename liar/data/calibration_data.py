@@ -83,6 +83,9 @@ class Calibration:
         check_model(model)
         if torch.get_default_device().type == "meta":
             raise ModelError("torch's default device is meta, where nothing is computed: call this outside of it")
+        for name, number in (("first_sequence", first_sequence), ("total_tokens", total_tokens)):
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 0):
+                raise CalibrationError(f"{name}={number!r}: expected a whole number of at least 0")
         if isinstance(data, Calibration):
             if first_sequence or total_tokens is not None:
                 raise CalibrationError("got a Calibration, whose numbers are fixed: pass its batches to number them anew")

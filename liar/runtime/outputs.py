@@ -52,6 +52,8 @@ def model_outputs(returned: Any, token_mask: Tensor, *, several_labels: bool = F
     for name, value in logits.items():
         by_token = value.ndim == 3 and value.shape[:2] == token_mask.shape
         rows = widen(value[token_mask] if by_token else value)
+        if rows.ndim == 1:
+            rows = rows[:, None]  # a number for each sequence
         if name in POSITIONS:
             # No answer is in the padding. (Not -inf: differences of logarithms are to stay finite.)
             rows = rows.masked_fill(~token_mask, torch.finfo(rows.dtype).min)

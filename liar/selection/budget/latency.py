@@ -78,7 +78,12 @@ def latency(
             return cached
         logger.info("%s was timed with %s, this is %s: timing again", cache, dict(cached.about), about)
     with exclusive(model), preserve_model_state(model):
-        costs = _timed(model, layout, about, progress)
+        try:
+            costs = _timed(model, layout, about, progress)
+        except (RuntimeError, MemoryError) as error:
+            raise OptionError(
+                f"batch_size={batch_size}, length={length}: such a batch cannot be timed here: {error}"
+            ) from error
     if cache is not None:
         costs.save(cache)
     return costs
