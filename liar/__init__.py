@@ -3,19 +3,42 @@
 The three verbs are `select`, `reconstruct` and `prune`; `calibration` makes batches from texts, `save` and `load` keep pruned
 models, `collect` reuses statistics for many budgets, `discover` shows where a model can be cut, `remove` cuts without repair,
 `moments` and `interpolation` let you look inside.
+
+What a name stands for is imported when it is first used: torch and transformers take seconds, and `liar --help` needs neither.
 """
 
-from liar.analysis import Interpolation, interpolation, moments
-from liar.api import prune, reconstruct, select
-from liar.data import Calibration, calibration
-from liar.errors import LiarError
-from liar.io import load, save
-from liar.mask import Mask
-from liar.models import Family, FusedProducer, SitePattern, discover, families, register
-from liar.report import Report, plot
-from liar.selection import Costs, CriterionStatistics, collect, flops, latency
-from liar.surgery import remove
-from liar.verdicts import Verdict
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from liar.analysis import Interpolation, interpolation, moments
+    from liar.api import prune, reconstruct, select
+    from liar.data import Calibration, calibration
+    from liar.errors import LiarError
+    from liar.io import load, save
+    from liar.mask import Mask
+    from liar.models import Family, FusedProducer, SitePattern, discover, families, register
+    from liar.report import Report, plot
+    from liar.selection import Costs, CriterionStatistics, collect, flops, latency
+    from liar.surgery import remove
+    from liar.verdicts import Verdict
+
+_MODULES = {
+    "analysis": ("Interpolation", "interpolation", "moments"),
+    "api": ("prune", "reconstruct", "select"),
+    "data": ("Calibration", "calibration"),
+    "errors": ("LiarError",),
+    "io": ("load", "save"),
+    "mask": ("Mask",),
+    "models": ("Family", "FusedProducer", "SitePattern", "discover", "families", "register"),
+    "report": ("Report", "plot"),
+    "selection": ("Costs", "CriterionStatistics", "collect", "flops", "latency"),
+    "surgery": ("remove",),
+    "verdicts": ("Verdict",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Calibration",
@@ -46,3 +69,19 @@ __all__ = [
     "save",
     "select",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a package of the library, imported now (PEP 562)."""
+    if name in _HOME:
+        value = getattr(import_module(f"liar.{_HOME[name]}"), name)
+    elif name in {*_MODULES, "options", "repair", "runtime", "solve", "statistics", "files"}:
+        value = import_module(f"liar.{name}")
+    else:
+        raise AttributeError(f"module 'liar' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -48,6 +48,8 @@ def _option(
     return field(default=default, metadata={"option": Option(help, choices, check)})
 
 
+# Tokens per sequence where FLOPs or time are asked for by name.
+LENGTH = 128
 # Larger counts do not fit where numbers of tokens and sequences are kept.
 LARGEST_COUNT = 2**31 - 1
 LARGEST_SEED = 2**62

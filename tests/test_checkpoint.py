@@ -31,9 +31,10 @@ from transformers import (
 
 import liar
 from liar.errors import CheckpointError
-from liar.io import folders, versions
+from liar.io import folders
 from liar.models import discover
 from liar.surgery import cut_site
+from liar.versions import versions
 
 BERT = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 64, "vocab_size": 100}
 LLAMA = {**BERT, "num_key_value_heads": 2, "max_position_embeddings": 64}

@@ -32,6 +32,7 @@ import liar
 from liar.cli import app
 from liar.cli.run import Run
 from liar.options import CalibrationOptions, LoadOptions, ReconstructOptions, SelectOptions, SourceOptions, options_in
+from liar.versions import versions
 
 WORDS = [f"w{number}" for number in range(96)]
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 64, "vocab_size": 100}
@@ -567,7 +568,7 @@ def test_console_script(home, tmp_path):
 
 
 def test_version():
-    assert call("--version").stdout.startswith(f"liar {liar.io.versions()['liar']} torch {torch.__version__}")
+    assert call("--version").stdout.startswith(f"liar {versions()['liar']} torch {torch.__version__}")
 
 
 def test_the_home_folder_stands_for_the_home_folder(home, tmp_path, monkeypatch):

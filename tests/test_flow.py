@@ -20,6 +20,7 @@ from liar.testing import tiny_batches, tiny_model
 ORDER = (
     "errors",
     "files",
+    "versions",
     "verdicts",
     "options",
     "models",
@@ -162,6 +163,34 @@ print([name for name in {names} if name in sys.modules and name not in before])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["prune", "--help"], ["prune", "model"], ["latency", "--help"]]
+)
+def test_help_and_wrong_usage_need_no_torch(arguments):
+    """They answer at once: what takes seconds to import is imported when there is work."""
+    code = f"""
+import sys
+from liar.cli import app
+try:
+    app({arguments})
+except SystemExit as end:
+    print("code", end.code)
+print([name for name in ("torch", "transformers", "scipy", "datasets") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[-2:] == [f"code {2 if arguments == ['prune', 'model'] else 0}", "[]"]
+
+
+def test_public_names_are_imported_when_they_are_used():
+    code = "import sys, liar; print('torch' in sys.modules); liar.prune; liar.runtime.exclusive; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+    assert set(liar.__all__) <= set(dir(liar))
+    with pytest.raises(AttributeError, match="module 'liar' has no attribute 'pruned'"):
+        _ = liar.pruned
 
 
 def test_the_library_works_without_the_extras():

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from liar.errors import LiarError
-from liar.io import versions
+from liar.versions import versions
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False)
 

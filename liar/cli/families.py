@@ -5,7 +5,6 @@ from __future__ import annotations
 import typer
 
 from liar.cli.app import app
-from liar.models import families as registered
 
 
 @app.command()
@@ -16,5 +15,7 @@ def families() -> None:
 
         liar families
     """
+    from liar.models import families as registered  # noqa: PLC0415 (help needs no torch)
+
     for family in registered():
         typer.echo(f"{family.model_type:12} {family.note}")

@@ -9,11 +9,7 @@ import typer
 
 from liar.cli.app import app, report_errors
 from liar.cli.parameters import Force, Model, with_options
-from liar.cli.run import check_source, load_model
-from liar.io import check_file
-from liar.options import LoadOptions
-from liar.selection import LENGTH
-from liar.selection import latency as measure
+from liar.options import LENGTH, LoadOptions
 
 
 @app.command()
@@ -32,6 +28,10 @@ def latency(
 
         liar latency bert-base-uncased latency.json --batch-size 8 --length 128
     """
+    from liar.cli.run import check_source, load_model  # noqa: PLC0415 (help needs no torch)
+    from liar.io import check_file  # noqa: PLC0415 (help needs no torch)
+    from liar.selection import latency as measure  # noqa: PLC0415 (help needs no torch)
+
     with report_errors():
         check_file(out, overwrite=force)
         load = LoadOptions(**options)

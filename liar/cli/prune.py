@@ -6,7 +6,6 @@ from typing import Any
 
 from liar.cli.app import app, report_errors
 from liar.cli.parameters import Force, Model, Out, with_options
-from liar.cli.run import finish, run_from
 from liar.options import CalibrationOptions, LoadOptions, ReconstructOptions, SelectOptions, SourceOptions
 
 
@@ -23,5 +22,7 @@ def prune(model: Model, out: Out, force: Force = False, **options: Any) -> None:
 
         liar prune bert-base-uncased slim --keep 0.5 --budget latency.json --calib texts.txt
     """
+    from liar.cli.run import finish, run_from  # noqa: PLC0415 (help needs no torch)
+
     with report_errors():
         finish(run_from("prune", model, out, options), overwrite=force)

@@ -7,7 +7,6 @@ from typing import Any
 
 from liar.cli.app import app, report_errors
 from liar.cli.parameters import Force, MaskFile, Model, Out, with_options
-from liar.cli.run import finish, run_from
 from liar.errors import MaskError, wrap_parse_errors
 from liar.options import CalibrationOptions, LoadOptions, ReconstructOptions, SourceOptions
 
@@ -23,6 +22,8 @@ def reconstruct(model: Model, out: Out, mask: MaskFile, force: Force = False, **
 
         liar reconstruct ./llama slim --mask mask.json --calib texts.jsonl.gz --column body --target layer_output
     """
+    from liar.cli.run import finish, run_from  # noqa: PLC0415 (help needs no torch)
+
     with report_errors():
         with wrap_parse_errors(MaskError, "a JSON file with a mask, as Mask.save writes it", mask):
             content = json.loads(mask.read_text(encoding="utf-8"))

@@ -10,7 +10,6 @@ import typer
 
 from liar.cli.app import app, report_errors
 from liar.cli.parameters import Force
-from liar.cli.run import Run, finish
 from liar.errors import OptionError, wrap_parse_errors
 
 
@@ -26,6 +25,8 @@ def replay(
 
         liar replay slim/run.json --out again
     """
+    from liar.cli.run import Run, finish  # noqa: PLC0415 (help needs no torch)
+
     with report_errors():
         with wrap_parse_errors(OptionError, "a run.json that an earlier run wrote", run):
             earlier = Run.from_json(run.read_text(encoding="utf-8"))

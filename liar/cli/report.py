@@ -9,8 +9,6 @@ import typer
 
 from liar.cli.app import app, report_errors
 from liar.files import user_path
-from liar.io import check_file
-from liar.report import Report, plot
 
 
 @app.command()
@@ -27,6 +25,9 @@ def report(
 
         liar report slim/report.json --plot slim.png
     """
+    from liar.io import check_file  # noqa: PLC0415 (help needs no torch)
+    from liar.report import Report, plot  # noqa: PLC0415 (help needs no torch)
+
     with report_errors():
         source = user_path(source)
         content = Report.load(source / "report.json" if source.is_dir() else source)

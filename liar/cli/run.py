@@ -18,7 +18,7 @@ from liar.api import reconstruct_with, select_with
 from liar.data import builder_of, calibration, texts
 from liar.errors import MaskError, OptionError, check_choice, wrap_parse_errors
 from liar.files import user_path
-from liar.io import check_target, load, load_tokenizer, save, versions
+from liar.io import check_target, load, load_tokenizer, save
 from liar.mask import Mask
 from liar.models import discover
 from liar.options import (
@@ -32,6 +32,7 @@ from liar.options import (
 )
 from liar.report import Report
 from liar.selection import Costs
+from liar.versions import versions
 
 logger = logging.getLogger(__name__)
 

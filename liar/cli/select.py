@@ -7,15 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from liar.api import select_with
 from liar.cli.app import app, report_errors
 from liar.cli.parameters import Force, Model, with_options
-from liar.cli.run import calibration_batches, check_source, group_options, load_model
 from liar.errors import OptionError
-from liar.io import check_file, load_tokenizer
-from liar.models import discover
 from liar.options import BUDGETS, CalibrationOptions, LoadOptions, SelectOptions, SourceOptions
-from liar.selection import CRITERIA, Costs
 
 
 @app.command()
@@ -34,6 +29,12 @@ def select(
 
         liar select bert-base-uncased mask.json --keep 0.5 --criterion magnitude
     """
+    from liar.api import select_with  # noqa: PLC0415 (help needs no torch)
+    from liar.cli.run import calibration_batches, check_source, group_options, load_model  # noqa: PLC0415 (help needs no torch)
+    from liar.io import check_file, load_tokenizer  # noqa: PLC0415 (help needs no torch)
+    from liar.models import discover  # noqa: PLC0415 (help needs no torch)
+    from liar.selection import CRITERIA, Costs  # noqa: PLC0415 (help needs no torch)
+
     with report_errors():
         check_file(out, overwrite=force)
         if options["budget"] not in BUDGETS:

@@ -2,6 +2,6 @@
 
 from liar.io.folders import check_file, check_target
 from liar.io.load import load, load_tokenizer
-from liar.io.save import save, versions
+from liar.io.save import save
 
-__all__ = ["check_file", "check_target", "load", "load_tokenizer", "save", "versions"]
+__all__ = ["check_file", "check_target", "load", "load_tokenizer", "save"]

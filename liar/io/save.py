@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,6 +18,7 @@ from liar.mask import Mask
 from liar.models import Layout, discover, discover_with_weights, family_of
 from liar.report import Report
 from liar.surgery import all_or_nothing, build_stock, scaled_sizes, stock_class, uniform_sizes
+from liar.versions import versions
 
 FORMAT = 1
 
@@ -100,11 +98,6 @@ def save(
                 f"cannot write {folder}: {type(error).__name__}: {error}; what was there is as it was. If it is the disk, free "
                 "space, or choose another folder"
             ) from error
-
-
-def versions() -> dict[str, str]:
-    """Versions of what makes a result: this library, torch, transformers."""
-    return {"liar": version("liar-prune"), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _check_arguments(tokenizer: Any, mask: Any, report: Any, extra: Any) -> None:

@@ -1,14 +1,13 @@
 """Which units stay: a criterion gives every unit a score, and a budget turns scores into a mask."""
 
 from liar.selection.allocate import allocate
-from liar.selection.budget import LENGTH, TOLERANCE, Budget, Costs, flops, latency, params
+from liar.selection.budget import TOLERANCE, Budget, Costs, flops, latency, params
 from liar.selection.collect import CriterionStatistics, collect
 from liar.selection.elimination import Elimination, eliminate
 from liar.selection.scores import CRITERIA, STATISTICS, Criterion, SiteWeights, register_criterion, scores
 
 __all__ = [
     "CRITERIA",
-    "LENGTH",
     "STATISTICS",
     "TOLERANCE",
     "Budget",

@@ -16,10 +16,8 @@ from torch import nn
 from liar.errors import BudgetError, wrap_parse_errors
 from liar.files import user_path, write_text
 from liar.models import Layout, Site, discover, layer_of
-from liar.options import check_count
+from liar.options import LENGTH, check_count
 
-# Tokens per sequence where FLOPs or time are asked for by name.
-LENGTH = 128
 WRITTEN = "costs as Costs.save or `liar latency` writes them"
 
 

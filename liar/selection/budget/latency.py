@@ -19,9 +19,9 @@ from liar.data import Calibration
 from liar.errors import OptionError
 from liar.files import user_path
 from liar.models import Layout, Site, base_and_prefix, discover_with_weights
-from liar.options import check_count
+from liar.options import LENGTH, check_count
 from liar.runtime import ActivationStore, BlockCall, calls_of, exclusive, preserve_model_state, record_block_calls, run_block
-from liar.selection.budget.costs import LENGTH, Costs
+from liar.selection.budget.costs import Costs
 from liar.surgery import adopt, copy_block, cut_site
 
 logger = logging.getLogger(__name__)
