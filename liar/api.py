@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from liar.data import Calibration
 from liar.errors import CalibrationError, OptionError, at_site
 from liar.mask import Mask
-from liar.models import Layout, check_model, discover_with_weights
+from liar.models import Layout, discover_with_weights
 from liar.options import ReconstructOptions, SelectOptions
 from liar.repair import RepairContext, apply_steps, closed_form_steps
 from liar.report import Report
@@ -106,7 +106,6 @@ def select_with(
     options = options.checked()
     if isinstance(options.budget, Mapping):
         raise OptionError("budget: expected liar.Costs, got a mapping; liar.Costs.from_json reads what they were saved as")
-    check_model(model)
     # Read before the model is locked: an iterable may need another thread, or this one, to use the model.
     if CRITERIA[options.criterion].needs and calib is not None and not isinstance(calib, CriterionStatistics):
         _layout(model)
@@ -236,7 +235,6 @@ def _reconstruct(
 
 def _layout(model: nn.Module) -> Layout:
     """The sites of a model, which no other thread works with meanwhile."""
-    check_model(model)
     with exclusive(model):
         return discover_with_weights(model)
 

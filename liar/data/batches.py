@@ -46,7 +46,8 @@ def read_batches(data: Iterable[Any], model: nn.Module) -> list[tuple[Batch, Any
         (_as_batch(batch, number, accepted, model, device), _labels(batch, device))
         for number, batch in enumerate(_batches(data))
     ]
-    return [(batch, labels) for batch, labels in pairs if main_input(batch).numel()]
+    always = {"use_cache": False} if "use_cache" in accepted else {}
+    return [({**batch, **always}, labels) for batch, labels in pairs if main_input(batch).numel()]
 
 
 def main_input(batch: Batch) -> Tensor:

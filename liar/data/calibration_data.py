@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import logging
 from collections.abc import Iterable, Sequence
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 
 from liar.data.batches import Batch, main_input, read_batches
 from liar.data.copies import find_copies
-from liar.errors import CalibrationError, ModelError
-from liar.models import base_and_prefix, check_model
+from liar.errors import CalibrationError
+from liar.models import check_default_device, check_model
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +80,7 @@ class Calibration:
             ModelError: the model is none.
         """
         check_model(model)
-        if torch.get_default_device().type == "meta":
-            raise ModelError("torch's default device is meta, where nothing is computed: call this outside of it")
+        check_default_device()
         for name, number in (("first_sequence", first_sequence), ("total_tokens", total_tokens)):
             if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 0):
                 raise CalibrationError(f"{name}={number!r}: expected a whole number of at least 0")
@@ -106,8 +104,6 @@ class Calibration:
             )
         piece = max(min(PIECE, (total_tokens or tokens) // PIECES), 1)
         folds, distinct = _folds(batches, token_masks, first_sequence, piece)
-        if "use_cache" in inspect.signature(base_and_prefix(model)[0].forward).parameters:
-            batches = [{**batch, "use_cache": False} for batch in batches]
         return cls(
             batches=tuple(batches),
             token_masks=tuple(token_masks),

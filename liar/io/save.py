@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from liar.errors import CheckpointError, LiarError, ModelError
@@ -15,7 +14,7 @@ from liar.files import user_path
 from liar.io.folders import check_target, replacing
 from liar.io.shapes import differences, fitted, stored_shapes
 from liar.mask import Mask
-from liar.models import Layout, discover, discover_with_weights, family_of
+from liar.models import Layout, discover, discover_with_weights, family_of, is_plain
 from liar.report import Report
 from liar.surgery import all_or_nothing, build_stock, scaled_sizes, stock_class, uniform_sizes
 from liar.versions import versions
@@ -120,7 +119,7 @@ def _clear_quantisation_mark(model: PreTrainedModel) -> None:
     if getattr(model, "hf_quantizer", None) is None:
         return
     for name, parameter in model.named_parameters():
-        if not (type(parameter) is nn.Parameter and type(parameter.data) is Tensor and parameter.is_floating_point()):
+        if not is_plain(parameter):
             raise ModelError(
                 f"{name} is quantised: load the model unquantised (or dequantise it), reconstruct it, then quantise"
             )

@@ -1,9 +1,9 @@
 """What the library knows about models: one table per family, the layout of a model's sites, and one view of every layer."""
 
 from liar.models.family import Family, FusedProducer, SitePattern
-from liar.models.layers import Axis, LayerView
+from liar.models.layers import Axis, LayerView, is_plain
 from liar.models.layout import Edge, Layout, Segment, Site, layer_of
-from liar.models.ownership import check_model
+from liar.models.ownership import check_default_device, check_model
 from liar.models.registry import base_and_prefix, discover, discover_with_weights, families, family_of, register, takes_choices
 
 __all__ = [
@@ -17,11 +17,13 @@ __all__ = [
     "Site",
     "SitePattern",
     "base_and_prefix",
+    "check_default_device",
     "check_model",
     "discover",
     "discover_with_weights",
     "families",
     "family_of",
+    "is_plain",
     "layer_of",
     "register",
     "takes_choices",

@@ -149,14 +149,18 @@ def _class_name(module: nn.Module) -> str:
     return f"{kind.__module__}.{kind.__name__}" if is_namesake else kind.__name__
 
 
-def _is_ordinary(weight: Any) -> bool:
-    """Whether a weight is a parameter of plain numbers.
+def is_plain(parameter: Any) -> bool:
+    """Whether a parameter holds floating-point numbers, as they are.
 
     Quantised layers are subclasses of nn.Linear as often as not, and quantised tensors say they are of a float type: their
     values are not what their shape says.
     """
-    plain = type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.layout is torch.strided
-    return plain and weight.ndim == 2 and weight.is_floating_point() and weight.itemsize >= 2
+    return type(parameter) is nn.Parameter and type(parameter.data) is Tensor and parameter.is_floating_point()
+
+
+def _is_ordinary(weight: Any) -> bool:
+    """Whether a weight is a matrix of plain numbers of at least 16 bits."""
+    return is_plain(weight) and weight.layout is torch.strided and weight.ndim == 2 and weight.itemsize >= 2
 
 
 def storage_of(module: nn.Module) -> Storage | None:

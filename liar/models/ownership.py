@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from liar.errors import ModelError
@@ -37,6 +38,16 @@ def check_model(model: Any) -> None:
                 where = f"the model's {name} is" if name else "got"
                 what = f"{where} a {type(module).__name__}: {WRAPPERS[kind.__name__]}"
                 raise ModelError(f"expected a plain Hugging Face model, {what}")
+
+
+def check_default_device() -> None:
+    """Check that torch computes something by default.
+
+    Raises:
+        ModelError: its default device is the meta device.
+    """
+    if torch.get_default_device().type == "meta":
+        raise ModelError("torch's default device is meta, where nothing is computed: call this outside of it")
 
 
 def check_owned(model: nn.Module, sites: Iterable[Site]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from liar.errors import ModelError
+from liar.models import check_default_device, check_model
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
@@ -28,10 +29,10 @@ def exclusive(model: nn.Module) -> Iterator[None]:
     statistics, or leave parameters that nothing can train; it is back when the block ends.
 
     Raises:
-        ModelError: torch's default device is the meta device, where nothing is computed.
+        ModelError: it is no model, or inside a wrapper; or torch's default device is the meta device.
     """
-    if torch.get_default_device().type == "meta":
-        raise ModelError("torch's default device is meta, where nothing is computed: call this outside of it")
+    check_model(model)
+    check_default_device()
     with _LOCKS_LOCK:
         lock = _LOCKS.setdefault(model, threading.RLock())
     with lock, ExitStack() as stack:

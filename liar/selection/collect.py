@@ -18,7 +18,7 @@ from liar.analysis import channel_moments
 from liar.data import Calibration
 from liar.errors import CalibrationError, check_choice
 from liar.files import replacing_file, user_path
-from liar.models import Layout, check_model, discover_with_weights, layer_of
+from liar.models import Layout, discover_with_weights, layer_of
 from liar.options import check_list
 from liar.runtime import exclusive
 from liar.selection.error_curves import error_curves
@@ -164,7 +164,6 @@ def collect(
     check_list("criteria", criteria)
     for criterion in criteria:
         check_choice("criterion", criterion, CRITERIA)
-    check_model(model)
     with exclusive(model):
         layout = discover_with_weights(model)
     # Read before the model is locked again: an iterable may need another thread to use the model.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from liar.errors import ModelError
 from liar.mask import Mask
-from liar.models import Site, check_model, discover, layer_of
+from liar.models import Site, discover, layer_of
 from liar.runtime import exclusive
 from liar.surgery.stock import uniform_sizes
 
@@ -91,7 +91,6 @@ def remove(model: nn.Module, mask: Mask | Mapping[str, Any]) -> None:
         >>> liar.discover(model)["heads.0"].units == mask.kept("heads.0")
         True
     """
-    check_model(model)
     with exclusive(model):
         layout = discover(model)
         mask = Mask.of(mask, layout)
