@@ -421,7 +421,7 @@ def test_the_ridge_of_a_drift_is_found():
 
 
 def drift_fitted(folds, weight, bias, affine, ridge):
-    all_data, splits = folds.all_data(affine=affine), folds.splits(affine=affine, channels=len(weight))
+    all_data, splits = folds.normals(affine=affine, channels=len(weight))
     return fit_drift(all_data, splits, torch.from_numpy(weight), torch.from_numpy(bias), ridge=ridge)
 
 
@@ -429,9 +429,7 @@ def test_an_input_that_did_not_drift_changes_nothing():
     _, old, weight, bias, _ = drifted(tokens=40)
     folds, same = Folds(4), torch.from_numpy(old)
     folds.update(same, same, [10] * 4)
-    found, offset = fit_drift(
-        folds.all_data(affine=True), folds.splits(affine=True, channels=7), torch.from_numpy(weight), torch.from_numpy(bias)
-    )
+    found, offset = fit_drift(*folds.normals(affine=True, channels=7), torch.from_numpy(weight), torch.from_numpy(bias))
     torch.testing.assert_close(found, torch.from_numpy(weight), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(offset, torch.from_numpy(bias), rtol=1e-9, atol=1e-9)
 

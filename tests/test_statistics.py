@@ -15,6 +15,7 @@ from reference import centred, moments
 from liar.errors import CalibrationError
 from liar.statistics import ChannelMoments, Factor, Folds, Moments, TokenIndex
 from liar.statistics.chunks import CHUNK, gram
+from liar.statistics.folds import HELD_OUT, PLENTY
 
 KINDS = [Moments, Factor]
 TOKENS = 3 * CHUNK + 123
@@ -262,8 +263,8 @@ def test_folds_split_every_row_once(kind):
     for part in torch.arange(900).split(110):
         tokens = TokenIndex.of(torch.ones(1, len(part), dtype=torch.bool), fold[part], 4)
         folds.update(tokens.gather(z[part][None]), tokens.gather(t[part][None]), tokens.sizes)
-    assert_normal(folds.all_data(affine=True), moments(z.numpy(), t.numpy(), True))
-    splits = folds.splits(affine=True, channels=900)
+    all_data, splits = folds.normals(affine=True, channels=900)
+    assert_normal(all_data, moments(z.numpy(), t.numpy(), True))
     assert len(splits) == 4
     for number, (fitted, held) in enumerate(splits):
         inside = (fold == number).numpy()
@@ -271,23 +272,56 @@ def test_folds_split_every_row_once(kind):
         assert_normal(fitted, moments(z.numpy()[~inside], t.numpy()[~inside], True))
 
 
-def test_plenty_of_rows_are_split_once():
-    """With very many rows for every channel one held-out part says enough; it and the rest are all rows."""
-    z, t = pair(900)
-    folds = Folds(4)
-    order = (torch.arange(900) % 4).argsort(stable=True)
-    folds.update(z[order], t[order], [225] * 4)
-    ((fitted, held),) = folds.splits(affine=True, channels=1)
-    assert fitted.count + held.count == 900
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "channels"), [(900, 1), (4 * HELD_OUT, 10_000)])
+def test_plenty_of_rows_are_split_once(kind, rows, channels):
+    """With very many rows for every channel, or in a fold, one held-out part says enough; it and the rest are all rows."""
+    z, t = pair(rows)
+    order = (torch.arange(rows) % 4).argsort(stable=True)
+    folds = Folds(4, kind)
+    folds.update(z[order], t[order], [rows // 4] * 4)
+    all_data, ((fitted, held),) = folds.normals(affine=True, channels=channels)
+    assert fitted.count + held.count == rows
     assert_normal(held, moments(z.numpy()[::4], t.numpy()[::4], True))
+    assert_normal(all_data, moments(z.numpy(), t.numpy(), True))
+
+
+def test_fewer_rows_are_split_by_every_fold():
+    z, t = pair(4 * HELD_OUT - 4)
+    folds = Folds(4)
+    folds.update(z, t, [HELD_OUT - 1] * 4)
+    assert len(folds.normals(affine=True, channels=len(z) // PLENTY + 1)[1]) == 4
+
+
+def test_accumulators_made_together_have_one_shift():
+    """Whichever has rows first sets it; merging them then moves nothing, and is as exact as ever."""
+    z, t = pair(3 * CHUNK)
+    first, second, empty = Moments.several(3)
+    second.update(z[:CHUNK], t[:CHUNK])
+    first.update(z[CHUNK:] + 100, t[CHUNK:] - 50)
+    first.merge(second)
+    first.merge(empty)
+    assert first.state_dict()["shift_z"] is second.state_dict()["shift_z"]
+    rows = torch.cat([z[:CHUNK], z[CHUNK:] + 100]), torch.cat([t[:CHUNK], t[CHUNK:] - 50])
+    assert_normal(first.normal(affine=True), moments(*(part.numpy() for part in rows), True))
+
+
+def test_rows_given_are_not_overwritten():
+    z, t = pair(2 * CHUNK + 5)
+    before = z.clone(), t.clone()
+    for kind in KINDS:
+        kind().update(z, t, z[:, 0].abs())
+    assert torch.equal(z, before[0])
+    assert torch.equal(t, before[1])
 
 
 def test_one_fold_cannot_be_held_out():
     z, t = pair(50)
     folds = Folds(4)
     folds.update(z, t, [0, 0, 50, 0])
-    assert folds.splits(affine=True, channels=6) == []
-    assert folds.all_data(affine=True).count == 50
+    all_data, splits = folds.normals(affine=True, channels=6)
+    assert splits == []
+    assert all_data.count == 50
 
 
 def test_rows_are_the_kept_tokens_sorted_by_fold():

@@ -64,7 +64,7 @@ class RefitProducers(RepairStep):
             check_finite(*(value for pair in initial for value in pair), what="weights of its producers")
             weight, bias = (torch.cat(parts, -1) for parts in zip(*initial, strict=True))
             affine = all(layer.bias is not None for layer in layers)
-            all_data, splits = folds.all_data(affine=affine), folds.splits(affine=affine, channels=len(weight))
+            all_data, splits = folds.normals(affine=affine, channels=len(weight))
             weight, bias = fit_drift(
                 all_data,
                 splits,
@@ -105,7 +105,7 @@ class FitToResidualStream(RepairStep):
                 tokens = site.walk.tokens[batch]
                 target = widen(tokens.gather(site.get("target", batch)))
                 weight = token_weights(target) if site.walk.layout.is_pre_norm else None
-                missing = target - widen(tokens.gather(pruned["residual"]))
+                missing = target.sub_(tokens.gather(pruned["residual"]))  # what was gathered is a copy
                 folds.update(tokens.gather(pruned["consumer_input"]), missing, tokens.sizes, weight)
             site.keep_for_replay(batch, pruned["consumer_input"])
         site.discard("target")

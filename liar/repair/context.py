@@ -56,7 +56,7 @@ class RepairContext:
         creates = self.options.bias == "create" and consumer.bias is None
         with site.walk.timed("solve"), at_site(site.name, site.site.module):
             affine = creates or consumer.bias is not None
-            all_data, splits = folds.all_data(affine=affine), folds.splits(affine=affine, channels=consumer.size("in"))
+            all_data, splits = folds.normals(affine=affine, channels=consumer.size("in"))
             options = self.options
             enough = self.is_enough(site, consumer.size("in"))
             initial = consumer.initial_weights()

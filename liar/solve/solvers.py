@@ -21,13 +21,16 @@ class Solved:
 
 def cholesky(normal: Normal, rest: Tensor, ridges: Tensor) -> Solved | None:
     """Solve `(G + ridge) D = rest` for every absolute ridge [*]; None where a factorisation fails."""
-    damped = normal.gram + ridges[..., None, None] * torch.eye(len(normal.gram)).to(normal.gram)
+    damped = normal.gram.expand(*ridges.shape, *normal.gram.shape).clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(ridges[..., None])
     factor, info = torch.linalg.cholesky_ex(damped)
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
     condition = (diagonal.amax(-1) / diagonal.amin(-1)).square().max()
     if bool((info != 0).any()) or not condition < 1 / normal.rank_tolerance:
         return None
-    return Solved(torch.cholesky_solve(rest, factor), len(normal.gram), float(condition))
+    # Faster than cholesky_solve, which copies the factor.
+    half = torch.linalg.solve_triangular(factor, rest, upper=False)
+    return Solved(torch.linalg.solve_triangular(factor.mT, half, upper=True), len(normal.gram), float(condition))
 
 
 def eigh(normal: Normal, rest: Tensor, ridges: Tensor) -> Solved:

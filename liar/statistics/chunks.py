@@ -20,7 +20,7 @@ RANK_TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-13}
 class Chunks:
     """Gathers rows to chunks of `CHUNK`, so that sums do not depend on how the data was batched.
 
-    Rows come as several tensors of one length, [tokens, ...] each, and go as they came.
+    Rows come as several tensors of one length, [tokens, ...] each, and go as they came, as copies that may be overwritten.
     """
 
     def __init__(self) -> None:

@@ -25,6 +25,11 @@ class Factor:
         self._channels = 0
         self._r: Tensor | None = None
 
+    @classmethod
+    def several(cls, count: int) -> list[Factor]:
+        """Empty ones, to be merged later."""
+        return [cls() for _ in range(count)]
+
     def update(self, z: Tensor, t: Tensor, weight: Tensor | None = None) -> None:
         """Add rows: z [tokens, channels], t [tokens, out], weight [tokens] (1 each if left out, then always)."""
         for chunk in self._chunks.add(z, t) if weight is None else self._chunks.add(z, t, weight):

@@ -13,8 +13,10 @@ from liar.statistics.factor import Factor
 from liar.statistics.moments import Moments
 from liar.statistics.normal import Normal
 
-# Rows per channel from which one held-out fold is enough to choose a ridge.
+# Rows per channel from which one held-out fold is enough to choose a ridge; and rows in that fold from which it is enough,
+# however many channels there are: each row has as many errors as the layer has outputs.
 PLENTY = 10
+HELD_OUT = 2_000
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Folds:
 
     def __init__(self, folds: int, kind: type[Moments] | type[Factor] = Moments) -> None:
         self._kind = kind
-        self._parts: list[Any] = [kind() for _ in range(folds)]
+        self._parts = self._several(folds)
 
     def update(self, z: Tensor, t: Tensor, sizes: Sequence[int], weight: Tensor | None = None) -> None:
         """Add rows sorted by fold: z [tokens, channels], t [tokens, out], tokens in each fold, weight [tokens] or None."""
@@ -72,27 +74,31 @@ class Folds:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the content by what `state_dict` gave."""
+        self._parts = self._several(len(self._parts))
         for part, content in zip(self._parts, state["parts"], strict=True):
-            part.load_state_dict(content)
+            if content:
+                part.load_state_dict(content)
 
-    def all_data(self, *, affine: bool) -> Normal:
-        """The normal equations of all rows."""
-        normal: Normal = self._joined(self._parts).normal(affine=affine)
-        return normal
+    def normals(self, *, affine: bool, channels: int) -> tuple[Normal, list[tuple[Normal, Normal]]]:
+        """The normal equations of all rows, and pairs (all but one fold, that fold) of every fold that has rows.
 
-    def splits(self, *, affine: bool, channels: int) -> list[tuple[Normal, Normal]]:
-        """(all but one fold, that fold): for every fold that has rows, or for one where there are plenty of rows.
-
-        The fewer rows per channel, the more an answer depends on which rows were held out. Empty if one fold has all rows.
+        The fewer rows, the more an answer depends on which of them were held out; where there are plenty, one pair is given.
+        None is if one fold has all rows.
         """
         parts = [part for part in self._parts if part.count]
         if len(parts) < 2:
-            return []
-        plenty = sum(part.count for part in parts) >= PLENTY * channels
-        return [
-            (self._joined(parts[:i] + parts[i + 1 :]).normal(affine=affine), part.normal(affine=affine))
-            for i, part in enumerate(parts[:1] if plenty else parts)
+            return self._joined(self._parts).normal(affine=affine), []
+        plenty = sum(part.count for part in parts) >= PLENTY * channels or parts[0].count >= HELD_OUT
+        held_out = parts[:1] if plenty else parts
+        rest = [self._joined([part for part in parts if part is not held]) for held in held_out]
+        splits = [
+            (fitted.normal(affine=affine), held.normal(affine=affine)) for fitted, held in zip(rest, held_out, strict=True)
         ]
+        rest[0].merge(parts[0])
+        return rest[0].normal(affine=affine), splits
+
+    def _several(self, count: int) -> list[Any]:
+        return list(self._kind.several(count))
 
     def _joined(self, parts: list[Any]) -> Any:
         joined = self._kind()

@@ -34,13 +34,14 @@ class Sums:
 
     @classmethod
     def of(cls, z: Tensor, t: Tensor, weight: Tensor | None, shift_z: Tensor, shift_t: Tensor) -> Sums:
-        """Sums of one chunk."""
-        z, t, weight_sum = z - shift_z.to(z), t - shift_t.to(t), float(len(z))
-        sums = z.sum(0), t.sum(0)
-        if weight is not None:
-            root, weight_sum = weight.sqrt()[:, None], float(weight.sum(dtype=torch.float64))
-            z, t = z * root, t * root
-            sums = (root * z).sum(0), (root * t).sum(0)
+        """Sums of one chunk, whose rows are overwritten."""
+        z, t, weight_sum = z.sub_(shift_z.to(z)), t.sub_(shift_t.to(t)), float(len(z))
+        if weight is None:
+            sums = z.sum(0), t.sum(0)
+        else:
+            root, weight_sum = weight.sqrt(), float(weight.sum(dtype=torch.float64))
+            z, t = z.mul_(root[:, None]), t.mul_(root[:, None])
+            sums = root @ z, root @ t
         return cls(
             count=len(z),
             weight_sum=weight_sum,
@@ -72,18 +73,23 @@ class Sums:
     def at(self, shift_z: Tensor, shift_t: Tensor) -> Sums:
         """The same rows seen from another shift (a new object; nothing is shared)."""
         dz, dt, n = self.shift_z - shift_z, self.shift_t - shift_t, self.weight_sum
-        return Sums(
-            count=self.count,
-            weight_sum=n,
+        z, t = self.z + n * dz, self.t + n * dt
+        left = torch.stack([self.z, dz], 1)
+        return replace(
+            self,
             shift_z=shift_z,
             shift_t=shift_t,
-            z=self.z + n * dz,
-            t=self.t + n * dt,
-            gram=self.gram.clone().addr_(self.z, dz).addr_(dz, self.z + n * dz),
-            cross=self.cross.clone().addr_(self.z, dt).addr_(dz, self.t + n * dt),
+            z=z,
+            t=t,
+            # Both updates of a matrix in one pass over it.
+            gram=torch.addmm(self.gram, left, torch.stack([dz, z])),
+            cross=torch.addmm(self.cross, left, torch.stack([dt, t])),
             target_energy=self.target_energy + 2 * self.t * dt + n * dt.square(),
-            rank_tolerance=self.rank_tolerance,
         )
+
+    def has_shift_of(self, other: Sums) -> bool:
+        """Whether both can be added as they are."""
+        return self.shift_z is other.shift_z and self.shift_t is other.shift_t
 
 
 class Moments:
@@ -102,6 +108,16 @@ class Moments:
     def __init__(self) -> None:
         self._chunks = Chunks()
         self._sums: Sums | None = None
+        # The shifts of all accumulators that were made together, once one of them has a chunk.
+        self._shifts: list[Tensor] = []
+
+    @classmethod
+    def several(cls, count: int) -> list[Moments]:
+        """Empty ones that will have one shift, so that they are merged without being shifted first."""
+        made = [cls() for _ in range(count)]
+        for each in made:
+            each._shifts = made[0]._shifts
+        return made
 
     def update(self, z: Tensor, t: Tensor, weight: Tensor | None = None) -> None:
         """Add rows: z [tokens, channels], t [tokens, out], weight [tokens] (1 each if left out, then always)."""
@@ -110,7 +126,9 @@ class Moments:
 
     def _add(self, z: Tensor, t: Tensor, weight: Tensor | None = None) -> None:
         if self._sums is None:
-            first = Sums.of(z, t, weight, z.mean(0).double(), t.mean(0).double())
+            if not self._shifts:
+                self._shifts += [z.mean(0).double(), t.mean(0).double()]
+            first = Sums.of(z, t, weight, *self._shifts)
             self._sums = replace(first, gram=first.gram.double(), cross=first.cross.double())
         else:
             self._sums += Sums.of(z, t, weight, self._sums.shift_z, self._sums.shift_t)
@@ -118,10 +136,12 @@ class Moments:
     def merge(self, other: Moments) -> None:
         """Add another's rows. `other` keeps its content."""
         mine, theirs = self._all(), other._all()
-        if theirs is not None:
-            self._sums = theirs.at(theirs.shift_z, theirs.shift_t) if mine is None else mine + theirs.at(
-                mine.shift_z, mine.shift_t
-            )  # fmt: skip
+        if theirs is None:
+            return
+        if mine is None:
+            self._sums = replace(theirs, gram=theirs.gram.clone(), cross=theirs.cross.clone())
+        else:
+            self._sums = mine + (theirs if theirs.has_shift_of(mine) else theirs.at(mine.shift_z, mine.shift_t))
 
     def _all(self) -> Sums | None:
         for chunk in self._chunks.rest():
@@ -167,9 +187,11 @@ class Moments:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the content by what `state_dict` gave."""
         self._chunks, self._sums = Chunks(), None
+        self._shifts.clear()
         if state:
             sums = Sums(**state)
             self._sums = sums.at(sums.shift_z, sums.shift_t)
+            self._shifts += [sums.shift_z, sums.shift_t]
 
 
 def _checked(sums: Sums | None) -> Sums:
