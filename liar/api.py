@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from liar.data import Calibration
 from liar.errors import CalibrationError, OptionError, at_site
 from liar.mask import Mask
 from liar.models import Layout, discover_with_weights
 from liar.options import ReconstructOptions, SelectOptions
+from liar.progress import Progress, progress_of
 from liar.repair import RepairContext, apply_steps, closed_form_steps
 from liar.report import Report
 from liar.runtime import exclusive
@@ -32,17 +33,20 @@ from liar.selection import (
     latency,
     params,
     scores,
+    stages_of,
 )
 from liar.statistics import check_finite
 from liar.surgery import stock_counts
 
 logger = logging.getLogger(__name__)
 
-COSTS: Mapping[str, Callable[[nn.Module, bool], Costs]] = {
+COSTS: Mapping[str, Callable[[nn.Module, Progress], Costs]] = {
     "params": lambda model, _: params(model),
     "flops": lambda model, _: flops(model),
     "latency": lambda model, progress: latency(model, progress=progress),
 }
+# The stage of a reconstruction, and about how many forward passes of the dense model it takes; see `Progress`.
+RECONSTRUCT_STAGES = {"reconstruct": 2.4}
 
 
 def select(
@@ -100,7 +104,7 @@ def select_with(
     calib: Iterable[Any] | Calibration | CriterionStatistics | None,
     options: SelectOptions,
     *,
-    progress: bool = True,
+    progress: bool | Progress = True,
 ) -> Mask:
     """`select` with its options in one object."""
     options = options.checked()
@@ -110,12 +114,22 @@ def select_with(
     if CRITERIA[options.criterion].needs and calib is not None and not isinstance(calib, CriterionStatistics):
         _layout(model)
         calib = Calibration.of(calib, model)
-    with exclusive(model):
-        return _select(model, calib, options, progress=progress)
+    given = isinstance(calib, CriterionStatistics)
+    with exclusive(model), progress_of(progress, "select", _stages(options, collects=not given)) as shown:
+        return _select(model, calib, options, shown)
+
+
+def _stages(options: SelectOptions, *, collects: bool = True) -> dict[str, float]:
+    """The stages of a selection; see `Progress`."""
+    timed = {"latency": 2.0} if options.budget == "latency" else {}
+    return timed | (stages_of([options.criterion]) if collects else {})
 
 
 def _select(
-    model: nn.Module, calib: Iterable[Any] | Calibration | CriterionStatistics | None, options: SelectOptions, *, progress: bool
+    model: nn.Module,
+    calib: Iterable[Any] | Calibration | CriterionStatistics | None,
+    options: SelectOptions,
+    progress: Progress,
 ) -> Mask:
     criterion = CRITERIA[options.criterion]
     layout = discover_with_weights(model)
@@ -196,28 +210,23 @@ def reconstruct_with(
     calib: Iterable[Any] | Calibration,
     options: ReconstructOptions,
     *,
-    progress: bool = True,
+    progress: bool | Progress = True,
 ) -> Report:
     """`reconstruct` with its options in one object."""
     options = options.checked()
     mask, calibration = Mask.of(mask, _layout(model)), Calibration.of(calib, model)
-    with exclusive(model):
-        return _reconstruct(model, mask, calibration, options, progress=progress)
+    with exclusive(model), progress_of(progress, "reconstruct", RECONSTRUCT_STAGES) as shown:
+        return _reconstruct(model, mask, calibration, options, shown)
 
 
 def _reconstruct(
-    model: nn.Module,
-    mask: Mask,
-    calibration: Calibration,
-    options: ReconstructOptions,
-    *,
-    progress: bool,
+    model: nn.Module, mask: Mask, calibration: Calibration, options: ReconstructOptions, progress: Progress
 ) -> Report:
     layout = discover_with_weights(model)
     before = _parameters(model)
     clock: defaultdict[str, float] = defaultdict(float)
-    with tqdm(total=len(layout.sites), desc="reconstruct", unit="site", disable=not progress) as bar:
-        context = RepairContext(options, bar.update)
+    with progress.stage("reconstruct", len(layout.sites)) as advance:
+        context = RepairContext(options, lambda: advance(1))
         steps, on_stream = closed_form_steps(context), options.target == "residual_stream"
         apply_steps(model, layout, calibration, steps, mask, has_pruned_stream=on_stream, clock=clock)
     return Report(
@@ -274,6 +283,11 @@ def prune(
     how.check()
     _layout(model)
     calibration = Calibration.of(calib, model)
-    with exclusive(model):
-        mask = select_with(model, calibration, selection, progress=progress)
-        return reconstruct_with(model, mask, calibration, how, progress=progress)
+    with exclusive(model), prune_progress(progress, selection) as shown:
+        mask = select_with(model, calibration, selection, progress=shown)
+        return reconstruct_with(model, mask, calibration, how, progress=shown)
+
+
+def prune_progress(progress: bool | Progress, selection: SelectOptions) -> AbstractContextManager[Progress]:
+    """The progress of a selection and a reconstruction, as one."""
+    return progress_of(progress, "prune", {**_stages(selection), **RECONSTRUCT_STAGES})

@@ -7,12 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from liar.progress import Progress
+
 # tokens, channels, out
 SHAPES = {"tall": (400, 12, 7), "wide_out": (300, 5, 40), "one_channel": (50, 1, 3), "one_out": (200, 16, 1)}
 CONDITIONS = (1e0, 1e2, 1e4, 1e6)
 SOLVERS = ("auto", "cholesky", "eigh", "lstsq")
 # relative size of rounding in each dtype of the rows
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def quiet() -> Progress:
+    """The progress of any run, without a bar."""
+    return Progress("test", dict.fromkeys(("sensitivity", "elimination", "moments", "gradients"), 1.0), show=False)
 
 
 def rows(tokens: int, channels: int, condition: float = 10.0, seed: int = 0, mean: float = 1.0) -> np.ndarray:

@@ -10,6 +10,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from cases import quiet
 
 import liar
 from liar.errors import CalibrationError, OptionError
@@ -123,7 +124,7 @@ def recorded(module, name):
 
 def channel_moments(calibration):
     with recorded(import_module("liar.analysis.moments"), "ChannelMoments") as built:
-        liar.analysis.channel_moments(MODEL, LAYOUT, calibration, progress=False)
+        liar.analysis.channel_moments(MODEL, LAYOUT, calibration, progress=quiet())
     return built, lambda part: (part.count, part.mean, part.variance)
 
 
@@ -133,13 +134,13 @@ def moments(calibration):
 
 def unit_gradients(calibration):
     with recorded(gradients, "UnitGradients") as built:
-        gradients.unit_gradients(MODEL, LAYOUT, calibration, progress=False)
+        gradients.unit_gradients(MODEL, LAYOUT, calibration, progress=quiet())
     return built, lambda part: tuple(part.result().values())
 
 
 def gradient_moments(calibration):
     with recorded(fisher, "GradientMoments") as built:
-        fisher.sensitivities(MODEL, LAYOUT, calibration, progress=False)
+        fisher.sensitivities(MODEL, LAYOUT, calibration, progress=quiet())
     return built, lambda part: (part.squares, part.coherence())
 
 
@@ -157,7 +158,8 @@ def folds(calibration, solver="auto"):
         walk_blocks(MODEL, LAYOUT, calibration, closed_form_steps(context), mask=mask, has_pruned_stream=False)
 
     def result(part):
-        normals = [part.all_data(affine=True), *(normal for pair in part.splits(affine=True, channels=1000) for normal in pair)]
+        all_data, splits = part.normals(affine=True, channels=1000)
+        normals = [all_data, *(normal for pair in splits for normal in pair)]
         return tuple(number for normal in normals for number in numbers(normal))
 
     return [part for part in built if any(part.state_dict()["parts"])], result
@@ -238,7 +240,7 @@ def test_collected_statistics_do_not_depend_on_batching():
 def test_sampled_labels_follow_the_order_of_the_sequences():
     """Negative control: other numbers, other labels."""
     one, other = (
-        gradients.unit_gradients(MODEL, LAYOUT, liar.Calibration.of(data, MODEL), progress=False)["neurons.1"]["gradient"]
+        gradients.unit_gradients(MODEL, LAYOUT, liar.Calibration.of(data, MODEL), progress=quiet())["neurons.1"]["gradient"]
         for data in (BATCHES, BATCHES[::-1])
     )
     assert not torch.allclose(one, other, rtol=1e-3)
@@ -271,12 +273,12 @@ RESUMED = {
     "Folds": (
         lambda: Folds(3),
         lambda a, rows: a.update(rows, rows[:, :2].sin(), [5, 15, 10]),
-        lambda a: tuple(value for pair in a.splits(affine=True, channels=100) for normal in pair for value in astuple(normal)),
+        lambda a: tuple(v for pair in a.normals(affine=True, channels=100)[1] for normal in pair for v in astuple(normal)),
     ),
     "Folds of Factor": (
         lambda: Folds(3, Factor),
         lambda a, rows: a.update(rows, rows[:, :2].sin(), [5, 15, 10]),
-        lambda a: tuple(value for pair in a.splits(affine=True, channels=100) for normal in pair for value in astuple(normal)),
+        lambda a: tuple(v for pair in a.normals(affine=True, channels=100)[1] for normal in pair for v in astuple(normal)),
     ),
     "GradientMoments": (
         lambda: fisher.GradientMoments(torch.zeros(5)),

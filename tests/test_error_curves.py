@@ -8,7 +8,7 @@ import pytest
 import reference
 import sklearn.covariance
 import torch
-from cases import MODELS
+from cases import MODELS, quiet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,8 +34,8 @@ def prepared(name, **options):
 def test_curves_are_energies_missed_on_full_models(name):
     """The whole curve's sum is all that a site writes (but for the ridge), weighed by the sensitivity, per token."""
     model, layout, calibration, batches = prepared(name, dtype=torch.float64)
-    curves = error_curves(model, layout, calibration, progress=False)
-    known = sensitivities(model, layout, calibration, progress=False)
+    curves = error_curves(model, layout, calibration, progress=quiet())
+    known = sensitivities(model, layout, calibration, progress=quiet())
     sequence = np.concatenate(
         [np.nonzero(reference.numpy(keep))[0] + 100 * i for i, keep in enumerate(calibration.token_masks)]
     )
@@ -111,7 +111,7 @@ def by_hand(model, batches, name):
 @pytest.mark.parametrize("site", ["heads.0", "neurons.1"])
 def test_sensitivities_are_second_moments_of_gradients(name, site):
     model, layout, calibration, batches = prepared(name, dtype=torch.float64)
-    found = sensitivities(model, layout, calibration, progress=False)[site]
+    found = sensitivities(model, layout, calibration, progress=quiet())[site]
     fisher, coherence, outputs = by_hand(model, batches, site)
     assert reference.numpy(found.fisher) == pytest.approx(fisher, rel=1e-4, abs=1e-5 * np.abs(fisher).max())
     assert found.coherence == pytest.approx(coherence, rel=1e-4)
@@ -124,7 +124,7 @@ def test_they_foretell_what_an_error_does(alike):
     model, layout, calibration, _ = prepared("bert-classifier", dtype=torch.float64)
     batch = tiny_batches(model, batches=1, sequences=512, length=8)[0]
     calibration = Calibration.of([batch], model)
-    found = sensitivities(model, layout, calibration, progress=False)
+    found = sensitivities(model, layout, calibration, progress=quiet())
     size = 1e-3
 
     def disturb(_module, _args, output):
@@ -170,7 +170,7 @@ def test_sensitivity_grows_with_what_the_head_says():
     head, found = model.classifier.weight.data.clone(), {}
     for size in (0.0, 1e-3, 1e-2):
         model.classifier.weight.data = size * head
-        found[size] = sensitivities(model, layout, calibration, progress=False)
+        found[size] = sensitivities(model, layout, calibration, progress=quiet())
     for name, value in found[1e-3].items():
         assert float(found[1e-2][name].fisher.trace()) == pytest.approx(100 * float(value.fisher.trace()), rel=0.02)
         assert found[0.0][name].fisher.abs().max() == 0
@@ -180,7 +180,7 @@ def test_sensitivity_grows_with_what_the_head_says():
 def test_a_model_that_says_nothing_has_no_sensitivity():
     model, layout, calibration, batches = prepared("llama")
     model.norm.weight.data.zero_()
-    found = sensitivities(model, layout, calibration, progress=False)
+    found = sensitivities(model, layout, calibration, progress=quiet())
     assert all(value.fisher.abs().max() == 0 for value in found.values())
     assert liar.select(model, batches, keep=0.5, progress=False).parameters(layout) <= 0.5 * layout.parameters
 
@@ -191,7 +191,7 @@ def test_sensitivity_repeats_and_leaves_the_model_alone(name):
     model.train()
     next(model.parameters()).requires_grad_(False)
     before = model_state(model)
-    first, second = (sensitivities(model, layout, calibration, progress=False) for _ in range(2))
+    first, second = (sensitivities(model, layout, calibration, progress=quiet()) for _ in range(2))
     assert all(torch.equal(first[name].fisher, second[name].fisher) for name in first)
     assert all(first[name].coherence == second[name].coherence for name in first)
     assert_same_state(model, before)

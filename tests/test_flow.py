@@ -23,6 +23,7 @@ ORDER = (
     "versions",
     "verdicts",
     "options",
+    "progress",
     "models",
     "data",
     "statistics",

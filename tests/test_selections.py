@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import MODELS
+from cases import MODELS, quiet
 
 import liar
 from benchmarks.baselines import RULES
@@ -94,7 +94,7 @@ def test_gradients_of_sequences_add_up_to_the_librarys(name):
     model, batches = case(name, dtype=torch.float64)
     layout = liar.discover(model)
     result = kwon.sequence_gradients(model, batches)
-    expected = unit_gradients(model, layout, liar.Calibration.of(batches, model), progress=False)
+    expected = unit_gradients(model, layout, liar.Calibration.of(batches, model), progress=quiet())
     for site in layout.sites:
         rows = result[site.name]
         assert rows.shape == (sum(len(batch["input_ids"]) for batch in batches), site.units)

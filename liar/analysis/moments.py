@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from liar.data import Calibration
 from liar.errors import MaskError, at_site
 from liar.models import Layout, base_and_prefix, discover_with_weights
 from liar.options import check_list
+from liar.progress import Progress, progress_of
 from liar.runtime import Point, capture_activations, exclusive, preserve_model_state, run_model
 from liar.statistics import ChannelMoments, Moments
 
@@ -47,11 +47,14 @@ def moments(
         raise MaskError(f"no such site: {', '.join(map(str, unknown))}; expected some of {', '.join(site_names)}")
     accumulators = {name: Moments() for name in chosen or site_names}
     updates = {name: lambda rows, part=part: part.update(rows, rows[:, :0]) for name, part in accumulators.items()}
-    _read(model, layout, Calibration.of(calib, model), updates, "moments", progress)
+    with progress_of(progress, "moments", {"moments": 1}) as shown:
+        _read(model, layout, Calibration.of(calib, model), updates, shown)
     return accumulators
 
 
-def channel_moments(model: nn.Module, layout: Layout, calibration: Calibration, progress: bool) -> dict[str, dict[str, Tensor]]:
+def channel_moments(
+    model: nn.Module, layout: Layout, calibration: Calibration, progress: Progress
+) -> dict[str, dict[str, Tensor]]:
     """By site: `mean` and `variance` of every channel of the consumer's input, [channels] float64 each.
 
     Raises:
@@ -59,7 +62,7 @@ def channel_moments(model: nn.Module, layout: Layout, calibration: Calibration, 
     """
     streamed = {site.name: ChannelMoments() for site in layout.sites}
     updates = {name: part.update for name, part in streamed.items()}
-    _read(model, layout, calibration, updates, "select", progress)
+    _read(model, layout, calibration, updates, progress)
     moments_of = {}
     for site in layout.sites:
         with at_site(site.name, site.module):
@@ -72,18 +75,16 @@ def _read(
     layout: Layout,
     calibration: Calibration,
     updates: Mapping[str, Callable[[Tensor], None]],
-    title: str,
-    progress: bool,
+    progress: Progress,
 ) -> None:
     """One forward pass of the dense model; what a site's consumer reads, [tokens, channels] per batch, goes to its update."""
     consumers = {name: model.get_submodule(layout[name].module) for name in updates}
     points = {name: Point(consumer, 0) for name, consumer in consumers.items()}
     base, _ = base_and_prefix(model)
-    bar = tqdm(total=calibration.tokens, desc=title, unit="tok", unit_scale=True, disable=not progress)
-    with exclusive(model), preserve_model_state(model), bar:
+    with exclusive(model), preserve_model_state(model), progress.stage("moments", calibration.tokens) as advance:
         for number, (batch, token_mask) in enumerate(zip(calibration.batches, calibration.token_masks, strict=True)):
             with capture_activations(points) as activations:
                 run_model(base, batch, number)
             for name, value in activations.items():
                 updates[name](value[token_mask])
-            bar.update(int(token_mask.sum()))
+            advance(int(token_mask.sum()))

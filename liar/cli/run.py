@@ -14,7 +14,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from liar.api import reconstruct_with, select_with
+from liar.api import prune_progress, reconstruct_with, select_with
 from liar.data import builder_of, calibration, texts
 from liar.errors import MaskError, OptionError, check_choice, wrap_parse_errors
 from liar.files import user_path
@@ -109,10 +109,12 @@ class Run:
         model = load_model(self.model, self.load)
         selection = self._selection()
         if selection is not None:
-            mask = select_with(model, batches, selection, progress=progress)
+            with prune_progress(progress, selection) as shown:
+                mask = select_with(model, batches, selection, progress=shown)
+                report = reconstruct_with(model, mask, batches, self.reconstruct, progress=shown)
         else:
             mask = Mask.of(self._checked_mask(), discover(model))
-        report = reconstruct_with(model, mask, batches, self.reconstruct, progress=progress)
+            report = reconstruct_with(model, mask, batches, self.reconstruct, progress=progress)
         extra = {"mask.json": mask.to_json(), "run.json": self.to_json()}
         save(model, self.out, tokenizer=tokenizer, mask=mask, report=report, extra=extra, overwrite=overwrite)  # type: ignore[arg-type]
         return report

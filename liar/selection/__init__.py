@@ -2,7 +2,7 @@
 
 from liar.selection.allocate import allocate
 from liar.selection.budget import TOLERANCE, Budget, Costs, flops, latency, params
-from liar.selection.collect import CriterionStatistics, collect
+from liar.selection.collect import CriterionStatistics, collect, stages_of
 from liar.selection.elimination import Elimination, eliminate
 from liar.selection.scores import CRITERIA, STATISTICS, Criterion, SiteWeights, register_criterion, scores
 
@@ -24,4 +24,5 @@ __all__ = [
     "params",
     "register_criterion",
     "scores",
+    "stages_of",
 ]

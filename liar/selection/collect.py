@@ -20,16 +20,23 @@ from liar.errors import CalibrationError, check_choice
 from liar.files import replacing_file, user_path
 from liar.models import Layout, discover_with_weights, layer_of
 from liar.options import check_list
+from liar.progress import Progress, progress_of
 from liar.runtime import exclusive
 from liar.selection.error_curves import error_curves
 from liar.selection.gradients import unit_gradients
 from liar.selection.scores import CRITERIA, STATISTICS
 
 SiteTensors = dict[str, dict[str, Tensor]]
-COLLECTORS: dict[str, Callable[[nn.Module, Layout, Calibration, bool], SiteTensors]] = {
+COLLECTORS: dict[str, Callable[[nn.Module, Layout, Calibration, Progress], SiteTensors]] = {
     "channels": channel_moments,
     "curves": error_curves,
     "gradients": unit_gradients,
+}
+# The stages of each, and about how many forward passes of the dense model they take (benchmarks/README.md, "Speed").
+STAGES: dict[str, dict[str, float]] = {
+    "channels": {"moments": 1},
+    "curves": {"sensitivity": 1.5, "elimination": 2},
+    "gradients": {"gradients": 3},
 }
 # Norms of weights that differ by more are of other weights; rounding to another float type differs by less.
 SAME_NORM = 1e-4
@@ -129,6 +136,16 @@ class CriterionStatistics:
             )
 
 
+def stages_of(criteria: Sequence[str]) -> dict[str, float]:
+    """The stages of collecting what some criteria need; see `Progress`."""
+    return {name: share for needs in needs_of(criteria) for name, share in STAGES[needs].items()}
+
+
+def needs_of(criteria: Sequence[str]) -> list[str]:
+    """What some criteria need, each once."""
+    return list(dict.fromkeys(needs for criterion in criteria if (needs := CRITERIA[criterion].needs)))
+
+
 def consumer_norms(model: nn.Module, layout: Layout) -> dict[str, float]:
     """Frobenius norm of the consumer's weight by site."""
     layers = {site.name: layer_of(model.get_submodule(site.block), site.consumer) for site in layout.sites}
@@ -140,7 +157,7 @@ def collect(
     calib: Iterable[Any] | Calibration,
     *,
     criteria: Sequence[str] = ("reconstruction",),
-    progress: bool = True,
+    progress: bool | Progress = True,
 ) -> CriterionStatistics:
     """Collect the statistics that `select` needs once, and reuse them for every budget.
 
@@ -148,7 +165,7 @@ def collect(
         model: a Hugging Face model of a known family; it is not changed.
         calib: calibration batches (see `Calibration.of`).
         criteria: that will be used; what several of them need is collected once.
-        progress: show bars.
+        progress: show a bar.
 
     Returns:
         Frozen `CriterionStatistics`, to be given to `select` in place of calibration batches.
@@ -168,10 +185,9 @@ def collect(
         layout = discover_with_weights(model)
     # Read before the model is locked again: an iterable may need another thread to use the model.
     calibration = Calibration.of(calib, model)
-    with exclusive(model):
+    with exclusive(model), progress_of(progress, "collect", stages_of(criteria)) as shown:
         sites: SiteTensors = {site.name: {} for site in layout.sites}
-        for needs in dict.fromkeys(CRITERIA[criterion].needs for criterion in criteria):
-            if needs:
-                for name, values in COLLECTORS[needs](model, layout, calibration, progress).items():
-                    sites[name] |= {key: value.cpu() for key, value in values.items()}
+        for needs in needs_of(criteria):
+            for name, values in COLLECTORS[needs](model, layout, calibration, shown).items():
+                sites[name] |= {key: value.cpu() for key, value in values.items()}
     return CriterionStatistics(sites, consumer_norms(model, layout), calibration.tokens)

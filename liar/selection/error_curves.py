@@ -9,24 +9,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from liar.data import Calibration
+from liar.data import Calibration, sample
 from liar.errors import at_site
 from liar.models import Layout
+from liar.progress import Progress
 from liar.repair import RepairStep, SiteState, walk_blocks
 from liar.runtime import sequence_sums, widen
 from liar.selection.elimination import Elimination, eliminate
-from liar.selection.fisher import Sensitivity, sensitivities
+from liar.selection.fisher import TOKENS, Sensitivity, sensitivities
 from liar.statistics import Moments
 
 # Relative; the reconstruction chooses its own ridge per site, here one has to do for all numbers of units.
 RIDGE = 1e-3
+# Rows for each channel that the moments are taken from, where there are more: a sample of the data is enough.
+ROWS = 10
 # Share of a sensitivity that is spread over all directions at least: it is measured where the model is still whole.
 EVEN = 0.2
 
 
-def error_curves(model: nn.Module, layout: Layout, calibration: Calibration, progress: bool) -> dict[str, dict[str, Tensor]]:
+def error_curves(
+    model: nn.Module, layout: Layout, calibration: Calibration, progress: Progress
+) -> dict[str, dict[str, Tensor]]:
     """By site: `order` and `increases` of an `Elimination`.
 
     A step is what the reconstruction of the site misses then, weighted by how much that moves the model's output (see
@@ -37,8 +41,10 @@ def error_curves(model: nn.Module, layout: Layout, calibration: Calibration, pro
         ModelError: parameters that gradients cannot be taken of.
     """
     sensitivity = sensitivities(model, layout, calibration, progress)
-    with tqdm(total=len(layout.sites), desc="select", unit="site", disable=not progress) as bar:
-        curves = ErrorCurves(sensitivity, bar.update)
+    widest = max(site.units * site.consumer.width for site in layout.sites)
+    calibration = sample(calibration, max(TOKENS, ROWS * widest))
+    with progress.stage("elimination", len(layout.sites)) as advance:
+        curves = ErrorCurves(sensitivity, lambda: advance(1))
         walk_blocks(model, layout, calibration, [curves])
     return {name: {"order": curve.order, "increases": curve.increases} for name, curve in curves.result.items()}
 

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from liar.data import Calibration
+from liar.data import Calibration, sample, split, take
 from liar.errors import at_site
 from liar.models import Layout, layer_of
-from liar.runtime import Point, record_gradients, sequence_sums
-from liar.selection.gradients import differentiable, gradients, run_with_gradients
+from liar.progress import Progress
+from liar.runtime import Point, preserve_model_state, record_gradients, sequence_sums
+from liar.selection.gradients import differentiable, drawn, gradients, outputs_of, run_with_gradients
 from liar.selection.loss import sampled_label_loss
 from liar.statistics import check_finite
+
+# A sample of the data is enough, since what it estimates is a mean over tokens (benchmarks/README.md, "What a sample of the
+# calibration data decides"): of about so many tokens, or, where every token has an output of its own, of so many outputs.
+TOKENS = 16_384
+OUTPUTS = 4_096
+# ... but not of a few long texts only.
+SEQUENCES = 8
+# Numbers in the logits of one pass.
+LOGITS = 2**26
 
 
 @dataclass(frozen=True)
@@ -40,8 +50,8 @@ class Sensitivity:
     outputs: int
 
 
-def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, progress: bool) -> dict[str, Sensitivity]:
-    """The sensitivity at every site, by site name, from one pass forward and back.
+def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, progress: Progress) -> dict[str, Sensitivity]:
+    """The sensitivity at every site, by site name, from one pass forward and back over a sample of the data.
 
     Without a head, the output is the mean of the last hidden states over each sequence, relative to its size.
 
@@ -49,7 +59,7 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
         model: with its task head, if it has one.
         layout: its sites.
         calibration: batches; labels are not looked at.
-        progress: show a bar.
+        progress: of the run; the stage is "sensitivity".
 
     Raises:
         CalibrationError: NaN or Inf at a site, which it names.
@@ -62,22 +72,36 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
         sums = {name: GradientMoments(consumer.matrix.new_zeros(consumer.size("out"))) for name, consumer in consumers.items()}
     # Gradients flow down to the first block: its consumers make all that comes after them differentiable.
     first = [consumers[site.name].weight for site in layout.of_block(layout.sites[0].block)]
-    bar = tqdm(total=calibration.tokens, desc="sensitivity", unit="tok", unit_scale=True, disable=not progress)
-    with record_gradients(model, first), bar:
+    calibration, every = _sampled(model, calibration)
+    with record_gradients(model, first), progress.stage("sensitivity", calibration.tokens) as advance:
         ordinary, outputs = differentiable(calibration), 0
         for number, token_mask in enumerate(ordinary.token_masks):
-            activations, predicted = run_with_gradients(model, layout, ordinary, number, points)
-            loss = sampled_label_loss(predicted, token_mask, ordinary.starts[number])
+            activations, predicted = run_with_gradients(model, layout, ordinary, number, points, every=every)
+            loss = sampled_label_loss(predicted, drawn(token_mask, every), ordinary.starts[number])
             stream_gradients = gradients(loss, [activations[name] for name in sums])
             for part, gradient in zip(sums.values(), stream_gradients, strict=True):
                 part.update(gradient[token_mask].float(), token_mask)
             outputs += len(predicted[0].rows)
-            bar.update(int(token_mask.sum()))
+            advance(int(token_mask.sum()))
     # From the last site to the first, as gradients flow: the one named is where NaN began.
     for site in reversed(layout.sites):
         with at_site(site.name, site.module):
             check_finite(sums[site.name].squares, what="gradients")
     return {name: Sensitivity(part.squares / outputs, part.coherence(), outputs) for name, part in sums.items()}
+
+
+def _sampled(model: nn.Module, calibration: Calibration) -> tuple[Calibration, int]:
+    """The sequences to sample labels for, in batches whose logits fit in memory; and every which position of them."""
+    with preserve_model_state(model):
+        outputs = outputs_of(model, take(calibration, [(0, torch.zeros(1, dtype=torch.int64))]), 0)
+    by_token = [output.rows.shape[-1] for output in outputs if output.by_token]
+    part = sample(calibration, OUTPUTS if by_token else TOKENS, sequences=SEQUENCES)
+    if not by_token:
+        return part, 1
+    thinned = "logits_to_keep" in signature(model.forward).parameters
+    every = max(part.tokens // OUTPUTS, 1) if thinned else 1
+    longest = max(mask.shape[1] for mask in part.token_masks)
+    return split(part, max(LOGITS * every // (longest * max(by_token)), 1)), every
 
 
 class GradientMoments:

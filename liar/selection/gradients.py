@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from liar.data import Calibration
 from liar.errors import CalibrationError, at_site
 from liar.models import Edge, LayerView, Layout, Site, base_and_prefix, layer_of, takes_choices
+from liar.progress import Progress
 from liar.runtime import Output, Point, capture_activations, model_outputs, record_gradients, run_model, widen
 from liar.selection.loss import label_loss, sampled_label_loss
 from liar.statistics import check_finite
@@ -21,7 +21,9 @@ from liar.statistics import check_finite
 CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 
-def unit_gradients(model: nn.Module, layout: Layout, calibration: Calibration, progress: bool) -> dict[str, dict[str, Tensor]]:
+def unit_gradients(
+    model: nn.Module, layout: Layout, calibration: Calibration, progress: Progress
+) -> dict[str, dict[str, Tensor]]:
     """By site: what the loss L does when a unit is scaled, or its weights; [units] float64 each.
 
     With m_u = 1 a factor on the channels of unit u where the consumer reads them, x, the derivative dL/dm_u is the sum of
@@ -46,8 +48,7 @@ def unit_gradients(model: nn.Module, layout: Layout, calibration: Calibration, p
         sums = [UnitGradients(model.get_submodule(site.block), site) for site in layout.sites]
     points = {part.site.name: Point(part.layers[-1].module, 0) for part in sums}
     weights = [weight for part in sums for weight in part.weights]
-    bar = tqdm(total=calibration.tokens, desc="gradients", unit="tok", unit_scale=True, disable=not progress)
-    with record_gradients(model, weights), bar:
+    with record_gradients(model, weights), progress.stage("gradients", calibration.tokens) as advance:
         ordinary = differentiable(calibration)
         for number, token_mask in enumerate(ordinary.token_masks):
             activations, outputs = run_with_gradients(model, layout, ordinary, number, points)
@@ -56,33 +57,56 @@ def unit_gradients(model: nn.Module, layout: Layout, calibration: Calibration, p
             rest = iter(all_gradients[len(inputs) :])
             for part, x, gradient in zip(sums, inputs, all_gradients[: len(inputs)], strict=True):
                 part.update(x, gradient, [next(rest) for _ in part.weights])
-            bar.update(int(token_mask.sum()))
+            advance(int(token_mask.sum()))
     # From the last site to the first, as gradients flow: the one named is where NaN began.
     return {part.site.name: part.result() for part in reversed(sums)}
 
 
 def run_with_gradients(
-    model: nn.Module, layout: Layout, calibration: Calibration, number: int, points: Mapping[str, Point]
+    model: nn.Module, layout: Layout, calibration: Calibration, number: int, points: Mapping[str, Point], *, every: int = 1
 ) -> tuple[dict[str, Tensor], list[Output]]:
     """Run one batch: the activations at the points, among them one named after every site, and the model's outputs.
+
+    Args:
+        model: with its head, if it has one.
+        layout: its sites.
+        calibration: batches.
+        number: which of them.
+        points: what to capture.
+        every: as for `outputs_of`.
 
     Raises:
         CalibrationError: NaN or Inf at a site, which it names, or in the outputs.
     """
     with capture_activations(points) as activations:
-        batch = calibration.batches[number]
-        if takes_choices(model):
-            # Every sequence is a question of its own, with one choice.
-            batch = {name: value.unsqueeze(1) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        returned = run_model(model, batch, number)
-    several_labels = getattr(model.config, "problem_type", None) == "multi_label_classification"
-    outputs = model_outputs(returned, calibration.token_masks[number], several_labels=several_labels)
+        outputs = outputs_of(model, calibration, number, every=every)
     for site in layout.sites:
         with at_site(site.name, site.module):
             check_finite(activations[site.name])
     with at_site("output", type(model).__name__):
         check_finite(*(output.rows for output in outputs))
     return activations, outputs
+
+
+def outputs_of(model: nn.Module, calibration: Calibration, number: int, *, every: int = 1) -> list[Output]:
+    """Run one batch: the model's outputs, above 1 for `every` so-many-th position only.
+
+    Such a model has to take `logits_to_keep`.
+    """
+    batch, token_mask = calibration.batches[number], calibration.token_masks[number]
+    if takes_choices(model):
+        # Every sequence is a question of its own, with one choice.
+        batch = {name: value.unsqueeze(1) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    if every > 1:
+        positions = torch.arange(token_mask.shape[1], device=token_mask.device)
+        token_mask, batch = drawn(token_mask, every), {**batch, "logits_to_keep": drawn(positions[None], every)[0]}
+    several_labels = getattr(model.config, "problem_type", None) == "multi_label_classification"
+    return model_outputs(run_model(model, batch, number), token_mask, several_labels=several_labels)
+
+
+def drawn(positions: Tensor, every: int) -> Tensor:
+    """Every so-many-th position of [sequences, length], the last of each stretch: it has seen the others."""
+    return positions[:, every - 1 :: every]
 
 
 def differentiable(calibration: Calibration) -> Calibration:

@@ -13,13 +13,13 @@ import torch
 from scipy.optimize import isotonic_regression
 from torch import nn
 from torch.utils.benchmark import Timer
-from tqdm.auto import tqdm
 
 from liar.data import Calibration
 from liar.errors import OptionError
 from liar.files import user_path
 from liar.models import Layout, Site, base_and_prefix, discover_with_weights
 from liar.options import LENGTH, check_count
+from liar.progress import Progress, progress_of
 from liar.runtime import ActivationStore, BlockCall, calls_of, exclusive, preserve_model_state, record_block_calls, run_block
 from liar.selection.budget.costs import Costs
 from liar.surgery import adopt, copy_block, cut_site
@@ -40,7 +40,7 @@ def latency(
     batch_size: int = 1,
     length: int = LENGTH,
     cache: str | Path | None = None,
-    progress: bool = True,
+    progress: bool | Progress = True,
 ) -> Costs:
     """Time the model and its layers at several widths, as a budget for `select`.
 
@@ -79,7 +79,8 @@ def latency(
         logger.info("%s was timed with %s, this is %s: timing again", cache, dict(cached.about), about)
     with exclusive(model), preserve_model_state(model):
         try:
-            costs = _timed(model, layout, about, progress)
+            with progress_of(progress, "latency", {"latency": 1}) as shown:
+                costs = _timed(model, layout, about, shown)
         except (RuntimeError, MemoryError) as error:
             raise OptionError(
                 f"batch_size={batch_size}, length={length}: such a batch cannot be timed here: {error}"
@@ -114,7 +115,7 @@ def _about(model: nn.Module, batch_size: int, length: int) -> dict[str, Any]:
     }
 
 
-def _timed(model: nn.Module, layout: Layout, about: Mapping[str, Any], progress: bool) -> Costs:
+def _timed(model: nn.Module, layout: Layout, about: Mapping[str, Any], progress: Progress) -> Costs:
     base, _ = base_and_prefix(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (about["batch_size"], about["length"]), generator=generator)  # type: ignore[union-attr, arg-type]
@@ -194,7 +195,7 @@ def widths(units: int) -> list[int]:
     return sorted({*grid, units} - {0})
 
 
-def _seconds(subjects: Mapping[Any, Callable[[], Any]], progress: bool) -> dict[Any, float]:
+def _seconds(subjects: Mapping[Any, Callable[[], Any]], progress: Progress) -> dict[Any, float]:
     """How long each takes: the median over rounds of its share in the round's sum, times the median sum.
 
     Shares, since machines are slower in some rounds than in others.
@@ -203,12 +204,12 @@ def _seconds(subjects: Mapping[Any, Callable[[], Any]], progress: bool) -> dict[
     timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in subjects.items()}
     numbers = {name: max(1, math.ceil(SECONDS / timer.timeit(1).mean)) for name, timer in timers.items()}
     rounds: list[dict[Any, float]] = []
-    with tqdm(total=ROUNDS * len(timers), desc="latency", unit="run", disable=not progress) as bar:
+    with progress.stage("latency", ROUNDS * len(timers)) as advance:
         for _ in range(ROUNDS):
             rounds.append({})
             for name, timer in timers.items():
                 rounds[-1][name] = timer.timeit(numbers[name]).mean
-                bar.update()
+                advance(1)
     sums = [sum(times.values()) for times in rounds]
     shares = {name: [times[name] / total for times, total in zip(rounds, sums, strict=True)] for name in subjects}
     return {name: median(values) * median(sums) for name, values in shares.items()}

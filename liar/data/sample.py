@@ -1,0 +1,80 @@
+"""A part of the calibration data: for estimates that more data would hardly change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liar.data.batches import Batch
+from liar.data.calibration_data import Calibration
+
+# Multiples of it, modulo 1, are spread evenly, whatever period the data has (Weyl; golden ratio).
+STEP = 0.6180339887498949
+
+
+def take(calibration: Calibration, pieces: Sequence[tuple[int, Tensor]]) -> Calibration:
+    """Some sequences in new batches.
+
+    Args:
+        calibration: the whole.
+        pieces: for every new batch the number of an old one, and which of its rows, int64.
+    """
+    batches, masks, folds, labels = [], [], [], []
+    for number, rows in pieces:
+        whole = calibration.token_masks[number]
+        rows = rows.to(whole.device)
+        taken = torch.zeros(len(whole), dtype=torch.bool, device=whole.device).index_fill_(0, rows, True)
+        batches.append(dict(_taken(calibration.batches[number], rows, len(whole))))
+        masks.append(whole[rows])
+        folds.append(calibration.folds[number][taken[whole.nonzero()[:, 0]]])
+        label = calibration.labels[number]
+        labels.append(label[rows] if isinstance(label, Tensor) and len(label) == len(whole) else label)
+    return replace(
+        calibration,
+        batches=tuple(batches),
+        token_masks=tuple(masks),
+        folds=tuple(folds),
+        labels=tuple(labels),
+        tokens=sum(int(mask.sum()) for mask in masks),
+        sequences=sum(len(mask) for mask in masks),
+    )
+
+
+def sample(calibration: Calibration, tokens: int, *, sequences: int = 1) -> Calibration:
+    """Whole sequences with about so many tokens, spread evenly over the data; all of it where there are no more.
+
+    Which sequences these are follows from their numbers alone, not from how they are batched.
+
+    Args:
+        calibration: the whole.
+        tokens: about how many to take.
+        sequences: about how many to take at least.
+    """
+    share = max(tokens / calibration.tokens, sequences / calibration.sequences)
+    if share >= 1:
+        return calibration
+    chosen = []
+    for start, mask in zip(calibration.starts, calibration.token_masks, strict=True):
+        numbers = torch.arange(start, start + len(mask), dtype=torch.float64)
+        chosen.append(((numbers * STEP) % 1 < share).nonzero().squeeze(1))
+    part = take(calibration, [(number, rows) for number, rows in enumerate(chosen) if len(rows)])
+    return part if part.tokens else calibration
+
+
+def split(calibration: Calibration, sequences: int) -> Calibration:
+    """The same sequences in batches of at most so many."""
+    pieces = []
+    for number, mask in enumerate(calibration.token_masks):
+        pieces += [(number, rows) for rows in torch.split(torch.arange(len(mask)), sequences)]
+    return take(calibration, pieces)
+
+
+def _taken(batch: Batch, rows: Tensor, sequences: int) -> Iterator[tuple[str, Any]]:
+    """The entries of a batch for some of its sequences; what has no row for each of them serves all."""
+    for name, value in batch.items():
+        by_sequence = isinstance(value, Tensor) and value.ndim > 0 and len(value) == sequences
+        yield name, value[rows] if by_sequence else value
