@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from liar.selection import eliminate
-from liar.selection.elimination import DELAY
+from liar.selection.elimination import DELAY, ridged
+from liar.solve import precision
 
 RIDGE = 1e-2
 
@@ -121,3 +122,33 @@ def test_a_site_that_never_fires_has_a_curve_of_zeros():
     result = eliminate(gram, weight, 4, RIDGE)
     assert sorted(result.order.tolist()) == [0, 1, 2, 3]
     assert float(result.increases.sum()) < 1e-100
+
+
+def spread(channels, out, condition, seed):
+    """A Gram matrix of some condition, and weights."""
+    generator = np.random.default_rng(seed)
+    basis = np.linalg.qr(generator.normal(size=(channels, channels)))[0]
+    gram = basis * np.geomspace(1, 1 / condition, channels) @ basis.T
+    return torch.from_numpy(gram + gram.T), torch.from_numpy(generator.normal(size=(channels, out)))
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(("units", "ridge"), [(160, 1e-3), (40, 1e-3)])
+def test_in_float32_errors_are_those_of_float64(units, ridge, seed, monkeypatch):
+    """To a thousandth, at every number of units; as on a device that is slow at float64."""
+    gram, weight = spread(160, 24, 1e8, seed)
+    expected = eliminate(gram, weight, units, ridge)
+    monkeypatch.setattr(precision, "factor_dtype", lambda _: torch.float32)
+    assert precision.downdate_dtype(ridged(gram, ridge), torch.linalg.inv(ridged(gram, ridge))) == torch.float32
+    found = eliminate(gram, weight, units, ridge)
+    assert not torch.equal(found.increases, expected.increases)
+    torch.testing.assert_close(found.increases.cumsum(0), expected.increases.cumsum(0), rtol=1e-3, atol=0)
+
+
+def test_float64_is_kept_where_float32_would_cancel(monkeypatch):
+    gram, weight = spread(160, 24, 1e8, 0)
+    expected = eliminate(gram, weight, 160, 1e-6)
+    monkeypatch.setattr(precision, "factor_dtype", lambda _: torch.float32)
+    found = eliminate(gram, weight, 160, 1e-6)
+    assert torch.equal(found.order, expected.order)
+    assert torch.equal(found.increases, expected.increases)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from liar.solve import downdate_dtype
+
 # Channels whose updates are delayed, so that each becomes one product of matrices.
 DELAY = 64
 # Removed channels stay in the matrices, where they are zero, until fewer than this share of them is left: copying a matrix
@@ -54,7 +56,7 @@ def eliminate(gram: Tensor, weight: Tensor, units: int, ridge: float) -> Elimina
         order.append(state.names[unit])
         increases.append(increase)
         state.remove(unit)
-    return Elimination(torch.stack(order).cpu(), torch.stack(increases).clamp_min(0).cpu())
+    return Elimination(torch.stack(order).cpu(), torch.stack(increases).double().clamp_min(0).cpu())
 
 
 def ridged(gram: Tensor, ridge: float) -> Tensor:
@@ -99,16 +101,17 @@ class _State:
     @classmethod
     def of(cls, gram: Tensor, weight: Tensor, units: int, ridge: float) -> _State:
         width = len(gram) // units
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged(gram, ridge)))
-        solution = weight.to(gram)
-        products = solution @ solution.T
+        matrix, solution = ridged(gram, ridge), weight.to(gram)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+        dtype = downdate_dtype(matrix, inverse)
+        inverse, products = inverse.to(dtype), (solution @ solution.T).to(dtype)
         most = DELAY + width
         return cls(
             inverse=inverse,
             products=products,
-            shares=gram.new_empty(most, len(gram)),
-            crossed=gram.new_empty(most, len(gram)),
-            rows=gram.new_zeros(most, most),
+            shares=inverse.new_empty(most, len(gram)),
+            crossed=inverse.new_empty(most, len(gram)),
+            rows=inverse.new_zeros(most, most),
             delayed=0,
             blocks=_diagonal_blocks(inverse, width),
             energy=_diagonal_blocks(products, width),

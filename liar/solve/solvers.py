@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from liar.solve.precision import is_refined, solve_refined
 from liar.statistics import Normal
 
 
@@ -22,15 +23,22 @@ class Solved:
 def cholesky(normal: Normal, rest: Tensor, ridges: Tensor) -> Solved | None:
     """Solve `(G + ridge) D = rest` for every absolute ridge [*]; None where a factorisation fails."""
     damped = normal.gram.expand(*ridges.shape, *normal.gram.shape).clone()
+    largest = 1 / normal.rank_tolerance
     damped.diagonal(dim1=-2, dim2=-1).add_(ridges[..., None])
+    if is_refined(damped, rest.shape[-1]) and (refined := solve_refined(damped, rest)):
+        return Solved(refined[0], len(normal.gram), _condition(refined[1])) if _condition(refined[1]) < largest else None
     factor, info = torch.linalg.cholesky_ex(damped)
-    diagonal = factor.diagonal(dim1=-2, dim2=-1)
-    condition = (diagonal.amax(-1) / diagonal.amin(-1)).square().max()
-    if bool((info != 0).any()) or not condition < 1 / normal.rank_tolerance:
+    condition = _condition(factor.diagonal(dim1=-2, dim2=-1))
+    if bool((info != 0).any()) or not condition < largest:
         return None
     # Faster than cholesky_solve, which copies the factor.
     half = torch.linalg.solve_triangular(factor, rest, upper=False)
-    return Solved(torch.linalg.solve_triangular(factor.mT, half, upper=True), len(normal.gram), float(condition))
+    return Solved(torch.linalg.solve_triangular(factor.mT, half, upper=True), len(normal.gram), condition)
+
+
+def _condition(diagonal: Tensor) -> float:
+    """A lower bound of the condition of matrices, from the diagonals of their Cholesky factors [*, channels]: the largest."""
+    return float((diagonal.amax(-1) / diagonal.amin(-1)).square().max())
 
 
 def eigh(normal: Normal, rest: Tensor, ridges: Tensor) -> Solved:
