@@ -30,6 +30,7 @@ class BlockPair:
         dense_sites: of the dense block, which may be another model's.
         returns: by site, how many values its sublayer returns as a tuple (None: one value by itself).
         replayed: sites whose sublayer replays what it gave.
+        finished: (site, batch) of which that is kept; of others, what the consumer reads.
     """
 
     number: int
@@ -39,6 +40,7 @@ class BlockPair:
     dense_sites: tuple[Site, ...]
     returns: dict[str, int | None] = field(default_factory=dict)
     replayed: list[Site] = field(default_factory=list)
+    finished: set[tuple[str, int]] = field(default_factory=set)
 
 
 @dataclass
@@ -79,14 +81,19 @@ class Walk:
         return self.store.get(stream, batch), self.store.get(calls_of(stream, block), batch)
 
     def replays(self, block: BlockPair, batch: int) -> ExitStack:
-        """A context in which the sublayers of repaired sites return what they gave, with their consumers as they are now."""
+        """A context in which the sublayers of repaired sites return what they give with their repaired consumers."""
         stack = ExitStack()
         for site in block.replayed:
             assert block.pruned is not None
             assert site.sublayer is not None
-            value = self.store.get(f"{site.name} replay", batch)
-            if site.consumer.module.startswith(f"{site.sublayer}."):
+            series = f"{site.name} replay"
+            value = self.store.get(series, batch)
+            if site.consumer.module.startswith(f"{site.sublayer}.") and (site.name, batch) not in block.finished:
                 value = block.pruned.get_submodule(site.consumer.module)(value)
+                # In a parallel block, sites after it read what its consumer gives: it has to run.
+                if not any(other.added_before for other in block.sites):
+                    self.store.put(series, batch, value)
+                    block.finished.add((site.name, batch))
             length = block.returns[site.name]
             output = value if length is None else (value, *[None] * (length - 1))
             stack.enter_context(replay_output(block.pruned.get_submodule(site.sublayer), output))
@@ -193,7 +200,7 @@ class SiteState:
     def keep_for_replay(self, batch: int, consumer_input: Tensor) -> None:
         """Note what the consumer read, so that the site's sublayer need not run again while later sites are repaired.
 
-        Only right if the producers do not change afterwards. The consumer may.
+        Only right if the producers do not change afterwards. The consumer may, until the site is done.
         """
         if self.site.sublayer is not None:
             self.put("replay", batch, consumer_input)

@@ -37,6 +37,13 @@ class TokenIndex:
         order = token_mask.flatten().nonzero().squeeze(1)[fold.argsort(stable=True)]
         return cls(order, tuple(torch.bincount(fold, minlength=folds).tolist()))
 
+    def thinned(self, step: int) -> TokenIndex:
+        """Every so-many-th token of each fold."""
+        if step == 1:
+            return self
+        parts = [part[::step] for part in torch.split(self.order, list(self.sizes))]
+        return TokenIndex(torch.cat(parts), tuple(len(part) for part in parts))
+
     def gather(self, value: Tensor) -> Tensor:
         """[sequences, length, channels] -> [tokens, channels]."""
         return value.flatten(0, 1).index_select(0, self.order)

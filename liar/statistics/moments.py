@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from liar.errors import CalibrationError
-from liar.statistics.chunks import RANK_TOLERANCE, Chunks, gram
+from liar.statistics.chunks import RANK_TOLERANCE, Chunks, add_gram, mirrored
 from liar.statistics.normal import NO_ROWS, Normal, check_finite
 
 
@@ -18,7 +18,7 @@ class Sums:
     """Weighted sums over rows of (z - shift_z) and (t - shift_t), float64.
 
     `count` is the number of rows, `weight_sum` the sum of their weights, `target_energy` that of each target channel,
-    `rank_tolerance` as in `Normal`.
+    `rank_tolerance` as in `Normal`. Of `gram`, only the upper triangle counts.
     """
 
     count: int
@@ -33,39 +33,53 @@ class Sums:
     rank_tolerance: float
 
     @classmethod
-    def of(cls, z: Tensor, t: Tensor, weight: Tensor | None, shift_z: Tensor, shift_t: Tensor) -> Sums:
-        """Sums of one chunk, whose rows are overwritten."""
-        z, t, weight_sum = z.sub_(shift_z.to(z)), t.sub_(shift_t.to(t)), float(len(z))
+    def none(cls, shift_z: Tensor, shift_t: Tensor) -> Sums:
+        """Of no rows yet."""
+        channels, out = len(shift_z), len(shift_t)
+        return cls(
+            count=0,
+            weight_sum=0.0,
+            shift_z=shift_z,
+            shift_t=shift_t,
+            z=torch.zeros_like(shift_z),
+            t=torch.zeros_like(shift_t),
+            gram=shift_z.new_zeros(channels, channels),
+            cross=shift_z.new_zeros(channels, out),
+            target_energy=torch.zeros_like(shift_t),
+            rank_tolerance=0.0,
+        )
+
+    def with_rows(self, z: Tensor, t: Tensor, weight: Tensor | None) -> Sums:
+        """The sums with those of one chunk, whose rows are overwritten; the big sums are added in place, self is used up."""
+        z, t, weight_sum = z.sub_(self.shift_z.to(z)), t.sub_(self.shift_t.to(t)), float(len(z))
         if weight is None:
             sums = z.sum(0), t.sum(0)
         else:
             root, weight_sum = weight.sqrt(), float(weight.sum(dtype=torch.float64))
             z, t = z.mul_(root[:, None]), t.mul_(root[:, None])
             sums = root @ z, root @ t
-        return cls(
-            count=len(z),
-            weight_sum=weight_sum,
-            shift_z=shift_z,
-            shift_t=shift_t,
-            z=sums[0].double(),
-            t=sums[1].double(),
-            # Left in the precision of the product: adding it to float64 sums widens it on the way, without a copy.
-            gram=gram(z),
-            cross=z.T @ t,
-            target_energy=t.square().sum(0).double(),
-            rank_tolerance=RANK_TOLERANCE[z.dtype],
+        add_gram(self.gram, z)
+        self.cross.add_(z.T @ t)
+        return replace(
+            self,
+            count=self.count + len(z),
+            weight_sum=self.weight_sum + weight_sum,
+            z=self.z + sums[0],
+            t=self.t + sums[1],
+            target_energy=self.target_energy + t.square().sum(0),
+            rank_tolerance=max(self.rank_tolerance, RANK_TOLERANCE[z.dtype]),
         )
 
     def __add__(self, other: Sums) -> Sums:
         """Of one shift only; the big sums are added in place, self is used up."""
+        self.gram.add_(other.gram)
+        self.cross.add_(other.cross)
         return replace(
             self,
             count=self.count + other.count,
             weight_sum=self.weight_sum + other.weight_sum,
             z=self.z + other.z,
             t=self.t + other.t,
-            gram=self.gram.add_(other.gram),
-            cross=self.cross.add_(other.cross),
             target_energy=self.target_energy + other.target_energy,
             rank_tolerance=max(self.rank_tolerance, other.rank_tolerance),
         )
@@ -128,10 +142,8 @@ class Moments:
         if self._sums is None:
             if not self._shifts:
                 self._shifts += [z.mean(0).double(), t.mean(0).double()]
-            first = Sums.of(z, t, weight, *self._shifts)
-            self._sums = replace(first, gram=first.gram.double(), cross=first.cross.double())
-        else:
-            self._sums += Sums.of(z, t, weight, self._sums.shift_z, self._sums.shift_t)
+            self._sums = Sums.none(*self._shifts)
+        self._sums = self._sums.with_rows(z, t, weight)
 
     def merge(self, other: Moments) -> None:
         """Add another's rows. `other` keeps its content."""
@@ -161,7 +173,7 @@ class Moments:
         return Normal(
             count=sums.count,
             weight_sum=n,
-            gram=sums.gram,
+            gram=mirrored(sums.gram),
             cross=sums.cross,
             target_energy=float(sums.target_energy.sum()),
             mean_z=means[0],
