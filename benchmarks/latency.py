@@ -39,7 +39,7 @@ class TimedModel:
     @cached_property
     def loaded(self) -> tuple[nn.Module, list[dict[str, Tensor]]]:
         """The model and its calibration batches."""
-        return MODELS[self.name](TOKENS)
+        return MODELS[self.name](TOKENS, None)
 
     @cached_property
     def statistics(self) -> liar.CriterionStatistics:

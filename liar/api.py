@@ -238,7 +238,7 @@ def _reconstruct(
         sequences=calibration.sequences,
         options=asdict(options),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        seconds=dict(clock),
+        seconds={**progress.seconds, **clock},
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -11,7 +13,7 @@ FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 
 class Progress:
-    """Where a run stands.
+    """Where a run stands, and where its time went: `seconds`, by kind of work.
 
     Args:
         verb: what the user asked for.
@@ -28,6 +30,7 @@ class Progress:
 
     def __init__(self, verb: str, stages: Mapping[str, float], *, show: bool) -> None:
         self.done = 0.0
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._verb, self._stages = verb, dict(stages)
         self._bar = tqdm(total=sum(stages.values()), desc=verb, bar_format=FORMAT, disable=not show)
 
@@ -49,6 +52,15 @@ class Progress:
         done = min(done, sum(self._stages.values()))
         self._bar.update(done - self.done)
         self.done = done
+
+    @contextmanager
+    def timed(self, work: str) -> Iterator[None]:
+        """Add the time of the body to `seconds`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[work] += time.perf_counter() - began
 
     def close(self) -> None:
         """Leave the bar as it is."""

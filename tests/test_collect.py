@@ -19,7 +19,7 @@ from liar.options import ReconstructOptions
 from liar.repair import RepairContext, closed_form_steps, walk_blocks
 from liar.runtime import preserve_model_state
 from liar.selection import CRITERIA, STATISTICS, fisher, gradients
-from liar.statistics import ChannelMoments, Factor, Folds, Moments
+from liar.statistics import ChannelMoments, Factor, Folds, Moments, TokenIndex
 from liar.testing import tiny_batches, tiny_model
 
 
@@ -272,12 +272,12 @@ RESUMED = {
     "Factor": (Factor, lambda a, rows: a.update(rows, rows[:, :2].sin()), lambda a: astuple(a.normal(affine=True))),
     "Folds": (
         lambda: Folds(3),
-        lambda a, rows: a.update(rows, rows[:, :2].sin(), [5, 15, 10]),
+        lambda a, rows: a.update(rows[None], rows[None, :, :2].sin(), TokenIndex(torch.arange(30), (5, 15, 10))),
         lambda a: tuple(v for pair in a.normals(affine=True, channels=100)[1] for normal in pair for v in astuple(normal)),
     ),
     "Folds of Factor": (
         lambda: Folds(3, Factor),
-        lambda a, rows: a.update(rows, rows[:, :2].sin(), [5, 15, 10]),
+        lambda a, rows: a.update(rows[None], rows[None, :, :2].sin(), TokenIndex(torch.arange(30), (5, 15, 10))),
         lambda a: tuple(v for pair in a.normals(affine=True, channels=100)[1] for normal in pair for v in astuple(normal)),
     ),
     "GradientMoments": (

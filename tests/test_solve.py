@@ -13,7 +13,7 @@ from reference import absolute, centred, least_squares, squares
 from liar.solve import RIDGES, SKETCH, fit, fit_drift, solve
 from liar.solve import ridge as ridge_module
 from liar.solve.ridge import sketch_of
-from liar.statistics import Factor, Folds, Moments
+from liar.statistics import Factor, Folds, Moments, TokenIndex
 from liar.verdicts import Verdict
 
 
@@ -388,6 +388,11 @@ def test_auto_leaves_perfect_weights_alone():
 # Layers whose input has drifted
 
 
+def in_four(tokens):
+    """Rows in order, a quarter in each fold."""
+    return TokenIndex(torch.arange(tokens), (tokens // 4,) * 4)
+
+
 def drifted(tokens=3000, channels=7, out=90, noise=0.05, seed=0):
     """(new input, old input, weight [channels, out], bias [out], statistics in four folds)."""
     generator = np.random.default_rng(seed)
@@ -396,7 +401,7 @@ def drifted(tokens=3000, channels=7, out=90, noise=0.05, seed=0):
     new += noise * generator.normal(size=new.shape)
     weight, bias = generator.normal(size=(channels, out)), generator.normal(size=out)
     folds = Folds(4)
-    folds.update(torch.from_numpy(new), torch.from_numpy(old), [tokens // 4] * 4)
+    folds.update(torch.from_numpy(new)[None], torch.from_numpy(old)[None], in_four(tokens))
     return new, old, weight, bias, folds
 
 
@@ -428,7 +433,7 @@ def drift_fitted(folds, weight, bias, affine, ridge):
 def test_an_input_that_did_not_drift_changes_nothing():
     _, old, weight, bias, _ = drifted(tokens=40)
     folds, same = Folds(4), torch.from_numpy(old)
-    folds.update(same, same, [10] * 4)
+    folds.update(same[None], same[None], in_four(40))
     found, offset = fit_drift(*folds.normals(affine=True, channels=7), torch.from_numpy(weight), torch.from_numpy(bias))
     torch.testing.assert_close(found, torch.from_numpy(weight), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(offset, torch.from_numpy(bias), rtol=1e-9, atol=1e-9)

@@ -262,7 +262,7 @@ def test_folds_split_every_row_once(kind):
     folds = Folds(4, kind)
     for part in torch.arange(900).split(110):
         tokens = TokenIndex.of(torch.ones(1, len(part), dtype=torch.bool), fold[part], 4)
-        folds.update(tokens.gather(z[part][None]), tokens.gather(t[part][None]), tokens.sizes)
+        folds.update(z[part][None], t[part][None], tokens)
     all_data, splits = folds.normals(affine=True, channels=900)
     assert_normal(all_data, moments(z.numpy(), t.numpy(), True))
     assert len(splits) == 4
@@ -279,7 +279,7 @@ def test_plenty_of_rows_are_split_once(kind, rows, channels):
     z, t = pair(rows)
     order = (torch.arange(rows) % 4).argsort(stable=True)
     folds = Folds(4, kind)
-    folds.update(z[order], t[order], [rows // 4] * 4)
+    folds.update(z[None], t[None], TokenIndex(order, (rows // 4,) * 4))
     all_data, ((fitted, held),) = folds.normals(affine=True, channels=channels)
     assert fitted.count + held.count == rows
     assert_normal(held, moments(z.numpy()[::4], t.numpy()[::4], True))
@@ -289,7 +289,7 @@ def test_plenty_of_rows_are_split_once(kind, rows, channels):
 def test_fewer_rows_are_split_by_every_fold():
     z, t = pair(4 * HELD_OUT - 4)
     folds = Folds(4)
-    folds.update(z, t, [HELD_OUT - 1] * 4)
+    folds.update(z[None], t[None], TokenIndex(torch.arange(len(z)), (HELD_OUT - 1,) * 4))
     assert len(folds.normals(affine=True, channels=len(z) // PLENTY + 1)[1]) == 4
 
 
@@ -318,7 +318,7 @@ def test_rows_given_are_not_overwritten():
 def test_one_fold_cannot_be_held_out():
     z, t = pair(50)
     folds = Folds(4)
-    folds.update(z, t, [0, 0, 50, 0])
+    folds.update(z[None], t[None], TokenIndex(torch.arange(50), (0, 0, 50, 0)))
     all_data, splits = folds.normals(affine=True, channels=6)
     assert splits == []
     assert all_data.count == 50

@@ -321,9 +321,9 @@ def test_what_a_16_bit_stream_lacks_is_computed_in_more_bits():
     missing = []
 
     class Recording(Folds):
-        def update(self, z, t, sizes, weight=None):
-            missing.append(t.double())
-            super().update(z, t, sizes, weight)
+        def update(self, z, t, tokens, weight=None):
+            missing.append(tokens.gather(t).double())
+            super().update(z, t, tokens, weight)
 
     class Exact(RepairStep):
         captures = frozenset({"stream"})

@@ -25,10 +25,10 @@ from liar.runtime import token_weights, widen
 from liar.solve import fit_drift
 from liar.statistics import Folds, check_finite
 
-# A refit reads every token while there are no more than so many, nor more than so many for each channel; then every second
-# one, every third, …: its answer has the least error long before, and its sums would cost as much as those of the consumer.
-ENOUGH = 16_384
-ROWS = 32
+# A refit reads so many tokens at most, or so many for each channel: with more, its answer is hardly better, and its sums take
+# as much time as those of the consumer (benchmarks/README.md, "What a sample decides").
+TOKENS = 16_384
+ROWS = 40
 
 
 class RefitProducers(RepairStep):
@@ -54,13 +54,11 @@ class RefitProducers(RepairStep):
         """One regression for all producers, written into each."""
         if site.drifted:
             folds = self.context.new_folds()
-            channels = site.producers[0].size("in")
-            step = max(site.walk.calibration.tokens // max(ENOUGH, ROWS * channels), 1)
+            share = max(TOKENS, ROWS * site.producers[0].size("in")) / site.walk.calibration.tokens
             for batch, pruned in site.run_pruned("producer_input"):
                 with site.walk.timed("statistics"):
-                    tokens = site.walk.tokens[batch].thinned(step)
-                    old = site.get("producer input", batch)
-                    folds.update(tokens.gather(pruned["producer_input"]), tokens.gather(old), tokens.sizes)
+                    tokens = site.walk.tokens[batch].thinned(share)
+                    folds.update(pruned["producer_input"], site.get("producer input", batch), tokens)
             self._fit(site, folds)
         site.discard("producer input")
 
@@ -109,11 +107,9 @@ class FitToResidualStream(RepairStep):
         folds = self.context.new_folds()
         for batch, pruned in site.run_pruned("consumer_input", "residual"):
             with site.walk.timed("statistics"):
-                tokens = site.walk.tokens[batch]
-                target = widen(tokens.gather(site.get("target", batch)))
+                target = widen(site.get("target", batch))
                 weight = token_weights(target) if site.walk.layout.is_pre_norm else None
-                missing = target.sub_(tokens.gather(pruned["residual"]))  # what was gathered is a copy
-                folds.update(tokens.gather(pruned["consumer_input"]), missing, tokens.sizes, weight)
+                folds.update(pruned["consumer_input"], target - pruned["residual"], site.walk.tokens[batch], weight)
             site.keep_for_replay(batch, pruned["consumer_input"])
         site.discard("target")
         self.context.fit_consumer(site, folds)
@@ -140,10 +136,11 @@ class FitToLayerOutput(RepairStep):
         with site.walk.timed("statistics"):
             if site.name not in self.folds:
                 self.folds[site.name] = self.context.new_folds()
-            tokens = site.walk.tokens[batch]
-            z, t = (tokens.gather(dense[name]) for name in ("consumer_input", "consumer_output"))
+            z, t = dense["consumer_input"], dense["consumer_output"]
             channels = site.site.consumer.channels(site.unit_mask).to(z.device)
-            self.folds[site.name].update(z.index_select(1, channels), t, tokens.sizes)
+            # `index_select` of the last of three dimensions takes twenty times as long.
+            kept = z.gather(2, channels.expand(*z.shape[:2], -1))
+            self.folds[site.name].update(kept, t, site.walk.tokens[batch])
 
     def skip(self, site: SiteState) -> None:
         """Everything is kept."""

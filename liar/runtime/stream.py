@@ -30,11 +30,12 @@ def residual_sum(activations: Mapping[str, Tensor], site: Site) -> Tensor:
 
 
 def token_weights(stream: Tensor) -> Tensor:
-    """1 / mean square of every token: [tokens, channels] -> [tokens].
+    """1 / mean square of every token: [*, channels] -> [*].
 
     A norm reads the stream next, so what counts is a token's error relative to its size.
     """
-    return 1 / (stream.square().mean(1) + EPSILON)
+    mean_square: Tensor = torch.linalg.vector_norm(stream, dim=-1).square() / stream.shape[-1]
+    return 1 / (mean_square + EPSILON)
 
 
 def sequence_sums(rows: Tensor, token_mask: Tensor) -> Tensor:

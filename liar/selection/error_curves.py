@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import sqrt
@@ -43,9 +44,12 @@ def error_curves(
     sensitivity = sensitivities(model, layout, calibration, progress)
     widest = max(site.units * site.consumer.width for site in layout.sites)
     calibration = sample(calibration, max(TOKENS, ROWS * widest))
+    clock: defaultdict[str, float] = defaultdict(float)
     with progress.stage("elimination", len(layout.sites)) as advance:
         curves = ErrorCurves(sensitivity, lambda: advance(1))
-        walk_blocks(model, layout, calibration, [curves])
+        walk_blocks(model, layout, calibration, [curves], clock=clock)
+    for work, seconds in clock.items():
+        progress.seconds[f"select: {work}"] += seconds
     return {name: {"order": curve.order, "increases": curve.increases} for name, curve in curves.result.items()}
 
 
@@ -61,22 +65,26 @@ class ErrorCurves(RepairStep):
 
     def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
         """Add a batch to the moments."""
-        token_mask = site.walk.calibration.token_masks[batch]
-        rows = widen(dense["consumer_input"][token_mask])
-        rows = reweight_sequence_mean(rows, token_mask, self.sensitivity[site.name].coherence)
-        self.moments.setdefault(site.name, Moments()).update(rows, rows[:, :0])
+        with site.walk.timed("statistics"):
+            token_mask = site.walk.calibration.token_masks[batch]
+            rows = widen(dense["consumer_input"][token_mask])
+            rows = reweight_sequence_mean(rows, token_mask, self.sensitivity[site.name].coherence)
+            self.moments.setdefault(site.name, Moments()).update(rows, rows[:, :0])
 
     def repair(self, site: SiteState) -> None:
         """Eliminate, in the unit of the sensitivities."""
+        with site.walk.timed("elimination"), at_site(site.name, site.site.module):
+            self.result[site.name] = self._curve(site)
+        self.advance()
+
+    def _curve(self, site: SiteState) -> Elimination:
         sensitivity, consumer = self.sensitivity[site.name], site.dense_consumer
-        with at_site(site.name, site.site.module):
-            gram = self.moments.pop(site.name).normal(affine=consumer.bias is not None).gram
+        gram = self.moments.pop(site.name).normal(affine=consumer.bias is not None).gram
         mean, root = directions(sensitivity.fisher.double(), sensitivity.outputs)
         channels = site.site.consumer.by_unit(site.site.units).flatten().to(gram.device)
         weight = consumer.matrix.double() @ root
         curve = eliminate(gram[channels][:, channels], weight[channels], site.site.units, RIDGE)
-        self.result[site.name] = replace(curve, increases=curve.increases * mean / site.walk.calibration.tokens)
-        self.advance()
+        return replace(curve, increases=curve.increases * mean / site.walk.calibration.tokens)
 
 
 def reweight_sequence_mean(rows: Tensor, token_mask: Tensor, coherence: float) -> Tensor:

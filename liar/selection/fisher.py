@@ -72,15 +72,18 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
         sums = {name: GradientMoments(consumer.matrix.new_zeros(consumer.size("out"))) for name, consumer in consumers.items()}
     # Gradients flow down to the first block: its consumers make all that comes after them differentiable.
     first = [consumers[site.name].weight for site in layout.of_block(layout.sites[0].block)]
-    calibration, every = _sampled(model, calibration)
+    calibration, every = sampled(model, calibration)
     with record_gradients(model, first), progress.stage("sensitivity", calibration.tokens) as advance:
         ordinary, outputs = differentiable(calibration), 0
         for number, token_mask in enumerate(ordinary.token_masks):
-            activations, predicted = run_with_gradients(model, layout, ordinary, number, points, every=every)
-            loss = sampled_label_loss(predicted, drawn(token_mask, every), ordinary.starts[number])
-            stream_gradients = gradients(loss, [activations[name] for name in sums])
-            for part, gradient in zip(sums.values(), stream_gradients, strict=True):
-                part.update(gradient[token_mask].float(), token_mask)
+            with progress.timed("select: forward"):
+                activations, predicted = run_with_gradients(model, layout, ordinary, number, points, every=every)
+            with progress.timed("select: backward"):
+                loss = sampled_label_loss(predicted, drawn(token_mask, every), ordinary.starts[number])
+                stream_gradients = gradients(loss, [activations[name] for name in sums])
+            with progress.timed("select: sums of gradients"):
+                for part, gradient in zip(sums.values(), stream_gradients, strict=True):
+                    part.update(gradient[token_mask].float(), token_mask)
             outputs += len(predicted[0].rows)
             advance(int(token_mask.sum()))
     # From the last site to the first, as gradients flow: the one named is where NaN began.
@@ -90,7 +93,7 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
     return {name: Sensitivity(part.squares / outputs, part.coherence(), outputs) for name, part in sums.items()}
 
 
-def _sampled(model: nn.Module, calibration: Calibration) -> tuple[Calibration, int]:
+def sampled(model: nn.Module, calibration: Calibration) -> tuple[Calibration, int]:
     """The sequences to sample labels for, in batches whose logits fit in memory; and every which position of them."""
     with preserve_model_state(model):
         outputs = outputs_of(model, take(calibration, [(0, torch.zeros(1, dtype=torch.int64))]), 0)

@@ -86,12 +86,13 @@ def best_ridge(splits: Sequence[Split], weight: Tensor, bias: Tensor, solver: st
     sketch = sketch_of(weight)
     zeros = torch.zeros(sketch.shape[1]).to(weight)
     narrow = [(fitted.project_targets(sketch, zeros), held.project_targets(sketch, zeros)) for fitted, held in splits]
+    weight, bias = weight @ sketch, bias @ sketch
 
     @cache
     def error(index: int) -> float:
         if not 0 <= index < len(RIDGES):
             return inf
-        return held_out_errors(narrow, weight @ sketch, bias @ sketch, RIDGES[index], solver)[-1]
+        return held_out_errors(narrow, weight, bias, RIDGES[index], solver)[-1]
 
     index = len(RIDGES) // 2
     while (lower := min(index - 1, index + 1, key=error)) >= 0 and error(lower) < error(index):

@@ -28,18 +28,24 @@ class Chunks:
         self._buffers: tuple[Tensor, ...] = ()
         self._used = 0
 
-    def add(self, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Take rows, give the chunks that are full."""
+    def add(self, *rows: Tensor, only: Tensor | None = None) -> Iterator[tuple[Tensor, ...]]:
+        """Take rows, all or only those with some numbers (int64), in that order; give the chunks that are full."""
         dtype = torch.float64 if torch.float64 in {part.dtype for part in rows} else torch.float32
         if not self._buffers:
             self._buffers = tuple(part.new_empty(CHUNK, *part.shape[1:], dtype=dtype) for part in rows)
         elif dtype == torch.float64:
             self._buffers = tuple(buffer.double() for buffer in self._buffers)
-        start = 0
-        while start < len(rows[0]):
-            size = min(CHUNK - self._used, len(rows[0]) - start)
+        start, count = 0, len(rows[0]) if only is None else len(only)
+        while start < count:
+            size = min(CHUNK - self._used, count - start)
             for buffer, part in zip(self._buffers, rows, strict=True):
-                buffer[self._used : self._used + size] = part[start : start + size]
+                place = buffer[self._used : self._used + size]
+                if only is None:
+                    place.copy_(part[start : start + size])
+                elif part.dtype == place.dtype:
+                    torch.index_select(part, 0, only[start : start + size], out=place)
+                else:
+                    place.copy_(part.index_select(0, only[start : start + size]))
             start, self._used = start + size, self._used + size
             if self._used == CHUNK:
                 self._used = 0

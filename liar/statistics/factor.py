@@ -30,9 +30,13 @@ class Factor:
         """Empty ones, to be merged later."""
         return [cls() for _ in range(count)]
 
-    def update(self, z: Tensor, t: Tensor, weight: Tensor | None = None) -> None:
-        """Add rows: z [tokens, channels], t [tokens, out], weight [tokens] (1 each if left out, then always)."""
-        for chunk in self._chunks.add(z, t) if weight is None else self._chunks.add(z, t, weight):
+    def update(self, z: Tensor, t: Tensor, weight: Tensor | None = None, *, only: Tensor | None = None) -> None:
+        """Add rows: z [tokens, channels], t [tokens, out], weight [tokens] (1 each if left out, then always).
+
+        With `only`, int64, those rows in that order.
+        """
+        rows = (z, t) if weight is None else (z, t, weight)
+        for chunk in self._chunks.add(*rows, only=only):
             self._add(*chunk)
 
     def _add(self, z: Tensor, t: Tensor, weight: Tensor | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +36,14 @@ class TokenIndex:
         order = token_mask.flatten().nonzero().squeeze(1)[fold.argsort(stable=True)]
         return cls(order, tuple(torch.bincount(fold, minlength=folds).tolist()))
 
-    def thinned(self, step: int) -> TokenIndex:
-        """Every so-many-th token of each fold."""
-        if step == 1:
+    def thinned(self, share: float) -> TokenIndex:
+        """About such a share of the tokens of each fold, spread evenly."""
+        if share >= 1:
             return self
-        parts = [part[::step] for part in torch.split(self.order, list(self.sizes))]
+        parts = []
+        for part in torch.split(self.order, list(self.sizes)):
+            counted = (torch.arange(len(part) + 1, dtype=torch.float64, device=part.device) * share).floor()
+            parts.append(part[counted.diff() > 0])
         return TokenIndex(torch.cat(parts), tuple(len(part) for part in parts))
 
     def gather(self, value: Tensor) -> Tensor:
@@ -61,14 +63,19 @@ class Folds:
         self._kind = kind
         self._parts = self._several(folds)
 
-    def update(self, z: Tensor, t: Tensor, sizes: Sequence[int], weight: Tensor | None = None) -> None:
-        """Add rows sorted by fold: z [tokens, channels], t [tokens, out], tokens in each fold, weight [tokens] or None."""
-        start = 0
-        for part, size in zip(self._parts, sizes, strict=True):
-            rows = slice(start, start + size)
-            start += size
-            if size:
-                part.update(z[rows], t[rows], None if weight is None else weight[rows])
+    def update(self, z: Tensor, t: Tensor, tokens: TokenIndex, weight: Tensor | None = None) -> None:
+        """Add the real tokens of a batch.
+
+        Args:
+            z: [sequences, length, channels].
+            t: [sequences, length, out].
+            tokens: which of them are real, by fold.
+            weight: [sequences, length]; 1 each if left out, then always.
+        """
+        rows = z.flatten(0, 1), t.flatten(0, 1), None if weight is None else weight.flatten()
+        for part, only in zip(self._parts, torch.split(tokens.order, list(tokens.sizes)), strict=True):
+            if len(only):
+                part.update(*rows, only=only)
 
     def merge(self, other: Folds) -> None:
         """Add another's rows, fold by fold. `other` keeps its content."""
