@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas
 
-from benchmarks import speed
+from benchmarks import growth, samples, speed
 from benchmarks.baselines import RULES
 from benchmarks.elimination import rows as above_best
 from benchmarks.few_tokens import HEADINGS as FEW_TOKENS
@@ -112,8 +112,22 @@ def fine_tuning(criterion: str = CRITERION) -> str:
 
 def speed_table() -> str:
     """Ratios to one plain dense forward pass."""
-    rows = [row for run in read_records(RESULTS / "speed.jsonl") for row in speed.rows(run)]
-    return lined(speed.HEADINGS, [[model, tokens, f"`{target}`", *rest] for model, tokens, target, *rest in rows])
+    return lined(speed.HEADINGS, [row for run in read_records(RESULTS / "speed.jsonl") for row in speed.rows(run)])
+
+
+def select_table() -> str:
+    """Where the time of a selection goes, beside what it computes."""
+    return lined(speed.PARTS, [row for run in read_records(RESULTS / "speed.jsonl") for row in speed.parts_of_select(run)])
+
+
+def growth_table() -> str:
+    """How cost grows with tokens, width and layers."""
+    return lined(growth.HEADINGS, growth.rows(read_records(RESULTS / "growth.jsonl")))
+
+
+def samples_table() -> str:
+    """What is lost by reading a sample."""
+    return lined(samples.HEADINGS, samples.rows(read_records(RESULTS / "samples.jsonl")))
 
 
 def latency() -> str:
@@ -134,27 +148,6 @@ def elimination() -> str:
     """How far from the best of all subsets elimination ends."""
     (run,) = read_records(RESULTS / "elimination.jsonl")
     return lined(["small problems", "median", "mean"], above_best(run))
-
-
-def elimination_time() -> str:
-    """How long elimination takes."""
-    (run,) = read_records(RESULTS / "elimination.jsonl")
-    real, wide = run["real"], run["growth"]
-    sizes = ", ".join(f"{width:,}" for width in wide["widths"])
-    seconds = ", ".join(f"{each:.1f} s" for each in wide["seconds"])
-    rows = [
-        [
-            f"{real['units']:,} neurons, beside one dense pass over {run['tokens']:,} tokens",
-            f"{real['neurons_ratio_median']:.2f}x",
-        ],
-        [f"{sizes} neurons", seconds],
-        [
-            f"{wide['wide']:,} neurons, extrapolated from the growth between the last two, or the cube if that is more",
-            f"{wide['wide_seconds_extrapolated']:,.0f} s",
-        ],
-        [f"memory for {wide['wide']:,} neurons", f"{wide['wide_gigabytes']:.1f} GB"],
-    ]
-    return lined(["elimination", ""], rows)
 
 
 def label_sampling() -> str:
@@ -187,10 +180,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "other texts": other_texts,
     "fine-tuning": lambda: fine_tuning("reconstruction"),
     "speed": speed_table,
+    "select": select_table,
+    "growth": growth_table,
+    "samples": samples_table,
     "latency": latency,
     "few tokens": few_tokens,
     "elimination": elimination,
-    "elimination time": elimination_time,
     "label sampling": label_sampling,
 }
 RESULT_BLOCK = re.compile(r"(<!-- results: (?P<name>[\w -]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -222,6 +217,7 @@ def draw(images: Path) -> None:
     """Quality against the kept share, by rule and by selection, and against the calibration tokens."""
     shares = {task: part("reconstruction", task=task, source="own", tokens=TOKENS, place=0) for task in ("stsb", "tinystories")}
     published(shares, "keep", CLOSED_FORM, images / "quality.png")
+    growth.draw(read_records(RESULTS / "growth.jsonl"), images / "growth.png")
     tokens = {task: part(task=task, source="own", keep=keep, place=0) for task, keep in (("stsb", 0.5), ("tinystories", 0.8))}
     published(tokens, "tokens", CLOSED_FORM, images / "tokens.png")
     frame = selections()

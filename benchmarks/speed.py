@@ -178,8 +178,8 @@ def peak(name: str, tokens: int, target: str, folder: Path | None) -> dict[str, 
     """Growth while reconstructing, beside the bound: one forward pass, the streams, one layer's statistics, the pruned copy."""
     model, batches = MODELS[name](tokens, folder)
     mask = half(model, batches, KEEP[name])
-    forward = _growth(lambda: plain(model, batches))
-    grown = _growth(lambda: liar.reconstruct(model, mask, batches, target=target, progress=False))
+    forward = growth_of_memory(lambda: plain(model, batches))
+    grown = growth_of_memory(lambda: liar.reconstruct(model, mask, batches, target=target, progress=False))
     layout = liar.discover(model)
     config: Any = model.config
     hidden: int = config.hidden_size
@@ -202,7 +202,7 @@ def peak(name: str, tokens: int, target: str, folder: Path | None) -> dict[str, 
     return {"grown_mb": grown / 1e6, "bound_mb": sum(parts.values()) / 1e6} | {k + "_mb": v / 1e6 for k, v in parts.items()}
 
 
-def _growth(work: Callable[[], object]) -> float:
+def growth_of_memory(work: Callable[[], object]) -> float:
     """Bytes by which the resident set exceeds its size of now while `work` runs (Linux resets and keeps the peak)."""
     Path("/proc/self/clear_refs").write_text("5")
     before = psutil.Process().memory_info().rss

@@ -12,12 +12,13 @@ import scipy.stats
 import torch
 
 from benchmarks import bench as bench_module
-from benchmarks import figures, fitted_weights, grid, publish, results, run_keys, summary
+from benchmarks import figures, fitted_weights, gpu, grid, growth, publish, results, run_keys, samples, speed, summary
 from benchmarks.elimination import error, remaining
 from benchmarks.metrics import metric
 from benchmarks.selections import SAMPLE_LABELS
 from benchmarks.tasks import TASKS
 from benchmarks.tasks.encoder import sentences
+from liar.selection import fisher
 from liar.testing import tiny_model
 
 
@@ -544,7 +545,7 @@ def test_less_of_a_loss_wins(pages, tmp_path):
 
 
 # Tables of benchmarks that have results of their own, which are always there.
-ELSEWHERE = ("speed", "latency", "elimination", "elimination time", "few tokens")
+ELSEWHERE = ("speed", "select", "growth", "samples", "latency", "elimination", "few tokens")
 
 
 def test_pages_without_a_run_have_headings_only(pages):
@@ -643,3 +644,52 @@ def test_a_weight_of_another_shape_is_seen():
     nan = {"a": torch.tensor([1.0, torch.nan])}
     assert fitted_weights.difference(nan, nan) == 0
     assert fitted_weights.difference(nan, {"a": torch.tensor([1.0, 0.0])}) == math.inf
+
+
+def test_the_gpu_benchmark_runs_small_on_a_processor():
+    """It times all verbs, and would notice a device that gives something else."""
+    arguments = gpu.parsed(
+        ["--device", "cpu", "--sequences", "4", "--length", "32", "--layers", "2", "--width", "256", "--keep", "0.5"]
+    )
+    run = gpu.measure(0.5, arguments)
+    assert min(run[f"{verb}_seconds"] for verb in ("plain", "reconstruct", "prune")) > 0
+    assert sum(run["stages"].values()) <= run["prune_seconds"]
+    assert run["agreement"] <= gpu.AGREE
+
+
+def test_powers_are_those_of_the_points():
+    assert growth.power([1, 2, 4], [3, 24, 192]) == pytest.approx(3)
+
+
+def test_samples_put_the_constants_back():
+    before = fisher.TOKENS
+
+    def interrupted():
+        with samples.constants({("liar.selection.fisher", "TOKENS"): 5}):
+            assert fisher.TOKENS == 5
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert before == fisher.TOKENS
+
+
+def test_every_constant_of_the_samples_is_there():
+    keys = [key for group in samples.CONSTANTS.values() for key in group] + list(samples.PER_CHANNEL)
+    with samples.constants(dict.fromkeys(keys, 1)):
+        pass
+
+
+def test_parts_of_a_selection_stand_beside_their_operations():
+    run = {
+        "code": "now",
+        "model": "m",
+        "operations": {"select: forward": {"float32": 4e9}, "select: elimination": {"float64": 1e9}, "other": {"float32": 1.0}},
+        "rates": {"float32": 2e9, "float64": 1e9},
+        "plain_seconds_median": 4.0,
+        "stages_median": {"prune": {"select: forward": 0.75, "select: elimination": 0.5}},
+    }
+    assert speed.parts_of_select(run) == [
+        ["now", "m", "forward", "0.75", "4", "0.50"],
+        ["now", "m", "elimination", "0.50", "1", "0.25"],
+    ]
