@@ -32,7 +32,7 @@ from benchmarks.run_keys import Setting
 from benchmarks.tasks import TASKS
 
 ALL = sys.maxsize
-SIZES = {"selection": (1_024, 2_048, 4_096, 8_192, 16_384, ALL), "refit": (4_096, 8_192, 16_384, ALL)}
+SIZES = {"selection": (2_048, 4_096, 8_192, 16_384, ALL), "refit": (8_192, 16_384, 32_768, ALL)}
 # The constants that set the sample of each: module, name.
 CONSTANTS = {
     "selection": (

@@ -27,8 +27,8 @@ from liar.statistics import Folds, check_finite
 
 # A refit reads so many tokens at most, or so many for each channel: with more, its answer is hardly better, and its sums take
 # as much time as those of the consumer (benchmarks/README.md, "What a sample decides").
-TOKENS = 16_384
-ROWS = 40
+TOKENS = 32_768
+ROWS = 80
 
 
 class RefitProducers(RepairStep):
