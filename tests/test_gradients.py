@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from cases import MODELS
+from cases import MODELS, quiet
 
 import liar
 from liar.data import Calibration
@@ -16,7 +16,7 @@ from liar.runtime import Output, model_outputs
 from liar.selection import CRITERIA, SiteWeights, scores
 from liar.selection.fisher import sensitivities
 from liar.selection.gradients import unit_gradients
-from liar.selection.loss import IGNORED, STRIDE, label_loss, sampled_label_loss
+from liar.selection.loss import IGNORED, MANY_CLASSES, STRIDE, _sampled_class, label_loss, sampled_label_loss
 from liar.testing import assert_same_state, model_state, tiny_batches, tiny_model
 
 NAMES = ("taylor", "fisher", "snip")
@@ -50,7 +50,7 @@ def with_labels(model, data, seed=5):
 
 
 def sums(model, batches, passes=unit_gradients):
-    return passes(model, discover(model), Calibration.of(batches, model), progress=False)
+    return passes(model, discover(model), Calibration.of(batches, model), progress=quiet())
 
 
 def sampled(samples, first, output, sequences, draw):
@@ -520,3 +520,16 @@ def test_batches_the_head_does_not_take(passes):
     model.config.pad_token_id = None
     with pytest.raises(CalibrationError, match="LlamaForSequenceClassification does not take calibration batch 0"):
         sums(model, batches, passes)
+
+
+def test_of_many_classes_labels_are_sampled_as_often_as_they_are_likely():
+    """By inverting the distribution function; a class that cannot be is never drawn, nor one beyond the last."""
+    classes = MANY_CLASSES + 10
+    chances = torch.zeros(classes)
+    chances[[0, 7, classes - 1]] = torch.tensor([0.2, 0.5, 0.3])
+    rows = chances.log().clamp_min(-1e4).expand(2_000, -1)
+    drawn = _sampled_class(rows, torch.Generator().manual_seed(0))
+    counts = torch.bincount(drawn, minlength=classes) / len(drawn)
+    assert set(drawn.tolist()) == {0, 7, classes - 1}
+    torch.testing.assert_close(counts[[0, 7, classes - 1]], chances[[0, 7, classes - 1]], atol=0.03, rtol=0)
+    assert torch.equal(drawn, _sampled_class(rows, torch.Generator().manual_seed(0)))

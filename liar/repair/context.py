@@ -13,7 +13,7 @@ from liar.errors import at_site
 from liar.options import ReconstructOptions
 from liar.repair.state import SiteState
 from liar.report import SiteReport
-from liar.solve import Solution, fit
+from liar.solve import MIDDLE, RIDGES, Solution, fit
 from liar.statistics import Factor, Folds, Moments
 from liar.verdicts import Verdict
 
@@ -29,11 +29,13 @@ class RepairContext:
         options: how to reconstruct.
         advance: called after every site.
         reports: of the sites that are done, in order.
+        starts: by kind of site, the ridge that was chosen last.
     """
 
     options: ReconstructOptions
     advance: Callable[[], Any]
     reports: list[SiteReport] = field(default_factory=list)
+    starts: dict[str, float] = field(default_factory=dict)
 
     def new_folds(self) -> Folds:
         """Empty statistics for one site."""
@@ -60,7 +62,11 @@ class RepairContext:
             options = self.options
             enough = self.is_enough(site, consumer.size("in"))
             initial = consumer.initial_weights()
-            solution = fit(all_data, splits, *initial, ridge=options.ridge, solver=options.solver, enough=enough)
+            # Ridges of the same part of neighbouring blocks are alike, so the search is short from there.
+            start = self.starts.get(site.site.kind, MIDDLE)
+            solution = fit(all_data, splits, *initial, ridge=options.ridge, solver=options.solver, enough=enough, start=start)
+            if solution.ridge in RIDGES:
+                self.starts[site.site.kind] = solution.ridge
             consumer.write(solution.weight, solution.bias, create_bias=creates)
         self._report(site, solution, time.perf_counter() - began, bias_created=creates)
 

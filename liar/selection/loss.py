@@ -15,6 +15,8 @@ from liar.runtime import Output
 IGNORED = -100
 # Keeps the relative noise of a sequence whose hidden states are zero finite.
 SMALL = 1e-6
+# Classes from which a label is sampled by inverting the distribution function.
+MANY_CLASSES = 4_096
 # The outputs of one sequence sample with seeds STRIDE * its global number + 0, 1, …
 STRIDE = 16
 
@@ -102,6 +104,17 @@ def sampled_label_loss(outputs: Sequence[Output], token_mask: Tensor, first_sequ
     return torch.stack(losses).sum()
 
 
+def _sampled_class(log_probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """A class for every row of [rows, classes]: int64 [rows]."""
+    chances = log_probabilities.exp()
+    if chances.shape[-1] < MANY_CLASSES:
+        return torch.multinomial(chances, 1, generator=generator).squeeze(-1)
+    # multinomial draws a number for every class; one for every row is enough.
+    below = chances.cumsum(-1)
+    level = torch.rand(len(chances), 1, generator=generator, device=chances.device, dtype=chances.dtype) * below[:, -1:]
+    return torch.searchsorted(below, level, right=True).squeeze(-1).clamp_max(chances.shape[-1] - 1)
+
+
 def _sampled_loss(output: Output, sizes: Sequence[int], seeds: Sequence[int]) -> Tensor:
     """The loss of one output; `sizes` rows of each sequence, and its seed (samples repeat on the same device)."""
     rows = output.rows
@@ -114,8 +127,8 @@ def _sampled_loss(output: Output, sizes: Sequence[int], seeds: Sequence[int]) ->
         present = torch.cat([torch.bernoulli(chance, generator=each) for chance, each in chances])
         return binary_cross_entropy_with_logits(rows, present, reduction="sum")
     if output.kind == "classes":
-        sampled = [torch.multinomial(part.exp(), 1, generator=each) for (part, _), each in zip(pairs, generators, strict=True)]
-        return nll_loss(rows, torch.cat(sampled).squeeze(-1), reduction="sum")
+        sampled = [_sampled_class(part, each) for (part, _), each in zip(pairs, generators, strict=True)]
+        return nll_loss(rows, torch.cat(sampled), reduction="sum")
     # A number y ~ N(output, 1): the gradient of (output - y)^2 / 2 is a standard normal number times that of the output.
     noise = torch.cat(
         [

@@ -9,7 +9,7 @@ A ridge is relative: the number is multiplied by the mean diagonal of the Gram m
 
 from liar.solve.fit import Solution, fit, fit_drift
 from liar.solve.precision import downdate_dtype
-from liar.solve.ridge import RIDGES, SKETCH
+from liar.solve.ridge import MIDDLE, RIDGES, SKETCH
 from liar.solve.solvers import solve
 
-__all__ = ["RIDGES", "SKETCH", "Solution", "downdate_dtype", "fit", "fit_drift", "solve"]
+__all__ = ["MIDDLE", "RIDGES", "SKETCH", "Solution", "downdate_dtype", "fit", "fit_drift", "solve"]

@@ -9,7 +9,7 @@ from math import inf, nan
 import torch
 from torch import Tensor
 
-from liar.solve.ridge import Split, absolute, decide, sketch_of
+from liar.solve.ridge import MIDDLE, Split, absolute, decide, sketch_of
 from liar.solve.solvers import Solved, solve
 from liar.statistics import Normal
 from liar.verdicts import Verdict
@@ -51,6 +51,7 @@ def fit(
     ridge: float | str = "auto",
     solver: str = "auto",
     enough: bool = True,
+    start: float = MIDDLE,
 ) -> Solution:
     """Fit one site.
 
@@ -64,12 +65,13 @@ def fit(
             or without moving the bias, is better there, they are kept.
         solver: one of the solvers.
         enough: False if there is too little data to change anything by it; see `RepairContext.is_enough`.
+        start: the ridge at which the search for "auto" begins.
     """
     weight, bias = weight.double(), bias.double()
     held_energy = sum(held.target_energy for _, held in splits)
     # A target that is nothing, or beyond all bounds, says nothing about an update.
     splits = splits if 0 < held_energy < inf else []
-    decision = decide(splits, weight, bias, ridge, solver, enough=enough)
+    decision = decide(splits, weight, bias, ridge, solver, enough=enough, start=start)
     if decision.ridge == inf:
         solved = Solved(torch.zeros_like(weight), len(weight), nan)
     else:

@@ -14,6 +14,7 @@ from liar.solve.solvers import solve
 from liar.statistics import Normal
 
 RIDGES = tuple(10.0**exponent for exponent in range(-5, 2))
+MIDDLE = RIDGES[len(RIDGES) // 2]
 # Outputs, or random combinations of them, on which ridges are compared.
 SKETCH = 64
 
@@ -38,7 +39,16 @@ class Decision:
     updated: float
 
 
-def decide(splits: Sequence[Split], weight: Tensor, bias: Tensor, ridge: float | str, solver: str, *, enough: bool) -> Decision:
+def decide(
+    splits: Sequence[Split],
+    weight: Tensor,
+    bias: Tensor,
+    ridge: float | str,
+    solver: str,
+    *,
+    enough: bool,
+    start: float = MIDDLE,
+) -> Decision:
     """Choose the ridge of one fit.
 
     A number is used as it is. "auto" is the ridge with the least held-out error, guarded: where that is no better than
@@ -52,12 +62,13 @@ def decide(splits: Sequence[Split], weight: Tensor, bias: Tensor, ridge: float |
         ridge: relative ridge, or "auto".
         solver: one of the solvers.
         enough: False if there is too little data for held-out errors to decide: "auto" then leaves the weights as they are.
+        start: where the search for "auto" begins, one of `RIDGES`: the ridge of a similar fit.
     """
     auto = ridge == "auto"
     if auto and not (splits and enough):
         unchanged = sum(float(held.error(weight, bias)) for _, held in splits)
         return Decision(inf, unchanged, unchanged, unchanged)
-    chosen = best_ridge(splits, weight, bias, solver) if auto else float(ridge)
+    chosen = best_ridge(splits, weight, bias, solver, start) if auto else float(ridge)
     unchanged, bias_only, updated = held_out_errors(splits, weight, bias, chosen, solver)
     if auto and not (updated < unchanged and updated < bias_only):
         return Decision(inf, unchanged, bias_only, bias_only if bias_only < unchanged else unchanged)
@@ -77,8 +88,8 @@ def held_out_errors(
     return unchanged, bias_only, updated
 
 
-def best_ridge(splits: Sequence[Split], weight: Tensor, bias: Tensor, solver: str) -> float:
-    """The ridge of `RIDGES` with the least error on the held-out parts, found by walking down from the middle.
+def best_ridge(splits: Sequence[Split], weight: Tensor, bias: Tensor, solver: str, start: float = MIDDLE) -> float:
+    """The ridge of `RIDGES` with the least error on the held-out parts, found by walking down from `start`.
 
     Ridges are compared on a few random combinations of the outputs: errors add up over outputs, and all outputs share the
     same Gram matrix, so a sketch ranks the ridges as all outputs do at a fraction of the cost.
@@ -94,7 +105,7 @@ def best_ridge(splits: Sequence[Split], weight: Tensor, bias: Tensor, solver: st
             return inf
         return held_out_errors(narrow, weight, bias, RIDGES[index], solver)[-1]
 
-    index = len(RIDGES) // 2
+    index = RIDGES.index(start)
     while (lower := min(index - 1, index + 1, key=error)) >= 0 and error(lower) < error(index):
         index = lower
     return RIDGES[index]
