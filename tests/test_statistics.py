@@ -14,7 +14,7 @@ from reference import centred, moments
 
 from liar.errors import CalibrationError
 from liar.statistics import ChannelMoments, Factor, Folds, Moments, TokenIndex
-from liar.statistics.chunks import CHUNK, STRIP, add_gram, mirrored
+from liar.statistics.chunks import CHUNK, STRIP, add_gram, mirror
 from liar.statistics.folds import HELD_OUT, PLENTY
 
 KINDS = [Moments, Factor]
@@ -357,7 +357,7 @@ def test_the_gram_of_half_the_products_is_the_gram(channels):
     z = torch.from_numpy(rows(900, channels))
     total = torch.ones(channels, channels, dtype=torch.float64)
     add_gram(total, z)
-    torch.testing.assert_close(mirrored(total), z.T @ z + 1)
+    torch.testing.assert_close(mirror(total), z.T @ z + 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -125,9 +125,11 @@ def fit_drift(
     chosen = decide(parts, narrow, offset, ridge, solver, enough=enough).ridge
     if chosen == inf:
         return weight, bias
-    target = all_data.project_targets(weight, bias)
-    changed = weight + solve(target, weight, absolute(chosen, target), solver).change
-    return changed, target.mean_t - target.mean_z @ changed if all_data.affine else bias
+    target = all_data.project_targets(weight, bias) if solver == "lstsq" else all_data
+    # Of the projected target: its cross moments less the Gram matrix, times the weight, in one product.
+    rest = (all_data.cross - all_data.gram) @ weight
+    changed = weight + solve(target, weight, absolute(chosen, all_data), solver, rest=rest).change
+    return changed, all_data.mean_t @ weight + bias - all_data.mean_z @ changed if all_data.affine else bias
 
 
 def _verdict(tokens: int, solved: Solved, ridge: float, *, held_out: bool, enough: bool) -> Verdict:

@@ -98,12 +98,18 @@ def best_ridge(splits: Sequence[Split], weight: Tensor, bias: Tensor, solver: st
     zeros = torch.zeros(sketch.shape[1]).to(weight)
     narrow = [(fitted.project_targets(sketch, zeros), held.project_targets(sketch, zeros)) for fitted, held in splits]
     weight, bias = weight @ sketch, bias @ sketch
+    rests = [fitted.cross - fitted.gram @ weight for fitted, _ in narrow]
 
     @cache
     def error(index: int) -> float:
         if not 0 <= index < len(RIDGES):
             return inf
-        return held_out_errors(narrow, weight, bias, RIDGES[index], solver)[-1]
+        errors = torch.zeros((), dtype=torch.float64, device=weight.device)
+        for (fitted, held), rest in zip(narrow, rests, strict=True):
+            ridge = absolute(RIDGES[index], fitted)
+            changed = weight + solve(fitted, weight, ridge, solver, rest=rest).change
+            errors += held.error(changed, fitted.mean_t - fitted.mean_z @ changed if fitted.affine else bias)
+        return float(errors)
 
     index = RIDGES.index(start)
     while (lower := min(index - 1, index + 1, key=error)) >= 0 and error(lower) < error(index):

@@ -75,15 +75,18 @@ def lstsq(normal: Normal, weight: Tensor, ridges: Tensor) -> Solved:
     return Solved(solution.to(weight.device), int(live.sum()), float(condition))
 
 
-def solve(normal: Normal, weight: Tensor, ridges: Tensor, solver: str) -> Solved:
+def solve(normal: Normal, weight: Tensor, ridges: Tensor, solver: str, *, rest: Tensor | None = None) -> Solved:
     """The change of `weight` [channels, out] for every absolute ridge [*], by the named solver.
+
+    `rest` is `cross - gram weight`, where it is known.
 
     `auto` and `cholesky` try a Cholesky factorisation and turn to `eigh` when the Gram matrix is numerically singular;
     `Solved.rank` then tells. `lstsq` needs a `Normal` that was streamed as a `Factor`.
     """
     if solver == "lstsq":
         return lstsq(normal, weight, ridges)
-    rest = normal.cross - normal.gram @ weight
+    if rest is None:
+        rest = normal.cross - normal.gram @ weight
     # With few rows the matrix is singular, and its eigenvectors cost less than a factorisation.
     solved = None if solver == "eigh" or normal.spectrum.is_thin else cholesky(normal, rest, ridges)
     return solved or eigh(normal, rest, ridges)

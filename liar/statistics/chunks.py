@@ -65,6 +65,11 @@ def add_gram(total: Tensor, z: Tensor) -> None:
         total[strip, start:] += z[:, strip].T @ z[:, start:]
 
 
-def mirrored(upper: Tensor) -> Tensor:
-    """The symmetric matrix with such an upper triangle."""
-    return upper.triu() + upper.triu(1).T
+def mirror(upper: Tensor) -> Tensor:
+    """Complete a symmetric matrix of which the upper triangle is there, in place."""
+    for start in range(0, len(upper), STRIP):
+        stop = start + STRIP
+        upper[stop:, start:stop] = upper[start:stop, stop:].T
+        corner = upper[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+    return upper

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from liar.errors import CalibrationError
-from liar.statistics.chunks import RANK_TOLERANCE, Chunks, add_gram, mirrored
+from liar.statistics.chunks import RANK_TOLERANCE, Chunks, add_gram, mirror
 from liar.statistics.normal import NO_ROWS, Normal, check_finite
 
 
@@ -177,7 +177,7 @@ class Moments:
         return Normal(
             count=sums.count,
             weight_sum=n,
-            gram=mirrored(sums.gram),
+            gram=mirror(sums.gram),
             cross=sums.cross,
             target_energy=float(sums.target_energy.sum()),
             mean_z=means[0],
