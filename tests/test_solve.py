@@ -451,3 +451,18 @@ def test_errors_that_are_no_numbers_decide_nothing(errors, monkeypatch):
     assert ridge_module.decide([split], weight, bias, "auto", "auto", enough=True).ridge == inf
     monkeypatch.setattr(ridge_module, "held_out_errors", lambda *_: (1.0, 0.9, 0.5))
     assert ridge_module.decide([split], weight, bias, "auto", "auto", enough=True).ridge == 0.1, "negative control"
+
+
+@pytest.mark.parametrize("noise", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("start", RIDGES)
+def test_the_search_ends_at_the_same_ridge_wherever_it_begins(start, noise):
+    """Where the error falls and rises once, as it does here; the middle is only where it usually begins."""
+    generator = np.random.default_rng(5)
+    x = rows(160, 40, condition=1e3, seed=5)
+    y = x @ generator.normal(size=(40, 6)) + noise * generator.normal(size=(160, 6))
+    folds = Folds(4)
+    folds.update(torch.from_numpy(x)[None], torch.from_numpy(y)[None], in_four(160))
+    _, splits = folds.normals(affine=True, channels=40)
+    weight, bias = torch.zeros(40, 6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    errors = [ridge_module.held_out_errors(splits, weight, bias, ridge, "auto")[-1] for ridge in RIDGES]
+    assert ridge_module.best_ridge(splits, weight, bias, "auto", start) == RIDGES[int(np.argmin(errors))]

@@ -22,12 +22,10 @@ class Solved:
 
 def cholesky(normal: Normal, rest: Tensor, ridges: Tensor) -> Solved | None:
     """Solve `(G + ridge) D = rest` for every absolute ridge [*]; None where a factorisation fails."""
-    damped = normal.gram.expand(*ridges.shape, *normal.gram.shape).clone()
     largest = 1 / normal.rank_tolerance
-    damped.diagonal(dim1=-2, dim2=-1).add_(ridges[..., None])
-    if is_refined(damped, rest.shape[-1]) and (refined := solve_refined(damped, rest)):
+    if is_refined(normal.gram, rest.shape[-1]) and (refined := solve_refined(normal.spectrum.damped(ridges), rest)):
         return Solved(refined[0], len(normal.gram), _condition(refined[1])) if _condition(refined[1]) < largest else None
-    factor, info = torch.linalg.cholesky_ex(damped)
+    factor, info = normal.spectrum.cholesky(ridges)
     condition = _condition(factor.diagonal(dim1=-2, dim2=-1))
     if bool((info != 0).any()) or not condition < largest:
         return None

@@ -25,8 +25,14 @@ def check_finite(*values: Tensor, what: str = "activations") -> None:
         raise CalibrationError(_NOT_FINITE.format(what))
 
 
+# Cholesky factors that are kept of matrices with at most so many channels: a search for a ridge ends one or two steps after the
+# best, whose factor is wanted again.
+KEPT = 3
+KEPT_CHANNELS = 2_048
+
+
 class Spectrum:
-    """Eigenvalues and eigenvectors of a Gram matrix, computed when they are first asked for.
+    """Decompositions of a Gram matrix, computed when they are first asked for.
 
     Args:
         gram: [channels, channels], positive semidefinite.
@@ -35,7 +41,24 @@ class Spectrum:
 
     def __init__(self, gram: Tensor, rows: int) -> None:
         self._gram, self._rows = gram, rows
+        self._factors: dict[tuple[float, ...], tuple[Tensor, Tensor]] = {}
         self.is_thin = 2 * rows < len(gram)
+
+    def damped(self, ridges: Tensor) -> Tensor:
+        """The matrix with every absolute ridge [*] on its diagonal: [*, channels, channels]."""
+        matrix = self._gram.expand(*ridges.shape, *self._gram.shape).clone()
+        matrix.diagonal(dim1=-2, dim2=-1).add_(ridges[..., None])
+        return matrix
+
+    def cholesky(self, ridges: Tensor) -> tuple[Tensor, Tensor]:
+        """The factor of each of these matrices, and 0 where there is one, as `torch.linalg.cholesky_ex` gives them."""
+        key = tuple(ridges.flatten().tolist())
+        found = self._factors.pop(key, None) or tuple(torch.linalg.cholesky_ex(self.damped(ridges)))
+        if len(self._gram) <= KEPT_CHANNELS and ridges.ndim == 0:
+            self._factors[key] = found
+            while len(self._factors) > KEPT:
+                del self._factors[next(iter(self._factors))]
+        return found
 
     @cached_property
     def eigen(self) -> tuple[Tensor, Tensor]:
