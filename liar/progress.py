@@ -38,7 +38,7 @@ class Progress:
     def stage(self, name: str, steps: float) -> Iterator[Callable[[float], None]]:
         """One of the stages: what it gives is called with the number of steps done since."""
         share, begun = self._stages[name], self.done
-        self._bar.set_description(self._verb if name == self._verb else f"{self._verb}: {name}")
+        self._bar.set_description_str(self._verb if name == self._verb else f"{self._verb}: {name}")
 
         def advance(count: float) -> None:
             self._move(self.done + count * share / steps)
