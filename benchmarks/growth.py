@@ -25,17 +25,14 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel
 
 import liar
 from benchmarks.results import RESULTS, Record, ResultFile
-from benchmarks.speed import growth_of_memory, plain
+from benchmarks.speed import growth_of_memory, plain, random_llama
 from liar.selection import eliminate
 from liar.selection.error_curves import RIDGE
 
 KEEP = 0.5
-LENGTH = 256
 # (tokens, width, layers) of every point.
 POINTS: dict[str, list[tuple[int, int, int]]] = {
     "tokens": [(tokens, 256, 4) for tokens in (4_096, 8_192, 16_384, 32_768, 65_536)],
@@ -48,22 +45,6 @@ VERBS = ("plain", "select", "reconstruct")
 HEADINGS = ("grows", "from", "to", "verb", "seconds", "grows with the power")
 
 
-def random_llama(tokens: int, width: int, layers: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """A random model with a feed-forward part 2.7 times as wide, and random sequences in batches of 2,048 tokens."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=width,
-        intermediate_size=int(8 / 3 * width) // 32 * 32,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-    )
-    model = LlamaModel(config)
-    model.train(False)
-    return model, [{"input_ids": torch.randint(0, 1000, (2048 // LENGTH, LENGTH))} for _ in range(tokens // 2048)]
-
-
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds, and what came of it."""
     began = time.perf_counter()
@@ -73,7 +54,9 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def measure(point: tuple[int, int, int]) -> dict[str, float]:
     """Seconds of the verbs at one point."""
-    model, batches = random_llama(*point)
+    tokens, width, layers = point
+    feed_forward = int(8 / 3 * width) // 32 * 32
+    model, batches = random_llama(tokens, width=width, feed_forward=feed_forward, layers=layers, groups=1)
     seconds: dict[str, list[float]] = {verb: [] for verb in VERBS}
     plain(model, batches[:1])
     for _ in range(2):

@@ -44,23 +44,25 @@ from liar.statistics.chunks import CHUNK
 
 KEEP = {"llama": 0.5, "minilm": 0.5, "smollm2": 0.8}
 TARGETS = ("layer_output", "residual_stream")
-HEADINGS = ("code", "model", "tokens", "what", "time", "where it goes", "peak memory of bound")
-PARTS = ("code", "model", "part of `select`", "dense passes", "G operations", "at the machine's rate")
+HEADINGS = ("model", "tokens", "what", "time", "where it goes", "peak memory of bound")
+PARTS = ("model", "part of `select`", "dense passes", "G operations", "at the machine's rate")
 SIZE = 2048
 
 Loaded = tuple[nn.Module, list[dict[str, Tensor]]]
 
 
-def random_llama(tokens: int, _: Path | None) -> Loaded:
-    """A random model, and random sequences of 256 tokens in batches of 8."""
+def random_llama(
+    tokens: int, _: Path | None = None, *, width: int = 512, feed_forward: int = 1376, layers: int = 4, groups: int = 2
+) -> Loaded:
+    """A random model with heads of 64 channels, so many to a key, and random sequences of 256 tokens in batches of 8."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1000,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        hidden_size=width,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64 // groups,
     )
     model = LlamaModel(config)
     model.train(False)
@@ -222,7 +224,6 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32_768)
-    parser.add_argument("--code", default="now", help="a name for the code that is measured")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if "smollm2" in arguments.models and arguments.model is None:
@@ -230,7 +231,7 @@ def main() -> None:
     tables = [Table(*HEADINGS, title="times one plain dense forward pass over the same tokens (median)"), Table(*PARTS)]
     file = ResultFile(RESULTS / "speed.jsonl")
     for name in arguments.models:
-        key = {"code": arguments.code, "model": name, "tokens": arguments.tokens}
+        key = {"model": name, "tokens": arguments.tokens}
         run = file.get_or_run(key, partial(measure, name, arguments.tokens, arguments.rounds, arguments.model))
         for table, lines in zip(tables, (rows(run), parts_of_select(run)), strict=True):
             for line in lines:
@@ -247,7 +248,7 @@ def rows(run: Record) -> list[list[str]]:
         used = run["memory"].get(verb)
         peak_of_bound = f"{used['grown_mb']:.0f} MB of {used['bound_mb']:.0f} MB" if used else ""
         what = verb if verb == "prune" else f"reconstruct, {verb}"
-        lines.append([run["code"], run["model"], f"{run['tokens']:,}", what, f"{ratio:.2f}x", stages, peak_of_bound])
+        lines.append([run["model"], f"{run['tokens']:,}", what, f"{ratio:.2f}x", stages, peak_of_bound])
     return lines
 
 
@@ -259,7 +260,7 @@ def parts_of_select(run: Record) -> list[list[str]]:
             continue
         seconds = sum(count / run["rates"][dtype] for dtype, count in counts.items())
         numbers = [f"{share:.2f}", f"{sum(counts.values()) / 1e9:,.0f}", f"{seconds / run['plain_seconds_median']:.2f}"]
-        lines.append([run["code"], run["model"], part.removeprefix("select: "), *numbers])
+        lines.append([run["model"], part.removeprefix("select: "), *numbers])
     return lines
 
 

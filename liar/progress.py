@@ -12,6 +12,16 @@ from tqdm.auto import tqdm
 FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 
+@contextmanager
+def timed(seconds: defaultdict[str, float], work: str) -> Iterator[None]:
+    """Add the time of the body to what a kind of work has taken so far."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[work] += time.perf_counter() - began
+
+
 class Progress:
     """Where a run stands, and where its time went: `seconds`, by kind of work.
 
@@ -52,15 +62,6 @@ class Progress:
         done = min(done, sum(self._stages.values()))
         self._bar.update(done - self.done)
         self.done = done
-
-    @contextmanager
-    def timed(self, work: str) -> Iterator[None]:
-        """Add the time of the body to `seconds`."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[work] += time.perf_counter() - began
 
     def close(self) -> None:
         """Leave the bar as it is."""

@@ -682,7 +682,6 @@ def test_every_constant_of_the_samples_is_there():
 
 def test_parts_of_a_selection_stand_beside_their_operations():
     run = {
-        "code": "now",
         "model": "m",
         "operations": {"select: forward": {"float32": 4e9}, "select: elimination": {"float64": 1e9}, "other": {"float32": 1.0}},
         "rates": {"float32": 2e9, "float64": 1e9},
@@ -690,6 +689,6 @@ def test_parts_of_a_selection_stand_beside_their_operations():
         "stages_median": {"prune": {"select: forward": 0.75, "select: elimination": 0.5}},
     }
     assert speed.parts_of_select(run) == [
-        ["now", "m", "forward", "0.75", "4", "0.50"],
-        ["now", "m", "elimination", "0.50", "1", "0.25"],
+        ["m", "forward", "0.75", "4", "0.50"],
+        ["m", "elimination", "0.50", "1", "0.25"],
     ]

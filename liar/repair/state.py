@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from liar.data import FOLDS, Calibration
 from liar.mask import Mask
 from liar.models import LayerView, Layout, Site, layer_of
+from liar.progress import timed
 from liar.repair.captures import Capture, capture_points, read_captures
 from liar.runtime import ActivationStore, BlockCall, calls_of, capture_activations, replay_output, run_block
 from liar.statistics import TokenIndex
@@ -99,14 +99,9 @@ class Walk:
             stack.enter_context(replay_output(block.pruned.get_submodule(site.sublayer), output))
         return stack
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
+    def timed(self, stage: str) -> AbstractContextManager[None]:
         """Add the time of the body to the clock."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.clock[stage] += time.perf_counter() - began
+        return timed(self.clock, stage)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from liar.data import Calibration, sample, split, take
 from liar.errors import at_site
 from liar.models import Layout, layer_of
-from liar.progress import Progress
+from liar.progress import Progress, timed
 from liar.runtime import Point, preserve_model_state, record_gradients, sequence_sums
 from liar.selection.gradients import differentiable, drawn, gradients, outputs_of, run_with_gradients
 from liar.selection.loss import sampled_label_loss
@@ -76,12 +76,12 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
     with record_gradients(model, first), progress.stage("sensitivity", calibration.tokens) as advance:
         ordinary, outputs = differentiable(calibration), 0
         for number, token_mask in enumerate(ordinary.token_masks):
-            with progress.timed("select: forward"):
+            with timed(progress.seconds, "select: forward"):
                 activations, predicted = run_with_gradients(model, layout, ordinary, number, points, every=every)
-            with progress.timed("select: backward"):
+            with timed(progress.seconds, "select: backward"):
                 loss = sampled_label_loss(predicted, drawn(token_mask, every), ordinary.starts[number])
                 stream_gradients = gradients(loss, [activations[name] for name in sums])
-            with progress.timed("select: sums of gradients"):
+            with timed(progress.seconds, "select: sums of gradients"):
                 for part, gradient in zip(sums.values(), stream_gradients, strict=True):
                     part.update(gradient[token_mask].float(), token_mask)
             outputs += len(predicted[0].rows)

@@ -82,10 +82,15 @@ def held_out_errors(
     errors = torch.zeros(3, dtype=torch.float64, device=weight.device)
     for fitted, held in splits:
         changed = weight + solve(fitted, weight, absolute(ridge, fitted), solver).change
-        biases = [fitted.mean_t - fitted.mean_z @ each if fitted.affine else bias for each in (weight, changed)]
-        errors += torch.cat([held.error(weight, torch.stack([bias, biases[0]])), held.error(changed, biases[1])[None]])
+        unchanged = torch.stack([bias, _bias(fitted, weight, bias)])
+        errors += torch.cat([held.error(weight, unchanged), held.error(changed, _bias(fitted, changed, bias))[None]])
     unchanged, bias_only, updated = errors.tolist()
     return unchanged, bias_only, updated
+
+
+def _bias(fitted: Normal, weight: Tensor, bias: Tensor) -> Tensor:
+    """The bias that fits a weight best; the one that is there where none may be fitted."""
+    return fitted.mean_t - fitted.mean_z @ weight if fitted.affine else bias
 
 
 def best_ridge(splits: Sequence[Split], weight: Tensor, bias: Tensor, solver: str, start: float = MIDDLE) -> float:
@@ -108,7 +113,7 @@ def best_ridge(splits: Sequence[Split], weight: Tensor, bias: Tensor, solver: st
         for (fitted, held), rest in zip(narrow, rests, strict=True):
             ridge = absolute(RIDGES[index], fitted)
             changed = weight + solve(fitted, weight, ridge, solver, rest=rest).change
-            errors += held.error(changed, fitted.mean_t - fitted.mean_z @ changed if fitted.affine else bias)
+            errors += held.error(changed, _bias(fitted, changed, bias))
         return float(errors)
 
     index = RIDGES.index(start)

@@ -24,7 +24,9 @@ def cholesky(normal: Normal, rest: Tensor, ridges: Tensor) -> Solved | None:
     """Solve `(G + ridge) D = rest` for every absolute ridge [*]; None where a factorisation fails."""
     largest = 1 / normal.rank_tolerance
     if is_refined(normal.gram, rest.shape[-1]) and (refined := solve_refined(normal.spectrum.damped(ridges), rest)):
-        return Solved(refined[0], len(normal.gram), _condition(refined[1])) if _condition(refined[1]) < largest else None
+        change, diagonal = refined
+        condition = _condition(diagonal)
+        return Solved(change, len(normal.gram), condition) if condition < largest else None
     factor, info = normal.spectrum.cholesky(ridges)
     condition = _condition(factor.diagonal(dim1=-2, dim2=-1))
     if bool((info != 0).any()) or not condition < largest:
