@@ -444,13 +444,34 @@ def test_an_input_that_did_not_drift_changes_nothing():
 )
 def test_errors_that_are_no_numbers_decide_nothing(errors, monkeypatch):
     """A comparison with NaN is neither true nor false: the weights stay."""
-    monkeypatch.setattr(ridge_module, "held_out_errors", lambda *_: errors)
+    monkeypatch.setattr(ridge_module, "held_out_errors", lambda *_: (errors, None))
     monkeypatch.setattr(ridge_module, "best_ridge", lambda *_: 0.1)
     split = (object(), object())
     weight, bias = torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     assert ridge_module.decide([split], weight, bias, "auto", "auto", enough=True).ridge == inf
-    monkeypatch.setattr(ridge_module, "held_out_errors", lambda *_: (1.0, 0.9, 0.5))
+    monkeypatch.setattr(ridge_module, "held_out_errors", lambda *_: ((1.0, 0.9, 0.5), None))
     assert ridge_module.decide([split], weight, bias, "auto", "auto", enough=True).ridge == 0.1, "negative control"
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("rows_of_folds", [(10, 10, 10, 10), (1, 37, 1, 1), (40,), (30, 0, 10)])
+def test_both_parts_of_a_split_give_what_is_left_of_all_rows(affine, rows_of_folds):
+    """`fit` solves for all rows with what the held-out errors leave; the folds have different means, sizes and weights."""
+    generator = np.random.default_rng(3)
+    fold = np.repeat(np.arange(len(rows_of_folds)), rows_of_folds)
+    x = generator.normal(size=(40, 5)) + 3 * fold[:, None]
+    y = generator.normal(size=(40, 3)) - fold[:, None]
+    row_weights = torch.from_numpy(generator.uniform(0.5, 2, size=40))
+    folds = Folds(len(rows_of_folds))
+    index = TokenIndex.of(torch.ones(1, 40, dtype=torch.bool), torch.from_numpy(fold), len(rows_of_folds))
+    folds.update(torch.from_numpy(x)[None], torch.from_numpy(y)[None], index, row_weights[None])
+    all_data, splits = folds.normals(affine=affine, channels=5)
+    weight, bias = torch.from_numpy(generator.normal(size=(5, 3))), torch.zeros(3, dtype=torch.float64)
+    _, rest = ridge_module.held_out_errors(splits, weight, bias, 0.1, "auto")
+    if len(rows_of_folds) == 1:
+        assert rest is None
+    else:
+        torch.testing.assert_close(rest, all_data.cross - all_data.gram @ weight, rtol=1e-10, atol=1e-9)
 
 
 @pytest.mark.parametrize("noise", [0.01, 1.0, 100.0])
@@ -464,5 +485,5 @@ def test_the_search_ends_at_the_same_ridge_wherever_it_begins(start, noise):
     folds.update(torch.from_numpy(x)[None], torch.from_numpy(y)[None], in_four(160))
     _, splits = folds.normals(affine=True, channels=40)
     weight, bias = torch.zeros(40, 6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
-    errors = [ridge_module.held_out_errors(splits, weight, bias, ridge, "auto")[-1] for ridge in RIDGES]
+    errors = [ridge_module.held_out_errors(splits, weight, bias, ridge, "auto")[0][-1] for ridge in RIDGES]
     assert ridge_module.best_ridge(splits, weight, bias, "auto", start) == RIDGES[int(np.argmin(errors))]

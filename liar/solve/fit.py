@@ -57,8 +57,9 @@ def fit(
 
     Args:
         all_data: normal equations of all calibration tokens.
-        splits: pairs (fitted on, held out) of disjoint parts of the calibration sequences; may be empty, then nothing
-            can be validated and `ridge="auto"` leaves the weights as they are, as it does with too few tokens.
+        splits: pairs (fitted on, held out) of disjoint parts of the calibration sequences, together all of them; may be
+            empty, then nothing can be validated and `ridge="auto"` leaves the weights as they are, as it does with too few
+            tokens.
         weight: [kept channels, out], the consumer's kept weights (transposed).
         bias: [out], the consumer's bias (zeros where it has none and none is created).
         ridge: relative ridge, or "auto": the one with the least error on the held-out parts; if keeping the weights, with
@@ -75,7 +76,7 @@ def fit(
     if decision.ridge == inf:
         solved = Solved(torch.zeros_like(weight), len(weight), nan)
     else:
-        solved = solve(all_data, weight, absolute(decision.ridge, all_data), solver)
+        solved = solve(all_data, weight, absolute(decision.ridge, all_data), solver, rest=decision.rest)
     changed = weight + solved.change
     moved = all_data.affine and (decision.ridge != inf or decision.bias_only < decision.unchanged)
     held_energy = held_energy if splits else nan

@@ -31,12 +31,14 @@ class Decision:
         unchanged: with weights and bias as they were.
         bias_only: with the bias refitted alone.
         updated: with the weights this decision leads to.
+        rest: [channels, out], `cross - gram weight` of all rows, where the errors gave it away.
     """
 
     ridge: float
     unchanged: float
     bias_only: float
     updated: float
+    rest: Tensor | None = None
 
 
 def decide(
@@ -69,23 +71,35 @@ def decide(
         unchanged = sum(float(held.error(weight, bias)) for _, held in splits)
         return Decision(inf, unchanged, unchanged, unchanged)
     chosen = best_ridge(splits, weight, bias, solver, start) if auto else float(ridge)
-    unchanged, bias_only, updated = held_out_errors(splits, weight, bias, chosen, solver)
+    (unchanged, bias_only, updated), rest = held_out_errors(splits, weight, bias, chosen, solver)
     if auto and not (updated < unchanged and updated < bias_only):
         return Decision(inf, unchanged, bias_only, bias_only if bias_only < unchanged else unchanged)
-    return Decision(chosen, unchanged, bias_only, updated)
+    return Decision(chosen, unchanged, bias_only, updated, rest)
 
 
 def held_out_errors(
     splits: Sequence[Split], weight: Tensor, bias: Tensor, ridge: float, solver: str
-) -> tuple[float, float, float]:
-    """Sums of squares on the held-out parts: unchanged, with the bias alone refitted, and with this ridge."""
-    errors = torch.zeros(3, dtype=torch.float64, device=weight.device)
+) -> tuple[tuple[float, float, float], Tensor | None]:
+    """Sums of squares on the held-out parts: unchanged, with the bias alone refitted, and with this ridge.
+
+    And `cross - gram weight` of all rows, as both parts of a split have them; None without splits.
+    """
+    errors, of_all = torch.zeros(3, dtype=torch.float64, device=weight.device), None
     for fitted, held in splits:
-        changed = weight + solve(fitted, weight, absolute(ridge, fitted), solver).change
+        rest, of_held = fitted.rest(weight), held.rest(weight)
+        changed = weight + solve(fitted, weight, absolute(ridge, fitted), solver, rest=rest).change
         unchanged = torch.stack([bias, _bias(fitted, weight, bias)])
-        errors += torch.cat([held.error(weight, unchanged), held.error(changed, _bias(fitted, changed, bias))[None]])
+        errors += torch.cat([held.error(weight, unchanged, of_held), held.error(changed, _bias(fitted, changed, bias))[None]])
+        of_all = rest_of_all(fitted, held, (rest, of_held), weight)
     unchanged, bias_only, updated = errors.tolist()
-    return unchanged, bias_only, updated
+    return (unchanged, bias_only, updated), of_all
+
+
+def rest_of_all(fitted: Normal, held: Normal, rests: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
+    """`cross - gram weight` of the rows of both, from that of each; their means differ, which adds a product of two vectors."""
+    pairs = fitted.weight_sum * held.weight_sum / (fitted.weight_sum + held.weight_sum)
+    z, t = fitted.mean_z - held.mean_z, fitted.mean_t - held.mean_t
+    return torch.addr(rests[0] + rests[1], pairs * z, t - z @ weight)
 
 
 def _bias(fitted: Normal, weight: Tensor, bias: Tensor) -> Tensor:
@@ -103,7 +117,7 @@ def best_ridge(splits: Sequence[Split], weight: Tensor, bias: Tensor, solver: st
     zeros = torch.zeros(sketch.shape[1]).to(weight)
     narrow = [(fitted.project_targets(sketch, zeros), held.project_targets(sketch, zeros)) for fitted, held in splits]
     weight, bias = weight @ sketch, bias @ sketch
-    rests = [fitted.cross - fitted.gram @ weight for fitted, _ in narrow]
+    rests = [fitted.rest(weight) for fitted, _ in narrow]
 
     @cache
     def error(index: int) -> float:

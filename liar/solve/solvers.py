@@ -86,7 +86,7 @@ def solve(normal: Normal, weight: Tensor, ridges: Tensor, solver: str, *, rest: 
     if solver == "lstsq":
         return lstsq(normal, weight, ridges)
     if rest is None:
-        rest = normal.cross - normal.gram @ weight
+        rest = normal.rest(weight)
     # With few rows the matrix is singular, and its eigenvectors cost less than a factorisation.
     solved = None if solver == "eigh" or normal.spectrum.is_thin else cholesky(normal, rest, ridges)
     return solved or eigh(normal, rest, ridges)

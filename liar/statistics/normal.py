@@ -128,11 +128,18 @@ class Normal:
         vars(projected)["spectrum"] = self.spectrum
         return projected
 
-    def error(self, weight: Tensor, bias: Tensor) -> Tensor:
+    def rest(self, weight: Tensor) -> Tensor:
+        """What a weight [channels, out] leaves of the cross moments: `cross - gram weight`, zero where it fits best."""
+        return self.cross - self.gram @ weight
+
+    def error(self, weight: Tensor, bias: Tensor, rest: Tensor | None = None) -> Tensor:
         """Sum of squares of `t - z weight - bias` over these rows: weight [*, channels, out], bias [*, out] -> [*].
+
+        `rest` is what `rest` gives for the weight, where it is known.
 
         Without an intercept (`affine` False) no sums of rows were kept: it is exact for a bias of zero only.
         """
-        quadratic = (weight * (self.gram @ weight - 2 * self.cross)).sum((-2, -1))
+        rest = self.rest(weight) if rest is None else rest
+        quadratic = -(weight * (rest + self.cross)).sum((-2, -1))
         offset = self.mean_t - self.mean_z @ weight - bias
         return quadratic + self.target_energy + self.weight_sum * offset.square().sum(-1)
