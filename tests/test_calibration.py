@@ -236,6 +236,7 @@ def test_any_source_of_strings(tokenizer, column):
         (b"a text", "got one bytes"),
         ([3], "text 0: expected a string or a pair of strings, got int"),
         ([None, "", ("", None)], "got none"),
+        (["  ", "\n", ("\t", None)], "got none"),
         ([("a", "b", "c")], "text 0: expected a string or a pair"),
         ([("a", 3)], "text 0: expected a string or a pair"),
         ([{"label": 1, "body": "w1"}], "text 0: .*a row with text or messages, got one with label, body"),

@@ -61,7 +61,7 @@ def calibration(
     Args:
         texts: a list, a generator, or a `datasets` dataset, of strings, pairs of strings, chats (lists of messages with a
             `role` and a `content`, which the tokenizer's chat template joins), or rows with a `text` or `messages`. What is
-            None, empty, or gives no token is passed over.
+            None, blank, or gives no token is passed over.
         tokenizer: a Hugging Face tokenizer; it need not have a padding token. It is not changed.
         max_length: longer texts are cut to so many tokens.
         batch_size: sequences per batch.
@@ -129,7 +129,7 @@ def _checked(texts: Iterable[Any], tokenizer: Any = None) -> Iterator[Text]:
         raise CalibrationError(f"expected many texts (a list of strings, a column), got one {type(texts).__name__}{more}")
     for number, given in enumerate(texts):
         text = _as_text(given, number, tokenizer)
-        if any(text.parts):
+        if any(part.strip() for part in text.parts):
             yield text
 
 

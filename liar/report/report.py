@@ -37,7 +37,7 @@ class SiteReport:
         verdict: how the solve ended.
         ridge: relative ridge; infinite where the kept weights stayed.
         condition: of the system solved.
-        seconds: statistics and solve of this site.
+        seconds: of the solve for the weights of the consumer, without passes and without the refit of the producers.
         bias_created: whether the layer got a bias it did not have.
     """
 
