@@ -1,16 +1,20 @@
 """Samples of the calibration data: whole sequences, the same however they are batched; and what is estimated from them."""
 
+import dataclasses
+
 import pytest
 import torch
 from cases import MODELS, quiet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from liar.data import Calibration, sample, split, take
+import liar
+from liar.data import Calibration, sample, sample_tokens, split, take
+from liar.errors import CalibrationError
 from liar.models import discover
+from liar.repair import closed_form
 from liar.selection import error_curves, fisher
 from liar.selection.gradients import drawn, outputs_of
-from liar.statistics import TokenIndex
 from liar.testing import tiny_batches, tiny_model
 
 MODEL = tiny_model("bert")
@@ -87,14 +91,88 @@ def test_what_has_no_row_for_each_sequence_serves_all():
     assert part.batches[0]["position_ids"].shape == (1, 6)
 
 
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=4), st.floats(0.05, 1.2))
-def test_tokens_are_thinned_in_every_fold(sizes, share):
-    tokens = TokenIndex(torch.arange(sum(sizes)), tuple(sizes))
-    thinned = tokens.thinned(share)
-    assert all(abs(left - min(share, 1) * size) < 1 for left, size in zip(thinned.sizes, sizes, strict=True))
-    parts = zip(torch.split(tokens.order, sizes), torch.split(thinned.order, list(thinned.sizes)), strict=True)
-    assert all(set(few.tolist()) <= set(many.tolist()) for many, few in parts)
-    assert thinned.order.tolist() == sorted(thinned.order.tolist())
+def places(calibration, share):
+    """(global number of the sequence, place in it) of all sampled tokens, without looking at the padding."""
+    found = []
+    for number, (start, mask) in enumerate(zip(calibration.starts, calibration.token_masks, strict=True)):
+        chosen = sample_tokens(calibration, number, share)
+        assert not (chosen & ~mask).any()
+        place = (mask.cumsum(1) - 1)[chosen]
+        found += zip((chosen.nonzero()[:, 0] + start).tolist(), place.tolist(), strict=True)
+    return found
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=40), st.integers(1, 9), st.integers(1, 9), st.floats(0.02, 1.2))
+@settings(deadline=None, max_examples=40)
+def test_a_sample_of_tokens_does_not_depend_on_batches_and_padding(lengths, one, other, share):
+    chosen = places(calibration_of(lengths, one), share)
+    assert chosen == places(calibration_of(lengths, other), share)
+    left = calibration_of(lengths, other)
+    flipped = dataclasses.replace(left, token_masks=tuple(mask.flip(1) for mask in left.token_masks))
+    assert chosen == places(flipped, share)
+    assert len(chosen) == sum(lengths) or share < 1
+
+
+# A constant length has a period, which a rule that counts through the tokens would fall in with; short sequences in small
+# batches would get nothing from one that counts anew for each of them.
+@pytest.mark.parametrize("length", [1, 4, 8, 32, 61])
+@pytest.mark.parametrize("share", [60 / 128, 0.5, 0.625, 0.1, 1 / 32])
+def test_sampled_tokens_are_of_all_sequences_places_and_folds(length, share):
+    count = 4_000 // length
+    whole = calibration_of([length] * count, 1 if length > 8 else 50)
+    chosen = places(whole, share)
+    assert len(chosen) == pytest.approx(share * length * count, rel=0.06)
+    by_place = torch.bincount(torch.tensor([place for _, place in chosen]), minlength=length)
+    assert (by_place - share * count).abs().max() <= 0.1 * count + 4
+    by_half = torch.bincount(torch.tensor([2 * number // count for number, _ in chosen]), minlength=2)
+    assert (by_half - share * length * count / 2).abs().max() <= 0.06 * share * length * count + 2
+    folds = torch.cat([whole.folds[i][sample_tokens(whole, i, share)[mask]] for i, mask in enumerate(whole.token_masks)])
+    all_folds = torch.bincount(torch.cat(whole.folds), minlength=4)
+    assert (torch.bincount(folds, minlength=4) - share * all_folds).abs().max() <= 0.1 * share * len(torch.cat(whole.folds)) + 4
+
+
+def test_short_texts_in_small_batches_are_refitted():
+    """Every batch has fewer tokens than one over the share."""
+    model = tiny_model("bert", hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1)
+    calib = [{"input_ids": ids} for ids in torch.randint(1, 90, (200, 2, 6), generator=torch.Generator().manual_seed(0))]
+    mask = liar.select(model, calib, keep=0.5, criterion="random", progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(closed_form, "TOKENS", 100)
+        patch.setattr(closed_form, "ROWS", 1)
+        report = liar.reconstruct(model, mask, calib, progress=False)
+    assert all(site.after < site.before for site in report.sites)
+
+
+def test_where_only_padding_is_drawn_all_is_taken():
+    ids = torch.arange(50)[:, None] % 90 + torch.zeros(1, 5, dtype=torch.int64)
+    chosen = [label for _, label, _ in sequences(sample(calibration_of([5] * 50, 10), 1, sequences=3))]
+    assert chosen
+    mask = torch.ones_like(ids)
+    mask[chosen] = 0
+    whole = Calibration.of([{"input_ids": ids, "attention_mask": mask}], MODEL)
+    assert sample(whole, 1, sequences=3) is whole
+
+
+def test_a_label_for_all_sequences_serves_all():
+    """One number for a batch is kept; only labels that have a row for each sequence are cut."""
+    whole = Calibration.of([{"input_ids": torch.ones(4, 6, dtype=torch.int64), "labels": torch.tensor(1)}], MODEL)
+    assert take(whole, [(0, torch.tensor([1, 3]))]).labels[0].shape == ()
+
+
+@pytest.mark.parametrize("criterion", ["reconstruction", "fisher", "fluctuation"])
+def test_errors_name_the_batch_that_was_given(criterion, monkeypatch):
+    """A sample has batches of its own."""
+    monkeypatch.setattr(fisher, "TOKENS", 40)
+    monkeypatch.setattr(error_curves, "TOKENS", 40)
+    monkeypatch.setattr(error_curves, "ROWS", 0)
+    model = tiny_model("bert", head="sequence-classification")
+    calib = [{"input_ids": torch.ones(1, 10, dtype=torch.int64)} for _ in range(40)]
+    numbers = sample(Calibration.of(calib, model), 40, sequences=fisher.SEQUENCES).numbers
+    bad = numbers[2]
+    assert bad > 2
+    calib[bad] = {"input_ids": torch.ones(1, 65, dtype=torch.int64)}
+    with pytest.raises(CalibrationError, match=f"calibration batch {bad} "):
+        liar.select(model, calib, keep=0.5, criterion=criterion, progress=False)
 
 
 # What is estimated from a sample

@@ -14,6 +14,8 @@ from liar.solve import RIDGES, SKETCH, fit, fit_drift, solve
 from liar.solve import ridge as ridge_module
 from liar.solve.ridge import sketch_of
 from liar.statistics import Factor, Folds, Moments, TokenIndex
+from liar.statistics import normal as normal_module
+from liar.statistics.normal import KEPT, Spectrum
 from liar.verdicts import Verdict
 
 
@@ -476,7 +478,7 @@ def test_both_parts_of_a_split_give_what_is_left_of_all_rows(affine, rows_of_fol
 
 @pytest.mark.parametrize("noise", [0.01, 1.0, 100.0])
 @pytest.mark.parametrize("start", RIDGES)
-def test_the_search_ends_at_the_same_ridge_wherever_it_begins(start, noise):
+def test_the_search_ends_at_the_same_ridge_wherever_it_begins(start, noise, monkeypatch):
     """Where the error falls and rises once, as it does here; the middle is only where it usually begins."""
     generator = np.random.default_rng(5)
     x = rows(160, 40, condition=1e3, seed=5)
@@ -486,4 +488,30 @@ def test_the_search_ends_at_the_same_ridge_wherever_it_begins(start, noise):
     _, splits = folds.normals(affine=True, channels=40)
     weight, bias = torch.zeros(40, 6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
     errors = [ridge_module.held_out_errors(splits, weight, bias, ridge, "auto")[0][-1] for ridge in RIDGES]
-    assert ridge_module.best_ridge(splits, weight, bias, "auto", start) == RIDGES[int(np.argmin(errors))]
+    best = int(np.argmin(errors))
+    tried, real = [], ridge_module.absolute
+    monkeypatch.setattr(ridge_module, "absolute", lambda ridge, normal: tried.append(ridge) or real(ridge, normal))
+    assert ridge_module.best_ridge(splits, weight, bias, "auto", start) == RIDGES[best]
+    # The one it ends at, its neighbours, and those on the way.
+    assert len(set(tried)) <= abs(RIDGES.index(start) - best) + 3
+    assert start in tried
+
+
+def test_a_few_factors_are_kept_and_only_of_single_ridges(monkeypatch):
+    gram = torch.eye(5, dtype=torch.float64)
+    spectrum, computed = Spectrum(gram, 9), []
+    real = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: computed.append(matrix.shape) or real(matrix))
+    ridge = torch.tensor(0.1, dtype=torch.float64)
+    for _ in range(3):
+        torch.testing.assert_close(spectrum.cholesky(ridge)[0] ** 2, gram + 0.1 * gram)
+    assert len(computed) == 1
+    assert spectrum.cholesky(ridge[None])[0].shape == (1, 5, 5)
+    for number in range(KEPT):
+        spectrum.cholesky(ridge + number + 1)
+    assert len(computed) == 2 + KEPT
+    spectrum.cholesky(ridge)
+    assert len(computed) == 3 + KEPT, "the oldest was dropped"
+    monkeypatch.setattr(normal_module, "KEPT_CHANNELS", 4)
+    spectrum.cholesky(ridge)
+    assert len(computed) == 4 + KEPT, "factors of wide matrices are not kept"

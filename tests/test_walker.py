@@ -14,7 +14,10 @@ from liar.errors import ModelError
 from liar.models import discover, layer_of
 from liar.options import ReconstructOptions
 from liar.repair import RepairContext, RepairStep, apply_steps, closed_form_steps, walk_blocks
+from liar.repair import context as context_module
 from liar.runtime import preserve_model_state
+from liar.solve import fit
+from liar.solve.ridge import MIDDLE
 from liar.statistics import Folds, Moments
 from liar.testing import assert_same_state, model_state, tiny_batches, tiny_model
 
@@ -344,3 +347,24 @@ def test_what_a_16_bit_stream_lacks_is_computed_in_more_bits():
     context.new_folds = lambda: Recording(FOLDS, Moments)
     walked(model, every_other(model), tiny_batches(model), [*closed_form_steps(context), Exact()])
     assert len(context.reports) == 4
+
+
+def test_a_search_for_a_ridge_begins_at_that_of_the_last_site_of_its_kind(monkeypatch):
+    model = tiny_model("bert", num_hidden_layers=3)
+    begun, found = [], []
+
+    def spy(*arguments, start=None, **options):
+        begun.append(start)
+        solution = fit(*arguments, start=start, **options)
+        found.append(solution.ridge)
+        return solution
+
+    monkeypatch.setattr(context_module, "fit", spy)
+    mask = liar.select(model, keep=0.5, criterion="magnitude", progress=False)
+    report = liar.reconstruct(model, mask, tiny_batches(model, batches=8, sequences=16, length=24), progress=False)
+    kinds = [site.site.split(".")[0] for site in report.sites]
+    last = {}
+    for kind, start, ridge in zip(kinds, begun, found, strict=True):
+        assert start == last.get(kind, MIDDLE)
+        last[kind] = ridge
+    assert len(set(last.values())) == 2, "otherwise a start from the other kind would pass"

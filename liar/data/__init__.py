@@ -1,8 +1,8 @@
 """From texts to batches a model takes, with what is known of their tokens."""
 
 from liar.data.calibration_data import FOLDS, Calibration
-from liar.data.sample import sample, split, take
+from liar.data.sample import sample, sample_tokens, split, take
 from liar.data.texts import builder_of, texts
 from liar.data.tokenise import calibration
 
-__all__ = ["FOLDS", "Calibration", "builder_of", "calibration", "sample", "split", "take", "texts"]
+__all__ = ["FOLDS", "Calibration", "builder_of", "calibration", "sample", "sample_tokens", "split", "take", "texts"]

@@ -42,6 +42,7 @@ class Calibration:
         distinct_tokens: those that are not copies: a text that comes again, cut elsewhere or not, counts once.
         sequences: sequences in all batches.
         labels: per batch its `labels`, or None: only criteria that need gradients look at them.
+        numbers: per batch its place in what the user gave, for messages.
         first_sequence: global number of the first sequence.
 
     Example:
@@ -57,6 +58,7 @@ class Calibration:
     distinct_tokens: int
     sequences: int
     labels: tuple[Any, ...]
+    numbers: tuple[int, ...]
     first_sequence: int = 0
 
     @classmethod
@@ -112,6 +114,7 @@ class Calibration:
             distinct_tokens=distinct,
             sequences=sum(len(mask) for mask in token_masks),
             labels=tuple(labels for _, labels in pairs),
+            numbers=tuple(range(len(batches))),
             first_sequence=first_sequence,
         )
 

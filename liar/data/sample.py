@@ -12,8 +12,10 @@ from torch import Tensor
 from liar.data.batches import Batch
 from liar.data.calibration_data import Calibration
 
-# Multiples of it, modulo 1, are spread evenly, whatever period the data has (Weyl; golden ratio).
+# Multiples of them, modulo 1, are spread evenly, whatever period the data has (Weyl's theorem): of the golden ratio for
+# sequences, and of the root of two for positions, since sums of both must be, too.
 STEP = 0.6180339887498949
+POSITION_STEP = 0.4142135623730950
 
 
 def take(calibration: Calibration, pieces: Sequence[tuple[int, Tensor]]) -> Calibration:
@@ -23,7 +25,7 @@ def take(calibration: Calibration, pieces: Sequence[tuple[int, Tensor]]) -> Cali
         calibration: the whole.
         pieces: for every new batch the number of an old one, and which of its rows, int64.
     """
-    batches, masks, folds, labels = [], [], [], []
+    batches, masks, folds, labels, numbers = [], [], [], [], []
     for number, rows in pieces:
         whole = calibration.token_masks[number]
         rows = rows.to(whole.device)
@@ -32,13 +34,15 @@ def take(calibration: Calibration, pieces: Sequence[tuple[int, Tensor]]) -> Cali
         masks.append(whole[rows])
         folds.append(calibration.folds[number][taken[whole.nonzero()[:, 0]]])
         label = calibration.labels[number]
-        labels.append(label[rows] if isinstance(label, Tensor) and len(label) == len(whole) else label)
+        labels.append(label[rows] if _has_rows(label, len(whole)) else label)
+        numbers.append(calibration.numbers[number])
     return replace(
         calibration,
         batches=tuple(batches),
         token_masks=tuple(masks),
         folds=tuple(folds),
         labels=tuple(labels),
+        numbers=tuple(numbers),
         tokens=sum(int(mask.sum()) for mask in masks),
         sequences=sum(len(mask) for mask in masks),
     )
@@ -65,6 +69,19 @@ def sample(calibration: Calibration, tokens: int, *, sequences: int = 1) -> Cali
     return part if part.tokens else calibration
 
 
+def sample_tokens(calibration: Calibration, number: int, share: float) -> Tensor:
+    """About such a share of the real tokens of a batch, spread evenly over sequences and positions: bool [sequences, length].
+
+    Which tokens these are follows from their places in their sequences and the sequences' numbers alone.
+    """
+    mask, start = calibration.token_masks[number], calibration.starts[number]
+    if share >= 1:
+        return mask
+    sequence = torch.arange(start, start + len(mask), dtype=torch.float64, device=mask.device)
+    place = (mask.cumsum(1) - 1) * POSITION_STEP + (sequence * STEP)[:, None]
+    return mask & (place % 1 < share)
+
+
 def split(calibration: Calibration, sequences: int) -> Calibration:
     """The same sequences in batches of at most so many."""
     pieces = []
@@ -76,5 +93,8 @@ def split(calibration: Calibration, sequences: int) -> Calibration:
 def _taken(batch: Batch, rows: Tensor, sequences: int) -> Iterator[tuple[str, Any]]:
     """The entries of a batch for some of its sequences; what has no row for each of them serves all."""
     for name, value in batch.items():
-        by_sequence = isinstance(value, Tensor) and value.ndim > 0 and len(value) == sequences
-        yield name, value[rows] if by_sequence else value
+        yield name, value[rows] if _has_rows(value, sequences) else value
+
+
+def _has_rows(value: Any, sequences: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == sequences

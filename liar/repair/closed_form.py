@@ -57,7 +57,7 @@ class RefitProducers(RepairStep):
             share = max(TOKENS, ROWS * site.producers[0].size("in")) / site.walk.calibration.tokens
             for batch, pruned in site.run_pruned("producer_input"):
                 with site.walk.timed("statistics"):
-                    tokens = site.walk.tokens[batch].thinned(share)
+                    tokens = site.walk.sampled(batch, share)
                     folds.update(pruned["producer_input"], site.get("producer input", batch), tokens)
             self._fit(site, folds)
         site.discard("producer input")

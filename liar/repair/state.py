@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from liar.data import FOLDS, Calibration
+from liar.data import FOLDS, Calibration, sample_tokens
 from liar.mask import Mask
 from liar.models import LayerView, Layout, Site, layer_of
 from liar.progress import timed
@@ -68,13 +68,18 @@ class Walk:
     tokens: list[TokenIndex] = field(init=False)
 
     def __post_init__(self) -> None:
-        pairs = zip(self.calibration.token_masks, self.calibration.folds, strict=True)
-        self.tokens = [TokenIndex.of(*pair, FOLDS) for pair in pairs]
+        self.tokens = [self.sampled(batch, 1) for batch in self.batches]
 
     @property
     def batches(self) -> range:
         """Numbers of the batches."""
         return range(len(self.calibration.batches))
+
+    def sampled(self, batch: int, share: float) -> TokenIndex:
+        """About such a share of the real tokens of a batch, by fold."""
+        mask, fold = self.calibration.token_masks[batch], self.calibration.folds[batch]
+        part = sample_tokens(self.calibration, batch, share)
+        return TokenIndex.of(part, fold[part[mask]], FOLDS)
 
     def arguments(self, stream: str, block: int, batch: int) -> tuple[Tensor, BlockCall]:
         """What a block is run on: the hidden states of a stream, and the rest of the call."""

@@ -117,7 +117,7 @@ def _enter(walk: Walk, model: nn.Module, layout: Layout, stream: str) -> None:
     """Store what enters the first block of a model, and how its blocks are called."""
     base, _ = base_and_prefix(model)
     blocks = [model.get_submodule(name) for name in layout.blocks]
-    record_block_calls(base, blocks, walk.calibration.batches, walk.store, stream)
+    record_block_calls(base, blocks, walk.calibration.batches, walk.store, stream, numbers=walk.calibration.numbers)
 
 
 def _enter_pruned(walk: Walk, model: nn.Module, *, share: bool) -> None:

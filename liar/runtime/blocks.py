@@ -65,11 +65,18 @@ def _positions(model: nn.Module) -> int | None:
 
 
 def record_block_calls(
-    base: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Mapping[str, Tensor]], store: ActivationStore, stream: str
+    base: nn.Module,
+    blocks: Sequence[nn.Module],
+    batches: Sequence[Mapping[str, Tensor]],
+    store: ActivationStore,
+    stream: str,
+    *,
+    numbers: Sequence[int] | None = None,
 ) -> None:
     """Store what enters the first block for every batch (as `stream`), and how every block is called (see `calls_of`).
 
-    The blocks themselves do not run: for this pass each only notes its arguments and hands the hidden states on.
+    The blocks themselves do not run: for this pass each only notes its arguments and hands the hidden states on. `numbers` are
+    the places of the batches in what the user gave, where these are some of them.
 
     Raises:
         CalibrationError: the model does not take a batch.
@@ -94,7 +101,7 @@ def record_block_calls(
         for number, batch in enumerate(batches):
             running = number
             try:
-                run_model(base, batch, number)
+                run_model(base, batch, number if numbers is None else numbers[number])
             except StopForward:
                 continue
             raise ModelError(f"{type(base).__name__} did not call its last block; the family's table names the wrong blocks")

@@ -101,7 +101,7 @@ def outputs_of(model: nn.Module, calibration: Calibration, number: int, *, every
         positions = torch.arange(token_mask.shape[1], device=token_mask.device)
         token_mask, batch = drawn(token_mask, every), {**batch, "logits_to_keep": drawn(positions[None], every)[0]}
     several_labels = getattr(model.config, "problem_type", None) == "multi_label_classification"
-    return model_outputs(run_model(model, batch, number), token_mask, several_labels=several_labels)
+    return model_outputs(run_model(model, batch, calibration.numbers[number]), token_mask, several_labels=several_labels)
 
 
 def drawn(positions: Tensor, every: int) -> Tensor:
@@ -223,4 +223,4 @@ def _loss(model: nn.Module, calibration: Calibration, number: int, outputs: Sequ
     try:
         return label_loss(outputs, token_mask, labels, causal=causal)
     except CalibrationError as error:
-        raise CalibrationError(f"calibration batch {number}: {error}") from error
+        raise CalibrationError(f"calibration batch {calibration.numbers[number]}: {error}") from error

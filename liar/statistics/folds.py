@@ -36,16 +36,6 @@ class TokenIndex:
         order = token_mask.flatten().nonzero().squeeze(1)[fold.argsort(stable=True)]
         return cls(order, tuple(torch.bincount(fold, minlength=folds).tolist()))
 
-    def thinned(self, share: float) -> TokenIndex:
-        """About such a share of the tokens of each fold, spread evenly."""
-        if share >= 1:
-            return self
-        parts = []
-        for part in torch.split(self.order, list(self.sizes)):
-            counted = (torch.arange(len(part) + 1, dtype=torch.float64, device=part.device) * share).floor()
-            parts.append(part[counted.diff() > 0])
-        return TokenIndex(torch.cat(parts), tuple(len(part) for part in parts))
-
     def gather(self, value: Tensor) -> Tensor:
         """[sequences, length, channels] -> [tokens, channels]."""
         return value.flatten(0, 1).index_select(0, self.order)

@@ -41,7 +41,7 @@ class Spectrum:
 
     def __init__(self, gram: Tensor, rows: int) -> None:
         self._gram, self._rows = gram, rows
-        self._factors: dict[tuple[float, ...], tuple[Tensor, Tensor]] = {}
+        self._factors: dict[float, tuple[Tensor, Tensor]] = {}
         self.is_thin = 2 * rows < len(gram)
 
     def damped(self, ridges: Tensor) -> Tensor:
@@ -52,12 +52,13 @@ class Spectrum:
 
     def cholesky(self, ridges: Tensor) -> tuple[Tensor, Tensor]:
         """The factor of each of these matrices, and 0 where there is one, as `torch.linalg.cholesky_ex` gives them."""
-        key = tuple(ridges.flatten().tolist())
-        found = self._factors.pop(key, None) or tuple(torch.linalg.cholesky_ex(self.damped(ridges)))
-        if len(self._gram) <= KEPT_CHANNELS and ridges.ndim == 0:
-            self._factors[key] = found
-            while len(self._factors) > KEPT:
-                del self._factors[next(iter(self._factors))]
+        if ridges.ndim or len(self._gram) > KEPT_CHANNELS:
+            return tuple(torch.linalg.cholesky_ex(self.damped(ridges)))
+        ridge = float(ridges)
+        found = self._factors.pop(ridge, None) or tuple(torch.linalg.cholesky_ex(self.damped(ridges)))
+        self._factors[ridge] = found
+        while len(self._factors) > KEPT:
+            del self._factors[next(iter(self._factors))]
         return found
 
     @cached_property
