@@ -42,8 +42,12 @@ CONSTANTS = {
     ),
     "refit": (("liar.repair.closed_form", "TOKENS"),),
 }
-# What asks for more than a sample has, where there are many channels.
-PER_CHANNEL = (("liar.selection.error_curves", "ROWS"), ("liar.repair.closed_form", "ROWS"))
+# What asks for more than a sample has, where there are many channels or long sequences.
+MORE = (
+    ("liar.selection.fisher", "SEQUENCES"),
+    ("liar.selection.error_curves", "ROWS"),
+    ("liar.repair.closed_form", "ROWS"),
+)
 HEADINGS = ("task", "keep", "tokens", "sample of", "its size", "number", "mean", "than with all")
 
 
@@ -63,7 +67,7 @@ def constants(values: Mapping[tuple[str, str], int]) -> Iterator[None]:
 def measure(bench: Bench, setting: Setting, part: str, size: int) -> dict[str, Any]:
     """Scores of the default with one sample of some size, all else read whole."""
     sizes = {key: size if kind == part else ALL for kind, keys in CONSTANTS.items() for key in keys}
-    with constants(sizes | dict.fromkeys(PER_CHANNEL, 0)):
+    with constants(sizes | dict.fromkeys(MORE, 0)):
         # Of this size alone: the statistics of another would be reused.
         shared = SharedInputs(Bench(bench.task, bench.folder, bench.data_dir), setting)
         model = copy.deepcopy(bench.loaded[0])

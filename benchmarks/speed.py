@@ -38,8 +38,8 @@ from benchmarks.demo import paragraphs
 from benchmarks.results import RESULTS, Record, ResultFile
 from benchmarks.tasks import load_encoder
 from liar.data import FOLDS, sample
-from liar.selection.error_curves import ROWS
-from liar.selection.fisher import TOKENS, sampled
+from liar.selection.error_curves import ROWS, TOKENS
+from liar.selection.fisher import sampled
 from liar.statistics.chunks import CHUNK
 
 KEEP = {"llama": 0.5, "minilm": 0.5, "smollm2": 0.8}

@@ -675,7 +675,7 @@ def test_samples_put_the_constants_back():
 
 
 def test_every_constant_of_the_samples_is_there():
-    keys = [key for group in samples.CONSTANTS.values() for key in group] + list(samples.PER_CHANNEL)
+    keys = [key for group in samples.CONSTANTS.values() for key in group] + list(samples.MORE)
     with samples.constants(dict.fromkeys(keys, 1)):
         pass
 

@@ -163,11 +163,12 @@ def test_a_label_for_all_sequences_serves_all():
 def test_errors_name_the_batch_that_was_given(criterion, monkeypatch):
     """A sample has batches of its own."""
     monkeypatch.setattr(fisher, "TOKENS", 40)
+    monkeypatch.setattr(fisher, "SEQUENCES", 1)
     monkeypatch.setattr(error_curves, "TOKENS", 40)
     monkeypatch.setattr(error_curves, "ROWS", 0)
     model = tiny_model("bert", head="sequence-classification")
     calib = [{"input_ids": torch.ones(1, 10, dtype=torch.int64)} for _ in range(40)]
-    numbers = sample(Calibration.of(calib, model), 40, sequences=fisher.SEQUENCES).numbers
+    numbers = sample(Calibration.of(calib, model), 40).numbers
     bad = numbers[2]
     assert bad > 2
     calib[bad] = {"input_ids": torch.ones(1, 65, dtype=torch.int64)}
@@ -218,6 +219,7 @@ def test_a_sample_estimates_the_whole(name, monkeypatch):
     everything = fisher.sensitivities(model, layout, calibration, quiet())
     for constant in ("TOKENS", "OUTPUTS"):
         monkeypatch.setattr(fisher, constant, calibration.tokens // 2)
+    monkeypatch.setattr(fisher, "SEQUENCES", 1)
     assert fisher.sampled(model, calibration)[0].tokens == pytest.approx(calibration.tokens / 2, rel=0.1)
     half = fisher.sensitivities(model, layout, calibration, quiet())
     for site in layout.sites:
@@ -227,12 +229,22 @@ def test_a_sample_estimates_the_whole(name, monkeypatch):
         assert one.outputs < 0.6 * other.outputs
 
 
+def test_where_sequences_have_one_output_enough_of_them_are_read(monkeypatch):
+    """Their number is that of the gradients; long texts would be few among so many tokens."""
+    model, _, calibration = prepared("bert", sequences=128)
+    monkeypatch.setattr(fisher, "TOKENS", 100)
+    monkeypatch.setattr(fisher, "SEQUENCES", 64)
+    assert fisher.sampled(model, calibration)[0].sequences == pytest.approx(64, abs=2)
+    monkeypatch.setattr(fisher, "SEQUENCES", 1)
+    assert fisher.sampled(model, calibration)[0].sequences < 16
+
+
 def test_long_sequences_are_thinned_and_not_few(monkeypatch):
     """Where a few long texts would have outputs enough, more of them are read, and only some positions of each are drawn."""
     model, _, calibration = prepared("llama-lm")
     monkeypatch.setattr(fisher, "OUTPUTS", 32)
     part, every = fisher.sampled(model, calibration)
-    assert part.sequences == pytest.approx(fisher.SEQUENCES, abs=2)
+    assert part.sequences == pytest.approx(fisher.TEXTS, abs=2)
     assert every == max(part.tokens // 32, 1) > 1
 
 

@@ -18,13 +18,14 @@ from liar.progress import Progress
 from liar.repair import RepairStep, SiteState, walk_blocks
 from liar.runtime import sequence_sums, widen
 from liar.selection.elimination import Elimination, eliminate
-from liar.selection.fisher import TOKENS, Sensitivity, sensitivities
+from liar.selection.fisher import Sensitivity, sensitivities
 from liar.statistics import Moments
 
 # Relative; the reconstruction chooses its own ridge per site, here one has to do for all numbers of units.
 RIDGE = 1e-3
-# Rows for each channel that the moments are taken from, where there are more: a sample of the data is enough.
-ROWS = 10
+# Rows that the moments are taken from, and for each channel, where there are more: a sample of the data is enough.
+TOKENS = 32_768
+ROWS = 20
 # Share of a sensitivity that is spread over all directions at least: it is measured where the model is still whole.
 EVEN = 0.2
 

@@ -18,12 +18,13 @@ from liar.selection.gradients import differentiable, drawn, gradients, outputs_o
 from liar.selection.loss import sampled_label_loss
 from liar.statistics import check_finite
 
-# A sample of the data is enough, since what it estimates is a mean over tokens (benchmarks/README.md, "What a sample of the
-# calibration data decides"): of about so many tokens, or, where every token has an output of its own, of so many outputs.
-TOKENS = 16_384
+# A sample of the data is enough, since what it estimates is a mean over outputs (benchmarks/README.md, "What a sample of the
+# calibration data decides"): of so many tokens where each has an output of its own ...
 OUTPUTS = 4_096
-# ... but not of a few long texts only.
-SEQUENCES = 8
+# ... but not of a few long texts only. Where sequences have one output each, of so many of these, and of so many tokens.
+TEXTS = 8
+SEQUENCES = 1_024
+TOKENS = 16_384
 # Numbers in the logits of one pass.
 LOGITS = 2**26
 
@@ -98,9 +99,9 @@ def sampled(model: nn.Module, calibration: Calibration) -> tuple[Calibration, in
     with preserve_model_state(model):
         outputs = outputs_of(model, take(calibration, [(0, torch.zeros(1, dtype=torch.int64))]), 0)
     by_token = [output.rows.shape[-1] for output in outputs if output.by_token]
-    part = sample(calibration, OUTPUTS if by_token else TOKENS, sequences=SEQUENCES)
     if not by_token:
-        return part, 1
+        return sample(calibration, TOKENS, sequences=SEQUENCES), 1
+    part = sample(calibration, OUTPUTS, sequences=TEXTS)
     thinned = "logits_to_keep" in signature(model.forward).parameters
     every = max(part.tokens // OUTPUTS, 1) if thinned else 1
     longest = max(mask.shape[1] for mask in part.token_masks)
