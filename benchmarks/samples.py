@@ -1,6 +1,6 @@
 """What is lost by reading a part of the calibration data: for the mask, and for the refit of the layers before the units.
 
-    python -m benchmarks.samples --task stsb --data-dir DATA --keep 0.5 0.3 --tokens 32000
+    python -m benchmarks.samples --task stsb --data-dir DATA --keep 0.3 --tokens 64000 --source c4 --parts selection
     python -m benchmarks.samples --task tinystories --model STORIES260K --data-dir DATA --keep 0.7 0.5 --tokens 16000 --seeds 2
 
 The default criterion reads a sample of at most so many tokens (of so many outputs, where every token has one) and the refit a
@@ -27,12 +27,12 @@ from rich.table import Table
 
 import liar
 from benchmarks.bench import Bench, SharedInputs
-from benchmarks.results import RESULTS, Record, ResultFile
+from benchmarks.results import RESULTS, Record, ResultFile, matches
 from benchmarks.run_keys import Setting
-from benchmarks.tasks import TASKS
+from benchmarks.tasks import SOURCES, TASKS
 
 ALL = sys.maxsize
-SIZES = {"selection": (2_048, 4_096, 8_192, 16_384, ALL), "refit": (8_192, 16_384, 32_768, ALL)}
+SIZES = {"selection": (2_048, 4_096, 8_192, 16_384, 32_768, ALL), "refit": (8_192, 16_384, 32_768, ALL)}
 # The constants that set the sample of each: module, name.
 CONSTANTS = {
     "selection": (
@@ -48,7 +48,7 @@ MORE = (
     ("liar.selection.error_curves", "ROWS"),
     ("liar.repair.closed_form", "ROWS"),
 )
-HEADINGS = ("task", "keep", "tokens", "sample of", "its size", "number", "mean", "than with all")
+HEADINGS = ("task", "texts", "keep", "tokens", "sample of", "its size", "number", "mean", "than with all")
 
 
 @contextmanager
@@ -78,21 +78,21 @@ def measure(bench: Bench, setting: Setting, part: str, size: int) -> dict[str, A
 def rows(records: Sequence[Record]) -> list[list[str]]:
     """Means over the samples of texts, beside what reading everything gives on the same ones."""
     lines = []
-    keys = ("task", "keep", "tokens", "part", "size")
+    keys = ("task", "source", "keep", "tokens", "part", "size")
     for key in dict.fromkeys(tuple(record[name] for name in keys) for record in records):
-        task, keep, tokens, part, size = key
+        task, source, keep, tokens, part, size = key
         runs = [record for record in records if tuple(record[name] for name in keys) == key]
         for number in TASKS[task].metrics:
             gains = []
             for run in runs:
-                same = {"task": task, "keep": keep, "tokens": tokens, "part": part, "seed": run["seed"], "size": ALL}
-                whole = next((r for r in records if all(r[name] == value for name, value in same.items())), None)
+                same = dict(zip(keys, key, strict=True)) | {"seed": run["seed"], "size": ALL}
+                whole = next((record for record in records if matches(record, same)), None)
                 if whole is not None:
                     gains.append(run[number] - whole[number])
             mean = sum(run[number] for run in runs) / len(runs)
             gain = f"{sum(gains) / len(gains):+.4f}" if gains else ""
             label = "all" if size == ALL else f"{size:,}"
-            lines.append([task, f"{keep:.0%}", f"{tokens:,}", part, label, number, f"{mean:.4f}", gain])
+            lines.append([task, source, f"{keep:.0%}", f"{tokens:,}", part, label, number, f"{mean:.4f}", gain])
     return lines
 
 
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--keep", type=float, nargs="+", required=True)
     parser.add_argument("--tokens", type=int, default=32_000)
+    parser.add_argument("--source", choices=list(SOURCES), default="own", help="calibration texts")
     parser.add_argument("--seeds", type=int, default=1, help="samples of the calibration texts")
     parser.add_argument("--parts", choices=list(SIZES), nargs="+", default=list(SIZES))
     arguments = parser.parse_args()
@@ -115,8 +116,9 @@ def main() -> None:
         for size in SIZES[part]:
             if size != ALL and size >= arguments.tokens:
                 continue
-            setting = Setting(arguments.task, name, "reconstruction", seed, "own", keep, arguments.tokens)
-            key = {"task": arguments.task, "seed": seed, "keep": keep, "tokens": arguments.tokens, "part": part, "size": size}
+            setting = Setting(arguments.task, name, "reconstruction", seed, arguments.source, keep, arguments.tokens)
+            names = ("task", "source", "seed", "keep", "tokens")
+            key = {name: getattr(setting, name) for name in names} | {"part": part, "size": size}
             records.append(file.get_or_run(key, partial(measure, bench, setting, part, size)))
     table = Table(*HEADINGS)
     for line in rows(records):
