@@ -7,10 +7,19 @@ from typing import Any
 
 from benchmarks.metrics.accuracy import Accuracy
 from benchmarks.metrics.agreement_kl import AgreementKl
+from benchmarks.metrics.matthews import Matthews
 from benchmarks.metrics.perplexity import Perplexity
 from benchmarks.metrics.spearman import Spearman
+from benchmarks.metrics.squad import Squad
 
-METRICS = {"accuracy": Accuracy, "agreement_kl": AgreementKl, "perplexity": Perplexity, "spearman": Spearman}
+METRICS = {
+    "accuracy": Accuracy,
+    "agreement_kl": AgreementKl,
+    "matthews": Matthews,
+    "perplexity": Perplexity,
+    "spearman": Spearman,
+    "squad": Squad,
+}
 
 
 @cache

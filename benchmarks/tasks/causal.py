@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from benchmarks.data import read
 from benchmarks.metrics import metric
-from benchmarks.tasks.table import Predictions, Task, read
+from benchmarks.tasks.table import Predictions, Task
 
 MAX_LENGTH = 512
 # Whole next-token distributions are kept and compared for the first stories only.
@@ -26,7 +28,7 @@ def load_causal(folder: str | None) -> tuple[PreTrainedModel, Any]:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, tokenizer: Any, data_dir: Path) -> Predictions:
+def predict(model: nn.Module, tokenizer: Any, data_dir: Path | None) -> Predictions:
     """Every story for itself, from its first token, cut at 512 tokens.
 
     Returns:
@@ -34,9 +36,7 @@ def predict(model: nn.Module, tokenizer: Any, data_dir: Path) -> Predictions:
         first stories.
     """
     losses, counts, kept = [], [], []
-    for number, text in enumerate(
-        tqdm(read(data_dir, "tinystories/holdout_part.jsonl.gz")["text"], desc="perplexity", leave=False)
-    ):
+    for number, text in enumerate(tqdm(read(data_dir, "tinystories/test")["text"], desc="perplexity", leave=False)):
         ids = tokenizer(text, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")["input_ids"]
         ids = ids.to(next(model.parameters()).device)
         logits: Tensor = model(ids, use_cache=False).logits[0, :-1].float()
@@ -47,7 +47,7 @@ def predict(model: nn.Module, tokenizer: Any, data_dir: Path) -> Predictions:
     return {"loss": torch.tensor(losses, dtype=torch.float64), "tokens": torch.tensor(counts), "logits": torch.cat(kept)}
 
 
-def score(predictions: Predictions, dense: Predictions, data_dir: Path) -> dict[str, float]:
+def score(predictions: Predictions, dense: Predictions, data_dir: Path | None) -> dict[str, float]:
     """Token perplexity, and how far the next-token distributions are from the dense model's (mean over tokens)."""
     perplexity = metric("perplexity").compute(
         predictions=predictions["loss"].tolist(), references=predictions["tokens"].tolist()
@@ -56,11 +56,23 @@ def score(predictions: Predictions, dense: Predictions, data_dir: Path) -> dict[
     return {**perplexity, **near, "compared_tokens": len(dense["logits"])}
 
 
-def own(data_dir: Path) -> list[str]:
+def own(data_dir: Path | None) -> list[str]:
     """Stories of the TinyStories train part."""
-    return list(read(data_dir, "tinystories/train_part.jsonl.gz")["text"])
+    return list(read(data_dir, "tinystories/train")["text"])
+
+
+def examples(predictions: Predictions, _: Path | None) -> numpy.ndarray:
+    """Summed negative log-likelihood and predicted tokens of every text: [texts, 2]."""
+    return numpy.stack([predictions["loss"].numpy(), predictions["tokens"].numpy()], 1)
 
 
 TINYSTORIES = Task(
-    "tinystories", {"perplexity": False, "kl": False, "agreement": True}, load_causal, own, predict, score, MAX_LENGTH
+    name="tinystories",
+    metrics={"perplexity": False, "kl": False, "agreement": True},
+    load=load_causal,
+    own=own,
+    predict=predict,
+    score=score,
+    max_length=MAX_LENGTH,
+    examples=examples,
 )

