@@ -16,8 +16,8 @@ from benchmarks.baselines.apply import apply_step
 from benchmarks.baselines.closed_form import repair
 from liar.testing import tiny_batches, tiny_model
 
-NAMES = ("mask_only", "bias", "mask_tuning", "liar", "grail", "kprune", "osscar_update", "ours", "fine_tuning")
-CLOSED_FORM = NAMES[:-2]
+CLOSED_FORM = tuple(SOLVERS)
+NAMES = (*CLOSED_FORM, "ours_no_refit", "ours", "fine_tuning")
 NEEDS = frozenset({"dense_inputs", "inputs", "kept_inputs", "dense_sum", "residual"})
 
 
@@ -114,17 +114,40 @@ def test_kprune_is_least_squares_on_the_rows(bias, rank):
     assert (result is None) if not bias else result is data.bias
 
 
-def test_osscar_is_a_damped_fit_of_the_layers_own_dense_output():
+def test_kprune_with_a_ridge_on_augmented_rows():
+    data = site_data()
+    _, x, w, _, kept, target = numpy_of(data)
+    ridge = 0.01 * np.square(x[:, kept]).sum(0).mean()
+    rows = np.concatenate([x[:, kept], np.sqrt(ridge) * np.eye(kept.sum())])
+    weight, result = SOLVERS["kprune_ridge"].solve(data)
+    same(weight, scipy.linalg.lstsq(rows, np.concatenate([target, np.sqrt(ridge) * w[kept]]))[0])
+    assert result is data.bias
+
+
+@pytest.mark.parametrize("name", ["osscar", "osscar_fullseq"])
+def test_osscar_is_a_damped_fit_of_what_the_dense_weights_give(name):
+    """Of the pruned stream's inputs by default, of the dense model's with the option."""
     data = site_data()
     z, x, w, _, kept, _ = numpy_of(data)
-    own, shared = 0.01 * np.square(x).sum(0).mean(), 0.01 * (x * z).sum(0).mean()
-    weight, _ = SOLVERS["osscar_update"].solve(data)
+    target = x if name == "osscar" else z
+    own, shared = 0.01 * np.square(x).sum(0).mean(), 0.01 * (x * target).sum(0).mean()
+    weight, _ = SOLVERS[name].solve(data)
 
     def gradient(v):
-        """Gradient of |x_u V - z w|^2 / 2 + own |V|^2 / 2 - shared <V, w_u>."""
-        return x[:, kept].T @ (x[:, kept] @ v - z @ w) + own * v - shared * w[kept]
+        """Gradient of |x_u V - target w|^2 / 2 + own |V|^2 / 2 - shared <V, w_u>."""
+        return x[:, kept].T @ (x[:, kept] @ v - target @ w) + own * v - shared * w[kept]
 
     same(torch.from_numpy(gradient(weight.numpy()) / np.abs(gradient(w[kept])).max()), np.zeros(weight.shape))
+
+
+def test_rcpu_is_the_best_rotation_of_the_kept_weights():
+    data = site_data()
+    z, x, w, _, kept, _ = numpy_of(data)
+    weight, result = SOLVERS["rcpu"].solve(data)
+    expected = w[kept] @ scipy.linalg.orthogonal_procrustes(x[:, kept] @ w[kept], z @ w)[0]
+    same(weight, expected)
+    same(weight @ weight.T, w[kept] @ w[kept].T)
+    assert result is data.bias
 
 
 @pytest.mark.parametrize(("kind", "width"), [("heads", 3), ("neurons", 1)])

@@ -15,32 +15,39 @@ from typing import Any
 from torch import nn
 
 import liar
-from benchmarks.baselines import bias, grail, kprune, liar_rule, mask_only, mask_tuning, osscar_update
+from benchmarks.baselines import bias, grail, kprune, liar_rule, mask_only, mask_tuning, osscar, rcpu
 from benchmarks.baselines.closed_form import repair
 from benchmarks.baselines.fine_tuning import fine_tune
 from benchmarks.baselines.site_data import Rule, SiteData
 
-Apply = Callable[[nn.Module, liar.Mask, Sequence[Any]], None]
+Apply = Callable[..., None]
 
 
-def ours(model: nn.Module, mask: liar.Mask, calib: Sequence[Any]) -> None:
-    """This library as it ships, no options."""
-    liar.reconstruct(model, mask, calib, progress=False)
+def ours(model: nn.Module, mask: liar.Mask, calib: Sequence[Any], **options: Any) -> None:
+    """This library as it ships, or with options."""
+    liar.reconstruct(model, mask, calib, progress=False, **options)
 
 
 SOLVERS: dict[str, Rule] = {
     "mask_only": mask_only.RULE,
     "bias": bias.RULE,
     "mask_tuning": mask_tuning.RULE,
+    "mask_tuning_dense": mask_tuning.DENSE_TEACHER,
     "liar": liar_rule.RULE,
     "grail": grail.RULE,
+    "rcpu": rcpu.RULE,
     "kprune": kprune.RULE,
-    "osscar_update": osscar_update.RULE,
+    "kprune_ridge": kprune.RIDGED,
+    "osscar": osscar.RULE,
+    "osscar_fullseq": osscar.FULL,
 }
 RULES: dict[str, Apply] = {
     **{name: partial(repair, rule=rule) for name, rule in SOLVERS.items()},
+    "ours_no_refit": partial(ours, refit=False),
     "ours": ours,
     "fine_tuning": fine_tune,
 }
+# All but training, in the order of the tables.
+CLOSED_FORM = tuple(rule for rule in RULES if rule != "fine_tuning")
 
-__all__ = ["RULES", "SOLVERS", "Apply", "Rule", "SiteData"]
+__all__ = ["CLOSED_FORM", "RULES", "SOLVERS", "Apply", "Rule", "SiteData"]

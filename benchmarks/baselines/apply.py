@@ -12,9 +12,19 @@ from liar.repair import RepairStep, apply_steps
 
 
 def apply_step(
-    model: nn.Module, mask: liar.Mask, calib: Sequence[Any], step: RepairStep, *, has_pruned_stream: bool = True
+    model: nn.Module,
+    mask: liar.Mask,
+    calib: Sequence[Any],
+    step: RepairStep,
+    *,
+    has_pruned_stream: bool = True,
+    teacher: nn.Module | None = None,
 ) -> None:
-    """Cut the model and let one step repair every site; the model gets smaller in place."""
+    """Cut the model and let one step repair every site; the model gets smaller in place.
+
+    The dense stream is that of the teacher, if there is one.
+    """
     layout = liar.discover(model)
     calibration = liar.Calibration.of(calib, model)
-    apply_steps(model, layout, calibration, [step], liar.Mask.of(mask, layout), has_pruned_stream=has_pruned_stream)
+    cut = liar.Mask.of(mask, layout)
+    apply_steps(model, layout, calibration, [step], cut, teacher=teacher, has_pruned_stream=has_pruned_stream)

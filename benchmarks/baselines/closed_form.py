@@ -20,10 +20,13 @@ UNCUT: dict[Need, Capture] = {"inputs": "consumer_input"}
 CUT: dict[Need, Capture] = {"kept_inputs": "consumer_input", "residual": "residual"}
 
 
-def repair(model: nn.Module, mask: liar.Mask, calib: Sequence[Any], rule: Rule) -> None:
-    """Cut the model and repair every site with the rule; the model gets smaller in place."""
+def repair(model: nn.Module, mask: liar.Mask, calib: Sequence[Any], rule: Rule, *, teacher: nn.Module | None = None) -> None:
+    """Cut the model and repair every site with the rule; the model gets smaller in place.
+
+    With a teacher, what a rule sees as the dense stream is the teacher's.
+    """
     has_pruned_stream = bool(rule.needs & {*UNCUT, *CUT})
-    apply_step(model, mask, calib, ApplyRule(rule), has_pruned_stream=has_pruned_stream)
+    apply_step(model, mask, calib, ApplyRule(rule), has_pruned_stream=has_pruned_stream, teacher=teacher)
 
 
 class ApplyRule(RepairStep):
@@ -31,6 +34,8 @@ class ApplyRule(RepairStep):
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
+        # The consumers before they are cut: those of the dense blocks are the teacher's.
+        self.whole: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.captures = frozenset(DENSE[need] for need in rule.needs if need in DENSE)
 
     def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
@@ -39,7 +44,12 @@ class ApplyRule(RepairStep):
             self._keep(site, batch, need, dense[capture])
 
     def before_cut(self, site: SiteState) -> None:
-        """Keep what the consumer reads on the pruned stream while its own site is whole."""
+        """Keep the consumer's weight, and what it reads on the pruned stream while its own site is whole."""
+        consumer = site.consumer
+        self.whole[site.name] = (
+            consumer.matrix.detach().double(),
+            None if consumer.bias is None else consumer.bias.detach().double(),
+        )
         self._run(site, self._needed(UNCUT))
 
     def repair(self, site: SiteState) -> None:
@@ -77,13 +87,13 @@ class ApplyRule(RepairStep):
 
     def _site_data(self, site: SiteState) -> SiteData:
         """The rows of a site, its dense weights and which of its channels stay."""
-        dense = site.dense_consumer
+        weight, bias = self.whole.pop(site.name)
         return SiteData(
             kind=site.site.kind,
             kept=site.site.consumer.channels(site.unit_mask),
             unit=torch.arange(int(site.unit_mask.sum())).repeat_interleave(site.site.consumer.width),
-            weight=dense.matrix.double(),
-            bias=None if dense.bias is None else dense.bias.detach().double(),
+            weight=weight,
+            bias=bias,
             dense_inputs=self._rows(site, "dense_inputs"),
             inputs=self._rows(site, "inputs"),
             kept_inputs=self._rows(site, "kept_inputs"),

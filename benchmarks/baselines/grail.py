@@ -9,7 +9,7 @@ from benchmarks.baselines.site_data import Answer, Rule, SiteData
 RIDGE = 1e-3
 
 
-def solve(data: SiteData) -> Answer:
+def solve(data: SiteData, ridge: float = RIDGE) -> Answer:
     """W' = M' W with M = (G_uu + a mean(diag G_uu) 1)^-1 G_u:, uncentred, on the pruned stream; the bias stays.
 
     M is applied to W before it is formed: M' W is [kept, out] at once. A site that keeps everything is not compensated.
@@ -19,7 +19,7 @@ def solve(data: SiteData) -> Answer:
     kept = data.inputs[:, data.kept]
     gram = cross(kept, kept)
     right = cross(kept, data.inputs) @ data.weight
-    return damped(gram, right, RIDGE * float(gram.diagonal().mean())), data.bias
+    return damped(gram, right, ridge * float(gram.diagonal().mean())), data.bias
 
 
 RULE = Rule(solve, frozenset({"inputs"}))

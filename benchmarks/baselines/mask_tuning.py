@@ -1,13 +1,17 @@
 """Kwon et al. 2022 (arXiv 2204.09656), stage 3: mask tuning, one scale per kept unit.
 
-The scales fit the dense residual stream, through LSMR with damping 1 on the normal equations, around 1. As in the authors'
-code, attention gets a free common intercept that is thrown away afterwards, and scales outside [-10, 10] or a solver that did
-not converge are refused. Where that happens, their code stops tuning all later layers; here only the site stays as it was.
-Their code also leaves the first attention layer alone, and tunes the last feed-forward layer of classifiers on the first
-token only; here every site is tuned on all tokens.
+The scales fit the residual stream of a teacher, through LSMR with damping 1 on the normal equations, around 1. The teacher is
+the model with the mask that the same selection gives at the square root of the share, or, as a variant, the dense model. As in
+the authors' code, attention gets a free common intercept that is thrown away afterwards, and scales outside [-10, 10] or a
+solver that did not converge are refused. Where that happens, their code stops tuning all later layers; here only the site stays
+as it was. Their code also leaves the first attention layer alone, and tunes the last feed-forward layer of classifiers on the
+first token only; here every site is tuned on all tokens.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
 
 import numpy
 import torch
@@ -62,4 +66,5 @@ def accepted(scales: Tensor) -> bool:
     return bool((scales.abs() <= LARGEST).all())
 
 
-RULE = Rule(solve, frozenset({"kept_inputs", "dense_sum", "residual"}))
+DENSE_TEACHER = Rule(solve, frozenset({"kept_inputs", "dense_sum", "residual"}))
+RULE = replace(DENSE_TEACHER, teacher=math.sqrt)

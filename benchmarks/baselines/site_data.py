@@ -63,7 +63,15 @@ class SiteData:
 
 @dataclass(frozen=True)
 class Rule:
-    """A closed-form rule: pure mathematics of one site, and the rows it looks at."""
+    """A closed-form rule: pure mathematics of one site, and the rows it looks at.
+
+    Attributes:
+        solve: from the rows of a site to its weights.
+        needs: those rows.
+        teacher: share of the block parameters that is kept -> that of the model whose stream is the target; None if that is
+            the dense model.
+    """
 
     solve: Callable[[SiteData], Answer]
     needs: frozenset[Need] = frozenset()
+    teacher: Callable[[float], float] | None = None
