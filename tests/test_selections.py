@@ -4,22 +4,26 @@ import copy
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from cases import MODELS, quiet
 
 import liar
 from benchmarks.baselines import RULES
-from benchmarks.selections import SAMPLE_LABELS, SELECTIONS, budget, gradients, kprune, kwon
+from benchmarks.selections import SAMPLE_LABELS, SELECTIONS, budget, flap, gradients, kprune, kwon, llm_pruner, searched
+from benchmarks.selections.inputs import inputs_of
 from liar.errors import BudgetError
 from liar.runtime import Output, preserve_model_state
-from liar.selection import CRITERIA
+from liar.selection import CRITERIA, SiteWeights
 from liar.selection.gradients import unit_gradients
 from liar.testing import assert_same_state, model_state, tiny_batches, tiny_model
 
 LOOK_AT_DATA = ("reconstruction", "fluctuation", "wanda", "taylor", "fisher", "snip")
-NAMES = (*LOOK_AT_DATA, "kwon", "kprune", "magnitude", "random")
-PUBLISHED = ("kwon", "kprune")
+# Those that read a next-token loss, or the model's predictions.
+CAUSAL = ("llm_pruner", "searched", "searched_from_ours")
+PUBLISHED = ("kwon", "kprune", "flap", "osscar")
+NAMES = (*LOOK_AT_DATA, *PUBLISHED, "magnitude", "random")
 MODEL_NAMES = ("bert", "bert-classifier", "llama", "llama-8q-2kv", "gpt2-lm")
 
 
@@ -43,8 +47,8 @@ def checked(mask, model, keep):
 
 
 def test_every_criterion_is_a_selection():
-    assert tuple(SELECTIONS) == NAMES
-    assert {"kwon", "kprune"} == set(NAMES) - set(CRITERIA)
+    assert set(SELECTIONS) == {*NAMES, *CAUSAL}
+    assert set(PUBLISHED) == set(NAMES) - set(CRITERIA)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -266,3 +270,117 @@ def statistics_of(name, model, batches):
         return {key: rows.square().sum(0) for key, rows in kwon.sequence_gradients(model, batches).items()}
     sites = liar.collect(model, batches, criteria=[name], progress=False).sites
     return {(site, key): value for site, values in sites.items() for key, value in values.items()}
+
+
+# Selections for language models
+
+
+@pytest.fixture
+def short_search(monkeypatch):
+    monkeypatch.setattr(searched, "GENERATIONS", 3)
+    monkeypatch.setattr(searched, "OFFSPRING", 3)
+    monkeypatch.setattr(searched, "STAGES", ((16, 2), (32, 1)))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_selections_for_language_models_meet_the_budget(name, short_search):
+    model = tiny_model("llama", head="causal-lm", num_hidden_layers=3, intermediate_size=48)
+    batches, layout, before = tiny_batches(model, batches=2), liar.discover(model), model_state(model)
+    mask = SELECTIONS[name](model, batches, 0.6, 3)
+    assert 0.45 < mask.parameters(layout) / layout.parameters <= 0.6
+    assert all(mask.kept(site.name) for site in layout.sites)
+    assert mask == SELECTIONS[name](model, batches, 0.6, 3)
+    assert_same_state(model, before)
+
+
+def test_flap_standardises_the_channels_of_a_layer_and_squares_those_of_heads():
+    for kind, width in (("heads", 4), ("neurons", 1)):
+        consumer, variance = drawn(6, width, 5), drawn(6 * width, seed=1).square()
+        weights = SiteWeights((), consumer, 1, {"variance": variance}, 0)
+        channels = np.array(
+            [[float(variance[4 * u + c] if width == 4 else variance[u]) for c in range(width)] for u in range(6)]
+        )
+        metric = channels * consumer.square().sum(2).numpy()
+        metric = metric**2 if kind == "heads" else metric
+        expected = ((metric - metric.mean()) / metric.std(ddof=1)).mean(1)
+        torch.testing.assert_close(flap.standardised(weights, kind), torch.from_numpy(expected))
+
+
+def test_llm_pruner_sums_first_order_changes_of_all_weights_of_a_unit():
+    """Against a plain backward pass: L is the sum of next-token losses over real tokens."""
+    model = tiny_model("llama", head="causal-lm", num_hidden_layers=2)
+    batches, layout = tiny_batches(model, batches=2), liar.discover(model)
+    found = llm_pruner.importance(model, layout, batches)
+    plain = copy.deepcopy(model)
+    for batch in liar.Calibration.of(batches, plain).batches:
+        logits, mask = plain(**batch).logits, batch["attention_mask"].bool()
+        seen = mask[:, 1:] & torch.ones_like(mask[:, 1:])
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
+        losses[seen].sum().backward()
+    block = plain.model.layers[1]
+    changes = [(layer.weight * layer.weight.grad).abs() for layer in (block.mlp.gate_proj, block.mlp.up_proj)]
+    down = (block.mlp.down_proj.weight * block.mlp.down_proj.weight.grad).abs()
+    expected = changes[0].sum(1) + changes[1].sum(1) + down.sum(0)
+    torch.testing.assert_close(found["neurons.1"], expected.double().detach(), rtol=1e-4, atol=1e-8)
+
+
+def test_llm_pruner_leaves_the_first_and_last_blocks_whole():
+    model = tiny_model("llama", head="causal-lm", num_hidden_layers=16)
+    pruned = llm_pruner.pruned_sites(liar.discover(model))
+    assert sorted({int(site.name.split(".")[1]) for site in pruned}) == list(range(2, 15))
+
+
+def test_osscar_keeps_about_the_best_units_of_a_small_layer():
+    """By brute force: the error of the layer's output once what stays is refitted."""
+
+    model = tiny_model("llama", num_hidden_layers=1, intermediate_size=8)
+    batches = tiny_batches(model, batches=2)
+    mask, inputs = SELECTIONS["osscar"](model, batches, 0.5, 0), inputs_of(model, batches)["neurons.0"]
+    count = mask.kept("neurons.0")
+
+    def error(kept):
+        candidate = searched.Candidates(torch.tensor([u for u in range(8) if u not in kept] + list(kept)), inputs, [])
+        change = candidate.weight(len(kept)) - inputs.weight
+        return float((change * (inputs.gram @ change)).sum())
+
+    errors = {kept: error(kept) for kept in itertools.combinations(range(8), count)}
+    chosen = tuple(mask["neurons.0"].nonzero().flatten().tolist())
+    assert errors[chosen] <= 1.1 * min(errors.values()) < max(errors.values())
+
+
+def test_a_mutation_moves_width_between_layers_of_a_kind():
+    model = tiny_model("llama", head="causal-lm", num_hidden_layers=4, intermediate_size=48)
+    batches, layout = tiny_batches(model, batches=1), liar.discover(model)
+    inputs = inputs_of(model, batches)
+    candidates = {site.name: searched.Candidates.of(site, inputs[site.name]) for site in layout.sites}
+    search = searched.Search(model, layout, candidates, batches, seed=1)
+    widths = {site.name: candidates[site.name].widths[len(candidates[site.name].widths) // 2] for site in layout.sites}
+    total = lambda child, kind: sum(child[site.name] for site in layout.of_kind(kind))  # noqa: E731
+    moved = 0
+    for _ in range(50):
+        child = search.mutated(widths)
+        assert all(total(child, kind) == total(widths, kind) for kind in ("heads", "neurons"))
+        assert all(child[name] in candidates[name].widths for name in child)
+        moved += child != widths
+        widths = child
+    assert moved > 25
+
+
+def test_a_search_ends_where_the_output_is_nearer(monkeypatch):
+    """The divergence of a candidate is that of the whole model with the candidate's weights."""
+    model = tiny_model("llama", head="causal-lm", num_hidden_layers=3, intermediate_size=48)
+    batches, layout = tiny_batches(model, batches=2), liar.discover(model)
+    inputs = inputs_of(model, batches)
+    candidates = {site.name: searched.Candidates.of(site, inputs[site.name]) for site in layout.sites}
+    search = searched.Search(model, layout, candidates, batches, seed=0)
+    widths = {site.name: candidates[site.name].widths[0] for site in layout.sites}
+    with torch.inference_mode():
+        drawn_sequences = search.drawn(10_000)
+        begin, dense = (search.divergence(each, drawn_sequences) for each in (widths, {s.name: s.units for s in layout.sites}))
+    assert dense < 1e-3 * begin
+    monkeypatch.setattr(searched, "GENERATIONS", 6)
+    monkeypatch.setattr(searched, "STAGES", ((10_000, 2), (10_000, 1)))
+    middle = {site.name: candidates[site.name].widths[len(candidates[site.name].widths) // 2] for site in layout.sites}
+    end = search.run(middle)
+    with torch.inference_mode():
+        assert search.divergence(end, drawn_sequences) <= search.divergence(middle, drawn_sequences)

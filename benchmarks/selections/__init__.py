@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 import liar
-from benchmarks.selections import kprune, kwon
+from benchmarks.selections import flap, kprune, kwon, llm_pruner, osscar, searched
 from benchmarks.selections.criterion import select
 from liar.selection import CRITERIA
 
@@ -28,6 +28,11 @@ SELECTIONS: dict[str, Select] = {
     **{name: selection for name, selection in CRITERIA_ONLY.items() if CRITERIA[name].needs},
     "kwon": kwon.select,
     "kprune": kprune.select,
+    "flap": flap.select,
+    "llm_pruner": llm_pruner.select,
+    "osscar": osscar.select,
+    "searched": searched.select,
+    "searched_from_ours": partial(searched.select, from_ours=True),
     **{name: selection for name, selection in CRITERIA_ONLY.items() if not CRITERIA[name].needs},
 }
 # Those that sample labels from the model's own predictions where the batches have none.

@@ -63,6 +63,32 @@ class Budget:
                 return units[:number]
         return units
 
+    def same_share(self, scores: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Every site keeps its best units, as many of them as make the same share of each: bool [units] by site.
+
+        Heads are rounded to the nearest number, and neurons get what is left.
+
+        Args:
+            scores: site name -> [units].
+            sites: all that share what is left of the budget.
+        """
+        share = self.left / sum(self.unit_costs[site.name] * site.units for site in sites)
+        heads, neurons = ([site for site in sites if (site.kind == "heads") is kind] for kind in (True, False))
+        kept = best(scores, heads, min(share, 1))
+        left = self.left - sum(self.unit_costs[name] * int(mask.sum()) for name, mask in kept.items())
+        costs = sum(self.unit_costs[site.name] * site.units for site in neurons)
+        return {**kept, **best(scores, neurons, min(left / costs, 1) if costs else 1, round_down=True)}
+
+
+def best(scores: Mapping[str, Tensor], sites: Sequence[Site], share: float, *, round_down: bool = False) -> dict[str, Tensor]:
+    """The best units of each site, such a share of them and one at least: bool [units] by site."""
+    kept = {}
+    for site in sites:
+        count = max(int(share * site.units + (0 if round_down else 0.5)), 1)
+        kept[site.name] = torch.zeros(site.units, dtype=torch.bool)
+        kept[site.name][scores[site.name].cpu().topk(count).indices] = True
+    return kept
+
 
 def ranked(scores: Mapping[str, Tensor], sites: Sequence[Site]) -> list[Unit]:
     """All units of some sites: the best of every site, since one has to stay, and then all others, best first.
