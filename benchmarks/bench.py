@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 import liar
-from benchmarks.baselines import RULES
+from benchmarks.baselines import RULES, SOLVERS
+from benchmarks.results import Record, packed
 from benchmarks.run_keys import RunKey, Setting
 from benchmarks.selections import SAMPLE_LABELS, SELECTIONS
 from benchmarks.tasks import SOURCES, Predictions, Task
@@ -21,7 +22,7 @@ from liar.selection import CRITERIA
 class Bench:
     """A task's dense model, loaded at most once, and its predictions."""
 
-    def __init__(self, task: Task, folder: str | None, data_dir: Path) -> None:
+    def __init__(self, task: Task, folder: str | None, data_dir: Path | None) -> None:
         self.task, self.folder, self.data_dir = task, folder, data_dir
         self._statistics: dict[tuple[Any, ...], liar.CriterionStatistics] = {}
 
@@ -45,9 +46,11 @@ class Bench:
             self._statistics[key] = liar.collect(model, calibration, criteria=[setting.criterion], progress=False)
         return self._statistics[key]
 
-    def score(self, model: nn.Module) -> dict[str, float]:
-        """The numbers of a model."""
-        return self.task.score(self.task.predict(model, self.loaded[1], self.data_dir), self.dense, self.data_dir)
+    def score(self, model: nn.Module) -> Record:
+        """The numbers of a model, and what the first of them is a statistic of (see `paired.py`)."""
+        predictions = self.dense if model is self.loaded[0] else self.task.predict(model, self.loaded[1], self.data_dir)
+        scores = self.task.score(predictions, self.dense, self.data_dir)
+        return {**scores, "per_example": packed(self.task.examples(predictions, self.data_dir))}
 
 
 class SharedInputs:
@@ -65,26 +68,40 @@ class SharedInputs:
             self.bench.loaded[1],
             tokens=self.setting.tokens,
             max_length=task.max_length,
+            pack=task.pack,
             mixed_lengths=SOURCES[source].mixed_lengths,
         )
 
     @cached_property
     def mask(self) -> liar.Mask:
         """The mask of the setting."""
+        return self.mask_at(self.setting.keep)
+
+    def mask_at(self, keep: float) -> liar.Mask:
+        """What the setting's selection gives at a share of the parameters."""
         model, _ = self.bench.loaded
         setting = self.setting
         reusable = setting.criterion in CRITERIA
         data = self.bench.statistics(setting, self.calibration) if reusable else self.calibration
-        return SELECTIONS[setting.criterion](model, data, setting.keep, setting.seed)
+        return SELECTIONS[setting.criterion](model, data, keep, setting.seed)
+
+    def options(self, rule: str) -> dict[str, Any]:
+        """What a rule gets besides the model, mask and tokens: its teacher, if that is not the dense model."""
+        share = SOLVERS[rule].teacher if rule in SOLVERS else None
+        if share is None:
+            return {}
+        teacher = copy.deepcopy(self.bench.loaded[0])
+        liar.remove(teacher, self.mask_at(share(self.setting.keep)))
+        return {"teacher": teacher}
 
 
 def run_rule(key: RunKey, shared: SharedInputs) -> dict[str, Any]:
     """Apply one rule: the numbers, and how long the rule took (selection and evaluation not counted)."""
     dense, _ = shared.bench.loaded
     mask, calibration = shared.mask, shared.calibration
-    model = copy.deepcopy(dense)
+    model, options = copy.deepcopy(dense), shared.options(key.rule)
     began = time.perf_counter()
-    RULES[key.rule](model, mask, calibration)
+    RULES[key.rule](model, mask, calibration, **options)
     seconds = time.perf_counter() - began
     layout = liar.discover(dense)
     return {

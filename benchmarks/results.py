@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 RESULTS = Path(__file__).parent / "results"
@@ -43,6 +46,26 @@ def read_records(path: Path) -> list[Record]:
 def line_of(record: Mapping[str, Any]) -> str:
     """A record as its line in the file: compact, with sorted keys."""
     return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n"
+
+
+def packed(values: numpy.ndarray) -> Record:
+    """An array as an entry of a record, as small as it goes: numbers as the smallest type that has them exactly."""
+    kinds = ("uint8", "uint16", "float32", "float64")
+    kind = next(kind for kind in kinds if _is_exact(values.astype(float), kind))
+    data = numpy.ascontiguousarray(values.T.astype(f"<{numpy.dtype(kind).str[1:]}")).tobytes()
+    return {"type": kind, "shape": list(values.shape), "zlib": b64encode(zlib.compress(data, 9)).decode()}
+
+
+def _is_exact(values: numpy.ndarray, kind: str) -> bool:
+    with numpy.errstate(invalid="ignore", over="ignore"):
+        return numpy.array_equal(values.astype(kind).astype(float), values, equal_nan=True)
+
+
+def unpacked(entry: Mapping[str, Any]) -> numpy.ndarray:
+    """The array that `packed` was given."""
+    kind = f"<{numpy.dtype(entry['type']).str[1:]}"
+    flat: numpy.ndarray = numpy.frombuffer(zlib.decompress(b64decode(entry["zlib"])), kind)
+    return flat.reshape(entry["shape"][::-1]).T
 
 
 class ResultFile:
