@@ -1,11 +1,11 @@
-"""Quality of every rule on identical masks and identical calibration tokens.
+"""Quality of every rule on identical masks and identical calibration tokens: any task, any cells.
 
     python -m benchmarks.grid --task stsb --data-dir DATA --keep 0.7 0.5 --tokens 4000 16000 --source own c4
-    python -m benchmarks.grid --task glue-sst2 --model SST2 --data-dir DATA --keep 0.5 --rules mask_only liar ours
     python -m benchmarks.grid --task tinystories --model STORIES260K --data-dir DATA --keep 0.9 0.8 --plot grid.png
 
-Masks are selected by `--criterion`: a criterion of the library, or a published selection method (see `benchmarks/selections`).
+`glue.py`, `squad.py`, `wikitext.py` and `commonsense.py` run the cells that the published tables are made of.
 
+Masks are selected by `--criterion`: a criterion of the library, or a published selection method (see `benchmarks/selections`).
 Every run is a line in results/grid/TASK-MODEL.jsonl; runs that are already there are skipped, so a grid that was killed
 continues. The mask is selected once per (seed, source, keep, tokens) and serves all rules. Seeds are samples of the calibration
 texts; one seed of everything is run before the next.
@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +31,32 @@ from benchmarks.baselines import RULES
 from benchmarks.bench import Bench, SharedInputs, run_rule
 from benchmarks.figures import draw
 from benchmarks.results import RESULTS, Record, ResultFile
-from benchmarks.run_keys import RunKey, Setting, dense_key, grid_file, settings
+from benchmarks.run_keys import Cells, RunKey, dense_key, grid_file
 from benchmarks.selections import SELECTIONS
 from benchmarks.summary import tables
-from benchmarks.tasks import SOURCES, TASKS
+from benchmarks.tasks import SOURCES, TASKS, Task
 
 
-def run_grid(bench: Bench, chosen: Sequence[Setting], rules: Sequence[str], file: ResultFile) -> list[Record]:
-    """Run what is missing; the records of all runs that were asked for."""
-    groups = [[RunKey(setting, rule) for rule in rules] for setting in chosen]
+def run_grid(bench: Bench, model: str, plan: Sequence[Cells], file: ResultFile, until: float = inf) -> list[Record]:
+    """Run what is missing of a plan; the records of all runs that it asks for and that are there by then.
+
+    Args:
+        bench: the dense model of a task.
+        model: its name in the file.
+        plan: cells, the most important ones first.
+        file: where the runs are.
+        until: no run begins after this time (of `time.monotonic`).
+    """
+    groups = [group for cells in plan for group in cells.groups(bench.task.name, model)]
     missing = sum(file.find(**key.entries()) is None for group in groups for key in group)
     records = []
-    with logging_redirect_tqdm(), tqdm(total=missing, desc="grid", unit="run", smoothing=0.1) as bar:
+    with logging_redirect_tqdm(), tqdm(total=missing, desc=bench.task.name, unit="run", smoothing=0.1) as bar:
         for group in groups:
             check_mask(file, group)
             shared = SharedInputs(bench, group[0].setting)
             for key in group:
+                if time.monotonic() > until and file.find(**key.entries()) is None:
+                    continue
                 bar.set_postfix_str(" ".join(map(str, key.entries().values())))
                 known = len(file.records)
                 records.append(file.get_or_run(key.entries(), partial(run_rule, key, shared)))
@@ -62,53 +74,83 @@ def check_mask(file: ResultFile, group: Sequence[RunKey]) -> None:
         )
 
 
-def parsed() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=list(TASKS), required=True)
-    parser.add_argument("--model", help="folder of the model; all-MiniLM-L6-v2 from its package if left out (task stsb)")
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--keep", type=float, nargs="+", required=True, help="shares of the block parameters that stay")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16_000])
-    parser.add_argument("--source", choices=list(SOURCES), nargs="+", default=["own"], help="calibration texts")
-    parser.add_argument("--criterion", choices=list(SELECTIONS), default="fluctuation", help="what selects the mask")
-    parser.add_argument("--seeds", type=int, default=3, help="samples of the calibration texts")
-    parser.add_argument("--rules", choices=list(RULES), nargs="+", default=list(RULES))
-    parser.add_argument("--results", type=Path, default=RESULTS / "grid", help="folder of the JSON lines")
-    parser.add_argument("--plot", type=Path, help="figure to draw")
-    return parser.parse_args()
-
-
-def chosen_settings(arguments: argparse.Namespace, model: str) -> list[Setting]:
-    """The settings that the command line asks for."""
-    return list(
-        settings(
-            arguments.task,
-            model,
-            arguments.criterion,
-            seeds=arguments.seeds,
-            sources=arguments.source,
-            keeps=arguments.keep,
-            tokens=arguments.tokens,
-        )
+def parser(description: str | None, tasks: Iterable[str], default: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """A command line that says which tasks, model and data, and where the results are."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shown = f"; {' '.join(default)} if left out" if default else ""
+    made.add_argument(
+        "--task", choices=list(tasks), nargs="+", required=not default, default=default, help=f"one or more{shown}"
     )
+    made.add_argument(
+        "--model",
+        help="folder of the model, or name on the hub; {task} in it stands for the task's name. all-MiniLM-L6-v2 from its "
+        "package if left out, for tasks that take a sentence encoder",
+    )
+    made.add_argument("--data-dir", type=Path, help="folder of the data; the Hugging Face hub if left out")
+    made.add_argument("--results", type=Path, default=RESULTS / "grid", help="folder of the JSON lines")
+    made.add_argument("--hours", type=float, default=inf, help="begin no run after so many hours; call again to go on")
+    made.add_argument("--plot", type=Path, help="figure to draw")
+    return made
 
 
-def main() -> None:
-    """Run what is missing, print the tables, draw the figure."""
-    arguments = parsed()
+def run(arguments: argparse.Namespace, task: Task, plan: Sequence[Cells]) -> None:
+    """Run what is missing of a plan, print the tables, draw the figure."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    task = TASKS[arguments.task]
-    name = Path(arguments.model).name if arguments.model else "default"
-    bench = Bench(task, arguments.model, arguments.data_dir)
+    until = time.monotonic() + 3600 * arguments.hours
+    folder = arguments.model and arguments.model.format(task=task.name.removeprefix("glue-"))
+    name = Path(folder).name if folder else "default"
+    bench = Bench(task, folder, arguments.data_dir)
     file = ResultFile(grid_file(arguments.results, task.name, name))
     dense: dict[str, Any] = file.get_or_run(dense_key(task.name, name), lambda: bench.score(bench.loaded[0]))
-    records = run_grid(bench, chosen_settings(arguments, name), arguments.rules, file)
-    console = Console(width=40 + max(88, 20 * len(arguments.rules)))
+    records = run_grid(bench, name, plan, file, until)
+    if not records:
+        return
+    console = Console(width=60 + max(88, 20 * len({record["rule"] for record in records})))
     for table in tables(records, dense, task.metrics):
         console.print(table)
     if arguments.plot:
         draw(records, dense, next(iter(task.metrics)), arguments.plot)
+
+
+def command(description: str | None, tasks: Mapping[str, Task], plan: Sequence[Cells], default: Sequence[str]) -> None:
+    """A command that runs a plan, or the part of it that is asked for."""
+    made = parser(description, tasks, default)
+    made.add_argument("--keep", type=float, nargs="+", help="of the plan only these shares of the block parameters")
+    made.add_argument("--rules", choices=list(RULES), nargs="+", help="of the plan only these rules")
+    made.add_argument("--criterion", choices=list(SELECTIONS), nargs="+", help="of the plan only these masks")
+    made.add_argument("--source", choices=list(SOURCES), nargs="+", help="of the plan only these calibration texts")
+    arguments = made.parse_args()
+    part = [
+        cells.only(rules=arguments.rules, keeps=arguments.keep, sources=arguments.source)
+        for cells in plan
+        if arguments.criterion is None or cells.criterion in arguments.criterion
+    ]
+    if not any(list(cells.groups("", "")) for cells in part):
+        made.error("the plan has no such cells; benchmarks.grid runs any")
+    for name in arguments.task:
+        run(arguments, tasks[name], part)
+
+
+def main() -> None:
+    """Run the cells of the command line."""
+    made = parser(__doc__, TASKS)
+    made.add_argument("--keep", type=float, nargs="+", required=True, help="shares of the block parameters that stay")
+    made.add_argument("--tokens", type=int, nargs="+", default=[16_000])
+    made.add_argument("--source", choices=list(SOURCES), nargs="+", default=["own"], help="calibration texts")
+    made.add_argument("--criterion", choices=list(SELECTIONS), default="fluctuation", help="what selects the mask")
+    made.add_argument("--seeds", type=int, default=3, help="samples of the calibration texts")
+    made.add_argument("--rules", choices=list(RULES), nargs="+", default=list(RULES))
+    arguments = made.parse_args()
+    cells = Cells(
+        arguments.criterion,
+        tuple(arguments.rules),
+        keeps=tuple(arguments.keep),
+        sources=tuple(arguments.source),
+        tokens=tuple(arguments.tokens),
+        seeds=range(arguments.seeds),
+    )
+    for name in arguments.task:
+        run(arguments, TASKS[name], [cells])
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 # The rule of a record that has the dense model's numbers.
 DENSE = "dense"
@@ -46,16 +47,38 @@ def grid_file(folder: Path, task: str, model: str) -> Path:
     return folder / f"{task}-{model}.jsonl"
 
 
-def settings(
-    task: str,
-    model: str,
-    criterion: str,
-    *,
-    seeds: int,
-    sources: Sequence[str],
-    keeps: Sequence[float],
-    tokens: Sequence[int],
-) -> Iterator[Setting]:
-    """All settings, seeds outermost: one seed of everything is there before the second begins."""
-    for seed, source, keep, count in product(range(seeds), sources, keeps, tokens):
-        yield Setting(task, model, criterion, seed, source, keep, count)
+@dataclass(frozen=True)
+class Cells:
+    """Runs that are asked for together: all combinations of these.
+
+    Attributes:
+        criterion: what selects the masks.
+        rules: all on the same mask.
+        keeps: shares of the block parameters that stay.
+        sources: of calibration texts.
+        tokens: how many of them.
+        seeds: samples of the calibration texts.
+    """
+
+    criterion: str
+    rules: tuple[str, ...]
+    keeps: tuple[float, ...]
+    sources: tuple[str, ...] = ("own",)
+    tokens: tuple[int, ...] = (16_000,)
+    seeds: Sequence[int] = (0,)
+
+    def groups(self, task: str, model: str) -> Iterator[list[RunKey]]:
+        """The runs of each setting, seeds outermost: one seed of everything is there before the second begins."""
+        for seed, source, keep, count in product(self.seeds, self.sources, self.keeps, self.tokens):
+            setting = Setting(task, model, self.criterion, seed, source, keep, count)
+            if self.rules:
+                yield [RunKey(setting, rule) for rule in self.rules]
+
+    def only(self, **chosen: Sequence[Any] | None) -> Cells:
+        """The part with these values of some attributes; None stands for all."""
+        parts: dict[str, Any] = {
+            name: tuple(value for value in getattr(self, name) if value in values)
+            for name, values in chosen.items()
+            if values is not None
+        }
+        return replace(self, **parts)

@@ -1,0 +1,40 @@
+"""WikiText-2 perplexity of a causal language model: every rule on the same masks, and whole published methods.
+
+    python -m benchmarks.wikitext --model SMOLLM2 --data-dir DATA
+    python -m benchmarks.wikitext --task wikitext-2048 --model meta-llama/Llama-2-7b-hf --keep 0.8
+    python -m benchmarks.wikitext --task wikitext-1024-stride-512 --model SMOLLM2 --data-dir DATA --keep 0.8 --rules ours
+
+A task's name has the length of its windows, the stride where they overlap, and how much of the test text is read where that is
+not all of it. Perplexities of different lengths, and of different tokenizers, cannot be compared. Without `--data-dir`, data
+comes from the Hugging Face hub. The cells are in order of their worth; runs that are in results/grid are skipped, so what was
+stopped goes on.
+"""
+
+from __future__ import annotations
+
+from benchmarks.baselines import CLOSED_FORM
+from benchmarks.grid import command
+from benchmarks.run_keys import Cells
+from benchmarks.tasks import TASKS
+
+TOKENS = (8_192,)
+KEEPS = (0.8, 0.5, 0.9, 0.7)
+PLAN = (
+    Cells("reconstruction", CLOSED_FORM, KEEPS, tokens=TOKENS),
+    # Whole published methods, each followed by its own repair and by ours.
+    Cells("flap", ("bias", "grail", "rcpu", "ours"), KEEPS, tokens=TOKENS),
+    Cells("osscar", ("osscar", "ours"), KEEPS, tokens=TOKENS),
+    Cells("llm_pruner", ("mask_only", "ours"), KEEPS, tokens=TOKENS),
+    Cells("wanda", ("mask_only", "ours"), KEEPS, tokens=TOKENS),
+    Cells("searched", ("osscar", "ours"), KEEPS, tokens=TOKENS),
+    Cells("searched_from_ours", ("ours",), KEEPS, tokens=TOKENS),
+    Cells("reconstruction", CLOSED_FORM, (0.8, 0.5), sources=("c4",), tokens=TOKENS),
+)
+
+if __name__ == "__main__":
+    command(
+        __doc__,
+        {name: task for name, task in TASKS.items() if name.startswith("wikitext")},
+        PLAN,
+        default=("wikitext-512-first-16384",),
+    )
