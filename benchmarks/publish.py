@@ -17,21 +17,34 @@ from pathlib import Path
 
 import pandas
 
-from benchmarks import growth, samples, speed
-from benchmarks.baselines import RULES
+from benchmarks import damping, growth, inference, language_models, samples, speed, standing
+from benchmarks.baselines import CLOSED_FORM
 from benchmarks.elimination import rows as above_best
 from benchmarks.few_tokens import HEADINGS as FEW_TOKENS
 from benchmarks.few_tokens import rows as few_tokens_rows
 from benchmarks.figures import published
 from benchmarks.results import RESULTS, read_records
 from benchmarks.selections import SELECTIONS
-from benchmarks.summary import SETTING, common_samples, lined, markdown, runs, win_tie_loss, with_coordinates_of
+from benchmarks.summary import LABELS, SETTING, common_samples, lined, markdown, runs, with_coordinates_of
 from liar import options
 
 ROOT = Path(__file__).parent.parent
 CRITERION = "fluctuation"
 TOKENS = 16_000
-CLOSED_FORM = [rule for rule in RULES if rule != "fine_tuning"]
+# Selections that all encoders were pruned by.
+COMPARED_SELECTIONS = (
+    "reconstruction",
+    "fluctuation",
+    "wanda",
+    "taylor",
+    "fisher",
+    "snip",
+    "kwon",
+    "kprune",
+    "magnitude",
+    "random",
+)
+WIKITEXT = "wikitext-512-first-16384"
 
 
 def part(criterion: str = CRITERION, **coordinates: str | int | float) -> pandas.DataFrame:
@@ -71,12 +84,6 @@ def criteria() -> str:
     return markdown(frame[frame["place"] < 2], ["task", "keep", "number"], _named(frame))
 
 
-def win_tie_loss_of_selections() -> str:
-    """How often the default selection is best of all."""
-    frame = selections()
-    return win_tie_loss(frame, "reconstruction", [name for name in _named(frame) if name != "reconstruction"])
-
-
 def _named(frame: pandas.DataFrame) -> list[str]:
     """The selections that are there, in the order of the tables."""
     return [name for name in SELECTIONS if name in set(frame["rule"])]
@@ -96,11 +103,6 @@ def other_texts(criterion: str = CRITERION) -> str:
     return markdown(frame, ["task", "keep", "tokens", "source", "number"], CLOSED_FORM)
 
 
-def win_tie_loss_of_rules() -> str:
-    """How often the default is best of all closed forms."""
-    return win_tie_loss(runs(), "ours", [rule for rule in CLOSED_FORM if rule != "ours"])
-
-
 def fine_tuning(criterion: str = CRITERION) -> str:
     """Ours against training, where both were run: two numbers of every task, and the time."""
     frame = part(criterion, source="own")
@@ -108,6 +110,41 @@ def fine_tuning(criterion: str = CRITERION) -> str:
     for rule in ("ours", "fine_tuning"):
         frame = with_coordinates_of(frame, frame["rule"] == rule, SETTING)
     return markdown(frame, ["task", "keep", "tokens", "number"], ["ours", "fine_tuning"])
+
+
+def share_of_dense(criterion: str = "reconstruction") -> str:
+    """Mean over the four GLUE tasks of the score as a share of the dense model's: a row per kept share, a column per rule."""
+    frame = common_samples(part(criterion, source="own", tokens=TOKENS, place=0), CLOSED_FORM)
+    frame = frame[frame["task"].str.startswith("glue-")]
+    frame = frame.assign(share=frame["value"] / frame["dense"])
+    means = frame.pivot_table(index="keep", columns="rule", values="share", aggfunc="mean").sort_index(ascending=False)
+    rules = [rule for rule in CLOSED_FORM if rule in means]
+    rows = []
+    for keep, row in means.iterrows():
+        best = row.max()
+        shown = [f"{row[rule]:.1%}" for rule in rules]
+        rows.append(
+            [f"{keep:.0%}", *(f"**{text}**" if row[rule] == best else text for rule, text in zip(rules, shown, strict=True))]
+        )
+    return lined(["kept", *("**ours**" if rule == "ours" else LABELS[rule] for rule in rules)], rows)
+
+
+def wikitext(source: str = "own") -> pandas.DataFrame:
+    """The runs on WikiText-2."""
+    frame = runs()
+    return frame[(frame["task"] == WIKITEXT) & (frame["source"] == source) & (frame["place"] == 0)]
+
+
+def wikitext_rules(source: str = "own") -> str:
+    """Perplexity against the kept share, default masks."""
+    frame = wikitext(source)
+    return markdown(frame[frame["criterion"] == "reconstruction"], ["keep"], CLOSED_FORM)
+
+
+def compared() -> pandas.DataFrame:
+    """All pairs of rules in complete cells with default masks."""
+    frame = standing.compared(CLOSED_FORM)
+    return frame[frame["criterion"] == "reconstruction"]
 
 
 def speed_table() -> str:
@@ -161,8 +198,21 @@ def label_sampling() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "win tie loss": win_tie_loss_of_rules,
-    "win tie loss of selections": win_tie_loss_of_selections,
+    "standing": lambda: standing.table(compared(), "ours"),
+    "standing by task": lambda: standing.by_task(compared(), "ours"),
+    "behind": lambda: standing.behind(compared(), "ours"),
+    "share of dense": share_of_dense,
+    "grid squad": lambda: markdown(part("reconstruction", task="squad", source="own"), ["keep", "number"], CLOSED_FORM),
+    "wikitext": wikitext_rules,
+    "wikitext c4": lambda: wikitext_rules("c4"),
+    "pipelines": lambda: language_models.pipelines(wikitext()),
+    "masks of others": lambda: language_models.masks(wikitext()),
+    "common sense": language_models.commonsense,
+    "inference": lambda: inference.table(read_records(RESULTS / "inference.jsonl")),
+    "damping": lambda: damping.table(read_records(damping.FILE)),
+    "standing of selections": lambda: standing.by_task(
+        standing.compared(COMPARED_SELECTIONS, by="criterion"), "reconstruction"
+    ),
     "criteria": criteria,
     "grid stsb reconstruction": lambda: grid("stsb", "spearman", "reconstruction"),
     "grid stsb cosine reconstruction": lambda: grid("stsb", "cosine", "reconstruction"),

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from fnmatch import fnmatch
 from functools import cache
 from math import nan, sqrt
 from pathlib import Path
 from typing import Any
 
 import pandas
-from numpy import log
 from rich.table import Table
 
 from benchmarks.results import RESULTS, Record, read_records
@@ -25,13 +22,22 @@ LABELS = {
     "mask_only": "mask only",
     "bias": "bias (FLAP)",
     "mask_tuning": "mask tuning",
+    "mask_tuning_dense": "mask tuning, dense teacher",
     "liar": "LIAR",
     "grail": "GRAIL",
     "kprune": "K-prune",
-    "osscar_update": "OSSCAR",
+    "rcpu": "RCPU",
+    "kprune_ridge": "K-prune, ridge",
+    "osscar": "OSSCAR",
+    "osscar_fullseq": "OSSCAR, fullseq",
+    "ours_no_refit": "ours, no refit",
     "ours": "ours",
     "fine_tuning": "fine-tuning",
     "kwon": "Kwon et al.",
+    "flap": "FLAP",
+    "llm_pruner": "LLM-Pruner",
+    "searched": "searched widths",
+    "searched_from_ours": "searched, from ours",
 }
 HEADINGS = {"keep": "kept", "source": "texts"}
 # Whether more of a number is better.
@@ -43,10 +49,6 @@ CHANCE: dict[str, Callable[[float, int], float]] = {
     "accuracy": lambda share, examples: sqrt(share * (1 - share) / examples),
     "spearman": lambda rho, examples: (1 - rho**2) * sqrt((1 + rho**2 / 2) / (examples - 3)),
 }
-
-# Tasks that are also counted together.
-GROUPS = ("glue-*",)
-OUTCOMES = ("best", "within one standard error", "behind by more")
 
 
 def tables(runs: Sequence[Mapping[str, Any]], dense: Mapping[str, float], metrics: Mapping[str, bool]) -> list[Table]:
@@ -141,56 +143,8 @@ def common_samples(frame: pandas.DataFrame, rules: Sequence[str]) -> pandas.Data
     return frame[several == several.groupby([frame[name] for name in comparison]).transform("max")]
 
 
-def win_tie_loss(frame: pandas.DataFrame, champion: str, others: Sequence[str]) -> str:
-    """A Markdown table: how often one rule is best on what the task is about, how far behind elsewhere, and on average.
-
-    A comparison is one task, model, selection of masks, kept share, number of tokens and source of texts. The standard error is
-    that of the best of the others, over the examples or over the samples of the texts, or that of the champion over the
-    samples: whichever is largest. The average is of relative differences, over the comparisons that all rules have, with its
-    standard error.
-    """
-    counts: dict[tuple[str, str], Counter[str]] = {}
-    means: dict[tuple[str, str], list[pandas.Series]] = {}
-    frame = common_samples(frame[frame["place"] == 0], [champion, *others])
-    for coordinates, group in frame.groupby(["task", "source", "model", "criterion", "keep", "tokens"]):
-        sign = 1 if MORE[group["number"].iloc[0]] else -1
-        mean = sign * group.groupby("rule")["value"].mean()
-        other_means = mean.drop(champion, errors="ignore")
-        if champion in mean.index and len(other_means):
-            outcome = _outcome(group, champion, str(other_means.idxmax()), other_means.max() - mean[champion])
-            task, source, *_ = coordinates
-            for name in (task, *(several for several in GROUPS if fnmatch(task, several))):
-                counts.setdefault((name, source), Counter())[outcome] += 1
-                means.setdefault((name, source), []).append(sign * log(mean.abs()))
-    order = [*TASKS, *GROUPS]
-    rows = [
-        [*key, str(count.total()), *(str(count[name]) for name in OUTCOMES), *ahead(pandas.DataFrame(means[key]), champion)]
-        for key, count in sorted(counts.items(), key=lambda each: (order.index(each[0][0]), each[0][1] != "own", each[0][1]))
-    ]
-    return lined(["task", "texts", "comparisons", *OUTCOMES, "next on average", "ahead of it by"], rows)
-
-
-def _outcome(group: pandas.DataFrame, champion: str, best: str, behind: float) -> str:
-    """Of one comparison in which the champion is so far behind the best of the others."""
-    spreads = group.groupby("rule")["value"].sem()[[champion, best]]
-    chances = group.loc[group["rule"] == best, "chance"]
-    error = max([*spreads.dropna(), *chances.dropna()], default=0.0)
-    return OUTCOMES[0] if behind <= 0 else OUTCOMES[1] if behind <= error else OUTCOMES[2]
-
-
-def ahead(logs: pandas.DataFrame, champion: str) -> tuple[str, str]:
-    """The rule next to the champion on average, and how far behind; `logs` has a row per comparison, a column per rule."""
-    known = logs.dropna()
-    gains = (-known.drop(columns=champion).sub(known[champion], axis=0)).agg(["mean", "sem"])
-    if gains.isna().loc["mean"].all():
-        return "", ""
-    name = str(gains.loc["mean"].idxmin())
-    mean, error = gains[name]
-    return LABELS.get(name, name), spread(mean, error, ".1%")
-
-
 def markdown(frame: pandas.DataFrame, by: Sequence[str], rules: Sequence[str]) -> str:
-    """A Markdown table: a row per `by`, a column per rule; empty where there is no run.
+    """A Markdown table: a row per `by`, a column per rule that was run; empty where there is no run.
 
     Numbers are means ± standard errors over the samples of the calibration texts, the dense model's over the examples; seconds
     are medians.
@@ -198,6 +152,8 @@ def markdown(frame: pandas.DataFrame, by: Sequence[str], rules: Sequence[str]) -
     frame = common_samples(frame, rules)
     several = frame.groupby("task")["model"].nunique().gt(1).any()
     by = [*by, "model"] if several else list(by)
+    run = set(frame["rule"])
+    rules = [rule for rule in rules if rule in run or not run]
     headings = [*(HEADINGS.get(name, name) for name in by), "samples", "dense"]
     rows = []
     for row, group in frame.groupby(by, sort=False):

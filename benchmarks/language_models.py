@@ -1,0 +1,76 @@
+"""Tables of the runs with language models: rules on the default masks, whole published methods, common sense by task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas
+
+from benchmarks.results import RESULTS, Record, read_records
+from benchmarks.run_keys import DENSE
+from benchmarks.summary import LABELS, lined
+
+# Selection and repair of published methods, as their authors combine them; then ours.
+PIPELINES: dict[tuple[str, str], str] = {
+    ("wanda", "mask_only"): "Wanda-sp",
+    ("llm_pruner", "mask_only"): "LLM-Pruner, no LoRA",
+    ("flap", "bias"): "FLAP",
+    ("flap", "grail"): "GRAIL on FLAP's masks",
+    ("flap", "rcpu"): "RCPU's rotation on FLAP's masks",
+    ("osscar", "osscar"): "OSSCAR",
+    ("searched", "osscar"): "searched widths (Týr-the-Pruner, small), OSSCAR",
+    ("reconstruction", "ours"): "**ours**",
+}
+# What their masks give with our repair.
+SELECTIONS = {
+    "wanda": "Wanda-sp",
+    "llm_pruner": "LLM-Pruner",
+    "flap": "FLAP",
+    "osscar": "OSSCAR",
+    "searched": "searched widths",
+    "searched_from_ours": "searched widths, from ours",
+    "reconstruction": "**ours**",
+}
+
+
+def pipelines(frame: pandas.DataFrame) -> str:
+    """Whole methods: a row each, a column per kept share; the best is bold."""
+    names = {f"{criterion} {rule}": name for (criterion, rule), name in PIPELINES.items()}
+    return _by_share(frame.assign(row=frame["criterion"] + " " + frame["rule"]), names)
+
+
+def masks(frame: pandas.DataFrame) -> str:
+    """Masks of all selections, each followed by our repair."""
+    return _by_share(frame[frame["rule"] == "ours"].assign(row=frame["criterion"]), SELECTIONS)
+
+
+def _by_share(frame: pandas.DataFrame, names: dict[str, str]) -> str:
+    """Perplexity by row and kept share, the least of a column in bold."""
+    table = frame[frame["row"].isin(names)].pivot_table(index="row", columns="keep", values="value", aggfunc="mean")
+    table = table.reindex(index=[row for row in names if row in table.index], columns=sorted(table.columns, reverse=True))
+    rows = []
+    for row, values in table.iterrows():
+        shown = ["" if pandas.isna(value) else f"{value:.2f}" for value in values]
+        best = [value == table[keep].min() for keep, value in values.items()]
+        rows.append([names[str(row)], *(f"**{text}**" if first else text for text, first in zip(shown, best, strict=True))])
+    return lined(["", *(f"{keep:.0%}" for keep in table.columns)], rows)
+
+
+def commonsense(task: str = "commonsense-first-200") -> str:
+    """Accuracy of the dense model and after each rule: the mean, and every task by the number that counts."""
+    records = [record for path in sorted((RESULTS / "grid").glob(f"{task}-*.jsonl")) for record in read_records(path)]
+    dense = [record for record in records if record["rule"] == DENSE]
+    runs = sorted((record for record in records if record["rule"] != DENSE), key=lambda record: -record["keep"])
+    names = list(dict.fromkeys(name.split()[0] for record in dense for name in record["tasks"]))
+    rows = [["100%", "dense", *_accuracies(record, names)] for record in dense]
+    rows += [[f"{run['keep']:.0%}", str(LABELS.get(run["rule"], run["rule"])), *_accuracies(run, names)] for run in runs]
+    return lined(["kept", "rule", "mean", *names], rows)
+
+
+def _accuracies(record: Record, names: Sequence[str]) -> list[str]:
+    shown = [f"{record['acc']:.3f}"]
+    for name in names:
+        normed = record["tasks"].get(f"{name} acc_norm")
+        counted = record["tasks"][f"{name} acc"] if name == "boolq" or normed is None else normed
+        shown.append(f"{counted['accuracy']:.3f} ± {counted['error']:.3f}")
+    return shown
