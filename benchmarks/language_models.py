@@ -9,6 +9,7 @@ import pandas
 from benchmarks.results import RESULTS, Record, read_records
 from benchmarks.run_keys import DENSE
 from benchmarks.summary import LABELS, lined
+from benchmarks.tasks.commonsense import counted
 
 # Selection and repair of published methods, as their authors combine them; then ours.
 PIPELINES: dict[tuple[str, str], str] = {
@@ -68,9 +69,6 @@ def commonsense(task: str = "commonsense-first-200") -> str:
 
 
 def _accuracies(record: Record, names: Sequence[str]) -> list[str]:
-    shown = [f"{record['acc']:.3f}"]
-    for name in names:
-        normed = record["tasks"].get(f"{name} acc_norm")
-        counted = record["tasks"][f"{name} acc"] if name == "boolq" or normed is None else normed
-        shown.append(f"{counted['accuracy']:.3f} ± {counted['error']:.3f}")
-    return shown
+    which = counted(record["tasks"])
+    numbers = [record["tasks"][which[name]] for name in names]
+    return [f"{record['acc']:.3f}", *(f"{number['accuracy']:.3f} ± {number['error']:.3f}" for number in numbers)]

@@ -13,6 +13,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pandas
@@ -141,6 +142,7 @@ def wikitext_rules(source: str = "own") -> str:
     return markdown(frame[frame["criterion"] == "reconstruction"], ["keep"], CLOSED_FORM)
 
 
+@cache
 def compared() -> pandas.DataFrame:
     """All pairs of rules in complete cells with default masks."""
     frame = standing.compared(CLOSED_FORM)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import json
 import threading
 from pathlib import Path
 
@@ -94,3 +96,17 @@ def criteria():
     for table, entries in before:
         table.clear()
         table.update(entries)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a compressed file of JSON lines, or of lines of text, into a data folder; gives the folder."""
+
+    def write(name, rows):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(path, "wt", encoding="utf-8") as file:
+            file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+        return tmp_path / "data"
+
+    return write

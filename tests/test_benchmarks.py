@@ -1,6 +1,5 @@
 """The core of the benchmarks: metrics, tasks on tiny models, results on disk, the grid's shared masks, tables and figures."""
 
-import gzip
 import json
 import math
 import re
@@ -20,18 +19,6 @@ from benchmarks.tasks import TASKS
 from benchmarks.tasks.encoder import sentences
 from liar.selection import fisher
 from liar.testing import tiny_model
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(name, rows):
-        path = tmp_path / "data" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with gzip.open(path, "wt", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        return tmp_path / "data"
-
-    return write
 
 
 def words(generator, low, high):

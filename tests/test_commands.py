@@ -1,7 +1,5 @@
 """One command per benchmark, from its command line to its records and tables, on tiny data and models."""
 
-import gzip
-import json
 import runpy
 import sys
 
@@ -15,7 +13,7 @@ from liar.testing import tiny_model
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(write):
     """A data folder with a little of everything."""
     generator = np.random.default_rng(0)
     words = lambda count: " ".join(f"w{word}" for word in generator.integers(0, 80, count))  # noqa: E731
@@ -35,11 +33,9 @@ def folder(tmp_path):
         "piqa/validation.jsonl.gz": [{"goal": words(3), "sol1": words(3), "sol2": words(2), "label": n % 2} for n in range(8)],
     }
     for name, rows in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        with gzip.open(tmp_path / name, "wt", encoding="utf-8") as file:
-            file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-    (tmp_path / "squad_v1.1/heldout_titles.json").write_text('["t0"]')
-    return tmp_path
+        written = write(name, rows)
+    (written / "squad_v1.1/heldout_titles.json").write_text('["t0"]')
+    return written
 
 
 @pytest.fixture

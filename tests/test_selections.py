@@ -309,8 +309,8 @@ def test_flap_standardises_the_channels_of_a_layer_and_squares_those_of_heads():
 def test_llm_pruner_sums_first_order_changes_of_all_weights_of_a_unit():
     """Against a plain backward pass: L is the sum of next-token losses over real tokens."""
     model = tiny_model("llama", head="causal-lm", num_hidden_layers=2)
-    batches, layout = tiny_batches(model, batches=2), liar.discover(model)
-    found = llm_pruner.importance(model, layout, batches)
+    batches = tiny_batches(model, batches=2)
+    found = llm_pruner.importance(model, batches)
     plain = copy.deepcopy(model)
     for batch in liar.Calibration.of(batches, plain).batches:
         logits, mask = plain(**batch).logits, batch["attention_mask"].bool()

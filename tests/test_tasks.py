@@ -1,7 +1,6 @@
 """The tasks of the benchmarks: where data comes from, SQuAD, WikiText and common sense, on tiny data and models."""
 
 import copy
-import gzip
 import json
 import math
 import os
@@ -22,19 +21,6 @@ from benchmarks.paired import resampled
 from benchmarks.tasks import TASKS, commonsense, squad, wikitext
 from benchmarks.tasks.table import without
 from liar.testing import tiny_model
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(name, rows):
-        path = tmp_path / "data" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with gzip.open(path, "wt", encoding="utf-8") as file:
-            file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-        return tmp_path / "data"
-
-    return write
-
 
 # Where data comes from
 

@@ -35,7 +35,7 @@ class ApplyRule(RepairStep):
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
         # The consumers before they are cut: those of the dense blocks are the teacher's.
-        self.whole: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.whole: dict[str, tuple[Tensor, Tensor]] = {}
         self.captures = frozenset(DENSE[need] for need in rule.needs if need in DENSE)
 
     def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
@@ -45,11 +45,7 @@ class ApplyRule(RepairStep):
 
     def before_cut(self, site: SiteState) -> None:
         """Keep the consumer's weight, and what it reads on the pruned stream while its own site is whole."""
-        consumer = site.consumer
-        self.whole[site.name] = (
-            consumer.matrix.detach().double(),
-            None if consumer.bias is None else consumer.bias.detach().double(),
-        )
+        self.whole[site.name] = site.consumer.initial_weights()
         self._run(site, self._needed(UNCUT))
 
     def repair(self, site: SiteState) -> None:
@@ -93,7 +89,7 @@ class ApplyRule(RepairStep):
             kept=site.site.consumer.channels(site.unit_mask),
             unit=torch.arange(int(site.unit_mask.sum())).repeat_interleave(site.site.consumer.width),
             weight=weight,
-            bias=bias,
+            bias=None if site.consumer.bias is None else bias,
             dense_inputs=self._rows(site, "dense_inputs"),
             inputs=self._rows(site, "inputs"),
             kept_inputs=self._rows(site, "kept_inputs"),

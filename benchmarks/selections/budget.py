@@ -73,14 +73,16 @@ class Budget:
             sites: all that share what is left of the budget.
         """
         share = self.left / sum(self.unit_costs[site.name] * site.units for site in sites)
-        heads, neurons = ([site for site in sites if (site.kind == "heads") is kind] for kind in (True, False))
-        kept = best(scores, heads, min(share, 1))
+        heads, neurons = ([site for site in sites if site.kind == kind] for kind in ("heads", "neurons"))
+        kept = best_units(scores, heads, min(share, 1))
         left = self.left - sum(self.unit_costs[name] * int(mask.sum()) for name, mask in kept.items())
         costs = sum(self.unit_costs[site.name] * site.units for site in neurons)
-        return {**kept, **best(scores, neurons, min(left / costs, 1) if costs else 1, round_down=True)}
+        return {**kept, **best_units(scores, neurons, min(left / costs, 1) if costs else 1, round_down=True)}
 
 
-def best(scores: Mapping[str, Tensor], sites: Sequence[Site], share: float, *, round_down: bool = False) -> dict[str, Tensor]:
+def best_units(
+    scores: Mapping[str, Tensor], sites: Sequence[Site], share: float, *, round_down: bool = False
+) -> dict[str, Tensor]:
     """The best units of each site, such a share of them and one at least: bool [units] by site."""
     kept = {}
     for site in sites:

@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 import liar
+from benchmarks.baselines.osscar import DAMPING
 from liar.repair import RepairStep, SiteState, walk_blocks
 from liar.runtime import widen
+from liar.selection import eliminate
 from liar.statistics import Moments
 
 
@@ -27,6 +29,10 @@ class Inputs:
     gram: Tensor
     weight: Tensor
     channels: Tensor
+
+    def order(self, units: int) -> Tensor:
+        """The units as OSSCAR's elimination removes them, int64 [units]: the one that goes first comes first."""
+        return eliminate(self.gram, self.weight, units, DAMPING).order
 
 
 def inputs_of(model: nn.Module, batches: Sequence[Any]) -> dict[str, Inputs]:

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 import liar
 from benchmarks.selections.budget import Budget
-from benchmarks.selections.gradients import frozen_copy
-from liar.models import Layout, Site, layer_of
-from liar.runtime import preserve_model_state
+from liar.models import Layout, Site
 
 # Of 32 blocks, the share that stays whole at the beginning and at the end.
 FIRST, LAST = 4 / 32, 2 / 32
@@ -35,7 +33,7 @@ def select(model: nn.Module, batches: Sequence[Any], keep: float, seed: int) -> 
     pruned = pruned_sites(layout)
     whole = [site for site in layout.sites if site not in pruned]
     budget = budget.without([(site, unit) for site in whole for unit in range(site.units)])
-    unit_masks = budget.same_share(importance(model, layout, batches), pruned)
+    unit_masks = budget.same_share(importance(model, batches), pruned)
     everything = {site.name: torch.ones(site.units, dtype=torch.bool) for site in whole}
     return liar.Mask({site.name: {**everything, **unit_masks}[site.name] for site in layout.sites}, requested=keep)
 
@@ -47,27 +45,10 @@ def pruned_sites(layout: Layout) -> list[Site]:
     return [site for site in layout.sites if site.block in blocks]
 
 
-def importance(model: nn.Module, layout: Layout, batches: Sequence[Any]) -> dict[str, Tensor]:
-    """Sum of |w dL/dw| by unit, [units] by site: L is summed over tokens, its gradient over batches."""
-    calibration, copied = liar.Calibration.of(batches, model), frozen_copy(model)
-    layers = {site.name: [layer_of(copied.get_submodule(site.block), edge) for edge in site.edges] for site in layout.sites}
-    weights = [layer.weight for group in layers.values() for layer in group]
-    for weight in weights:
-        weight.requires_grad_(True)
-    totals = [torch.zeros_like(weight) for weight in weights]
-    with preserve_model_state(copied), torch.enable_grad():
-        for batch, token_mask in zip(calibration.batches, calibration.token_masks, strict=True):
-            labels = batch["input_ids"].masked_fill(~token_mask, -100)
-            loss = copied(**batch, labels=labels).loss * (labels[:, 1:] != -100).sum()
-            for total, gradient in zip(totals, torch.autograd.grad(loss, weights), strict=True):
-                total += gradient
-    products = iter([(weight.detach() * total).abs() for weight, total in zip(weights, totals, strict=True)])
-    found = {}
-    for site in layout.sites:
-        by_unit = torch.zeros(site.units, dtype=torch.float64)
-        for layer, edge in zip(layers[site.name], site.edges, strict=True):
-            matrix = layer.as_matrix(next(products)).double().cpu()
-            rows = matrix.T if edge.axis == "out" else matrix
-            by_unit += rows[edge.by_unit(site.units)].sum((1, 2))
-        found[site.name] = by_unit
-    return found
+def importance(model: nn.Module, batches: Sequence[Any]) -> dict[str, Tensor]:
+    """Sum of |w dL/dw| by unit, [units] by site: what the library's `snip` sums, with the next tokens as labels."""
+    calibration = liar.Calibration.of(batches, model)
+    pairs = zip(calibration.batches, calibration.token_masks, strict=True)
+    labelled = [{**batch, "labels": batch["input_ids"].masked_fill(~token_mask, -100)} for batch, token_mask in pairs]
+    statistics = liar.collect(model, labelled, criteria=["snip"], progress=False)
+    return {name: values["weight_gradient"] for name, values in statistics.sites.items()}

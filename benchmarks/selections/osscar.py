@@ -15,10 +15,8 @@ import torch
 from torch import nn
 
 import liar
-from benchmarks.baselines.osscar import DAMPING
 from benchmarks.selections.budget import Budget
 from benchmarks.selections.inputs import inputs_of
-from liar.selection.elimination import eliminate
 
 
 def select(model: nn.Module, batches: Sequence[Any], keep: float, seed: int) -> liar.Mask:
@@ -26,7 +24,7 @@ def select(model: nn.Module, batches: Sequence[Any], keep: float, seed: int) -> 
     layout, inputs = liar.discover(model), inputs_of(model, batches)
     scores = {}
     for site in layout.sites:
-        order = eliminate(inputs[site.name].gram, inputs[site.name].weight, site.units, DAMPING).order
+        order = inputs[site.name].order(site.units)
         scores[site.name] = torch.empty(site.units).index_copy_(0, order, torch.arange(site.units, dtype=torch.float32))
     unit_masks = Budget.of(model, keep).same_share(scores, layout.sites)
     return liar.Mask({site.name: unit_masks[site.name] for site in layout.sites}, requested=keep)

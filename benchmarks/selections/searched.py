@@ -30,7 +30,6 @@ from benchmarks.selections.inputs import Inputs, inputs_of
 from liar.data import take
 from liar.models import Layout, Site, layer_of
 from liar.runtime import preserve_model_state, run_model
-from liar.selection.elimination import eliminate
 
 # Widths of a wide site: multiples of this share of its units.
 STEP = 1 / 16
@@ -61,7 +60,7 @@ class Candidates:
         """Eliminate the units of a site."""
         step = max(round(STEP * site.units), 1)
         widths = list(range(site.units, 0, -step))[::-1]
-        return cls(eliminate(inputs.gram, inputs.weight, site.units, DAMPING).order, inputs, widths)
+        return cls(inputs.order(site.units), inputs, widths)
 
     def kept(self, width: int) -> Tensor:
         """Bool [units]."""

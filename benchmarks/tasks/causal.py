@@ -9,11 +9,11 @@ import numpy
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.data import read
 from benchmarks.metrics import metric
-from benchmarks.tasks.table import Predictions, Task
+from benchmarks.tasks.table import Predictions, Task, load_from
 
 MAX_LENGTH = 512
 # Whole next-token distributions are kept and compared for the first stories only.
@@ -22,9 +22,7 @@ COMPARED = 60
 
 def load_causal(folder: str | None) -> tuple[PreTrainedModel, Any]:
     """A causal language model."""
-    if folder is None:
-        raise SystemExit("this task needs --model FOLDER: a causal language model")
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    return load_from(folder, AutoModelForCausalLM, "a causal language model")
 
 
 @torch.inference_mode()

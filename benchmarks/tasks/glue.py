@@ -12,11 +12,11 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from benchmarks.data import read
 from benchmarks.metrics import metric
-from benchmarks.tasks.table import Predictions, Task, Text, without
+from benchmarks.tasks.table import Predictions, Task, Text, load_from, without
 
 MAX_LENGTH = 128
 BATCH = 64
@@ -66,9 +66,8 @@ class Glue:
 
 def load(folder: str | None) -> tuple[PreTrainedModel, Any]:
     """A fine-tuned classifier; the classes must be numbered as the task's labels are."""
-    if folder is None:
-        raise SystemExit("this task needs --model FOLDER: a sequence classifier fine-tuned on it (see finetune.py)")
-    return AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    what = "a sequence classifier fine-tuned on it (see finetune.py)"
+    return load_from(folder, AutoModelForSequenceClassification, what)
 
 
 @torch.inference_mode()

@@ -10,12 +10,12 @@ import numpy
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForQuestionAnswering, PreTrainedModel
 
 from benchmarks.data import read
 from benchmarks.metrics import metric
 from benchmarks.metrics.squad import best, f1
-from benchmarks.tasks.table import Predictions, Task, Text, without
+from benchmarks.tasks.table import Predictions, Task, Text, load_from, without
 
 # As for BERT: long paragraphs are read in pieces that overlap by STRIDE tokens; answers have at most LONGEST tokens.
 MAX_LENGTH = 384
@@ -26,9 +26,8 @@ BATCH = 32
 
 def load(folder: str | None) -> tuple[PreTrainedModel, Any]:
     """A model that gives the first and last token of an answer."""
-    if folder is None:
-        raise SystemExit("this task needs --model FOLDER: a model fine-tuned for question answering (see finetune.py)")
-    return AutoModelForQuestionAnswering.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    what = "a model fine-tuned for question answering (see finetune.py)"
+    return load_from(folder, AutoModelForQuestionAnswering, what)
 
 
 def pieces(tokenizer: Any, rows: Mapping[str, Sequence[Any]], max_length: int = MAX_LENGTH) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from benchmarks.data import read
 
@@ -75,6 +75,17 @@ class Task:
         chosen = SOURCES[source]
         texts = self.own(data_dir) if chosen.own else _c4(data_dir, sentences=chosen.sentences)
         return random.Random(seed).sample(texts, len(texts))
+
+
+def load_from(folder: str | None, kind: Any, what: str) -> tuple[PreTrainedModel, Any]:
+    """(model, tokenizer) of a folder or of the hub, by one of transformers' automatic classes.
+
+    Raises:
+        SystemExit: no folder is given; the message says what it should have.
+    """
+    if folder is None:
+        raise SystemExit(f"this task needs --model FOLDER: {what}")
+    return kind.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 def without(texts: Iterable[AnyText], held_out: Iterable[Text]) -> list[AnyText]:

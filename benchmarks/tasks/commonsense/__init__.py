@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Iterable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -67,21 +68,25 @@ def predict(model: nn.Module, tokenizer: Any, data_dir: Path | None, *, limit: i
     return right
 
 
+def counted(names: Iterable[str]) -> dict[str, str]:
+    """By task, which of its accuracies counts: by length-normalised likelihood; by plain likelihood for yes or no questions."""
+    plain = {name.split()[0]: name for name in names if name.endswith(" acc")}
+    return plain | {name.split()[0]: name for name in names if name.endswith(" acc_norm") and not name.startswith("boolq ")}
+
+
 def headline(predictions: Predictions) -> dict[str, numpy.ndarray]:
-    """What counts of each task: the accuracy by length-normalised likelihood; by plain likelihood for yes or no questions."""
-    names = {name.split()[0]: name for name in predictions if name.endswith(" acc")}
-    names |= {name: f"{name} acc_norm" for name in names if name != "boolq" and f"{name} acc_norm" in predictions}
-    return {task: predictions[name].numpy() for task, name in names.items()}
+    """What counts of each task: whether each answer is right."""
+    return {task: predictions[name].numpy() for task, name in counted(predictions).items()}
 
 
 def score(predictions: Predictions, dense: Predictions, data_dir: Path | None, *, limit: int | None) -> dict[str, Any]:
     """The mean accuracy over the tasks; of every task all its accuracies with their standard errors; shots and limit."""
-    counted = headline(predictions)
+    by_task = headline(predictions)
     tasks = {
         name: {"accuracy": float(right.mean()), "error": float(right.std() / len(right) ** 0.5), "examples": len(right)}
         for name, right in predictions.items()
     }
-    mean = float(numpy.mean([right.mean() for right in counted.values()]))
+    mean = float(numpy.mean([right.mean() for right in by_task.values()]))
     return {"acc": mean, "tasks": tasks, "shots": SHOTS, "limit": limit}
 
 
