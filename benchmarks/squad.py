@@ -2,10 +2,12 @@
 
     python -m benchmarks.finetune --task squad --model MINILM --data-dir DATA --learning-rate 1e-4 --out SQUAD
     python -m benchmarks.squad --model SQUAD --data-dir DATA
+    python -m benchmarks.squad --task squad-every-4 --model SQUAD --data-dir DATA --keep 0.5
     python -m benchmarks.squad --model deepset/minilm-uncased-squad2
 
 Without `--data-dir`, data comes from the Hugging Face hub, with its official splits; a data folder has ten articles to evaluate
-on and the others to learn from. Runs that are in results/grid are skipped, so what was stopped goes on.
+on and the others to learn from. `squad-every-4` asks every fourth of the questions. Runs that are in results/grid are skipped,
+so what was stopped goes on.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from __future__ import annotations
 from benchmarks.baselines import CLOSED_FORM
 from benchmarks.grid import command
 from benchmarks.run_keys import Cells
-from benchmarks.tasks import TASKS
+from benchmarks.tasks.squad import SQUAD_TASKS
 
 PLAN = (Cells("reconstruction", CLOSED_FORM, keeps=(0.7, 0.5, 0.3), seeds=(0, 1)),)
 
 if __name__ == "__main__":
-    command(__doc__, {"squad": TASKS["squad"]}, PLAN, default=("squad",))
+    command(__doc__, {task.name: task for task in SQUAD_TASKS}, PLAN, default=("squad",))

@@ -166,7 +166,7 @@ def test_questions_are_asked_piece_by_piece(articles, tokenizer, monkeypatch):
     monkeypatch.setattr(squad.pieces, "__defaults__", (40,))
     model = tiny_model("bert", head="question-answering").eval()
     rows = data.read(articles, "squad/dev")
-    spans = squad.predict(model, tokenizer, articles)["spans"]
+    spans = squad.predict(model, tokenizer, articles, every=1)["spans"]
     assert {row["title"] for row in rows} == {"article 1"}
     for row, (begin, end) in zip(rows, spans.tolist(), strict=True):
         encoded = squad.pieces(tokenizer, {name: [row[name]] for name in ("question", "context")})
@@ -192,6 +192,11 @@ def test_questions_are_asked_piece_by_piece(articles, tokenizer, monkeypatch):
     assert task.examples(right, articles).tolist() == [[1.0]] * len(rows)
     held_out = {row["context"] for row in rows}
     assert all(context not in held_out for _, context in task.texts(articles, "own", 0))
+    fewer = TASKS["squad-every-4"]
+    some = fewer.predict(model, tokenizer, articles)
+    assert torch.equal(some["spans"], spans[::4])
+    assert fewer.examples(some, articles).tolist() == task.examples({"spans": spans}, articles)[::4].tolist()
+    assert fewer.score(some, some, articles)["examples"] == len(rows[::4]["title"]) < len(rows)
 
 
 def test_answers_become_places_of_tokens(articles, tokenizer):
