@@ -2,7 +2,8 @@
 
 From the hub the harness's own tasks are run. The YAML files beside this one are the same tasks over the JSON lines of a data
 folder, where `DATA` stands for the folder; tasks whose file is not there are left out (WinoGrande is not in one). Other prompts
-or other splits give other numbers: HellaSwag of a folder is a part of its validation split.
+or other splits give other numbers: HellaSwag of a folder is a part of its validation split. Matrix products are in bfloat16, in
+which checkpoints of language models are published; likelihoods are summed in float32.
 """
 
 from __future__ import annotations
@@ -47,7 +48,14 @@ def predict(model: nn.Module, tokenizer: Any, data_dir: Path | None, *, limit: i
     """For every task and metric ("piqa acc", "piqa acc_norm") whether each answer is right: [examples], float."""
     # Imported when there is work: it takes seconds.
     evaluator, managers, models = (import_module(f"lm_eval.{name}") for name in ("evaluator", "tasks", "models.huggingface"))
-    wrapped = models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, device=str(next(model.parameters()).device))
+    wrapped = models.HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=BATCH,
+        device=str(next(model.parameters()).device),
+        mixed_precision_dtype="bfloat16",
+        softmax_dtype="float32",
+    )
     with tempfile.TemporaryDirectory() as folder:
         names = list(TASK_NAMES) if data_dir is None else local_tasks(data_dir, Path(folder))
         manager = managers.TaskManager(**({} if data_dir is None else {"include_path": folder, "include_defaults": False}))
