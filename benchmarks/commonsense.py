@@ -15,7 +15,7 @@ from benchmarks.grid import command
 from benchmarks.run_keys import Cells
 from benchmarks.tasks import TASKS
 
-PLAN = (Cells("reconstruction", ("mask_only", "liar", "grail", "osscar", "kprune", "ours"), keeps=(0.8, 0.5), tokens=(8_192,)),)
+PLAN = (Cells("reconstruction", ("mask_only", "liar", "grail", "osscar", "ours"), keeps=(0.8, 0.5), tokens=(8_192,)),)
 
 if __name__ == "__main__":
     command(

@@ -20,40 +20,42 @@ PIPELINES: dict[tuple[str, str], str] = {
     ("flap", "rcpu"): "RCPU's rotation on FLAP's masks",
     ("osscar", "osscar"): "OSSCAR",
     ("searched", "osscar"): "searched widths (Týr-the-Pruner, small), OSSCAR",
-    ("reconstruction", "ours"): "**ours**",
+    ("reconstruction", "ours"): "ours",
 }
 # What their masks give with our repair.
-SELECTIONS = {
+MASKS = {
     "wanda": "Wanda-sp",
     "llm_pruner": "LLM-Pruner",
     "flap": "FLAP",
     "osscar": "OSSCAR",
     "searched": "searched widths",
     "searched_from_ours": "searched widths, from ours",
-    "reconstruction": "**ours**",
+    "reconstruction": "ours",
 }
 
 
-def pipelines(frame: pandas.DataFrame) -> str:
-    """Whole methods: a row each, a column per kept share; the best is bold."""
-    names = {f"{criterion} {rule}": name for (criterion, rule), name in PIPELINES.items()}
-    return _by_share(frame.assign(row=frame["criterion"] + " " + frame["rule"]), names)
+def pipelines(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """The runs of whole methods, named in the column of rules."""
+    named = pandas.Series(list(zip(frame["criterion"], frame["rule"], strict=True)), frame.index, dtype=object).map(PIPELINES)
+    return frame.assign(rule=named)[named.notna()]
 
 
-def masks(frame: pandas.DataFrame) -> str:
-    """Masks of all selections, each followed by our repair."""
-    return _by_share(frame[frame["rule"] == "ours"].assign(row=frame["criterion"]), SELECTIONS)
+def masks(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """The runs of our repair on the masks of all selections, which are named in the column of rules."""
+    named = frame["criterion"].map(MASKS)
+    return frame.assign(rule=named)[(frame["rule"] == "ours") & named.notna()]
 
 
-def _by_share(frame: pandas.DataFrame, names: dict[str, str]) -> str:
-    """Perplexity by row and kept share, the least of a column in bold."""
-    table = frame[frame["row"].isin(names)].pivot_table(index="row", columns="keep", values="value", aggfunc="mean")
-    table = table.reindex(index=[row for row in names if row in table.index], columns=sorted(table.columns, reverse=True))
+def by_share(frame: pandas.DataFrame, names: Sequence[str]) -> str:
+    """Perplexity: a row per method, a column per kept share; the least of a column is bold."""
+    table = frame.pivot_table(index="rule", columns="keep", values="value", aggfunc="mean")
+    table = table.reindex(index=[name for name in names if name in table.index], columns=sorted(table.columns, reverse=True))
     rows = []
-    for row, values in table.iterrows():
+    for name, values in table.iterrows():
         shown = ["" if pandas.isna(value) else f"{value:.2f}" for value in values]
         best = [value == table[keep].min() for keep, value in values.items()]
-        rows.append([names[str(row)], *(f"**{text}**" if first else text for text, first in zip(shown, best, strict=True))])
+        numbers = (f"**{text}**" if first else text for text, first in zip(shown, best, strict=True))
+        rows.append(["**ours**" if name == "ours" else str(name), *numbers])
     return lined(["", *(f"{keep:.0%}" for keep in table.columns)], rows)
 
 

@@ -14,20 +14,23 @@ from __future__ import annotations
 
 from benchmarks.baselines import CLOSED_FORM
 from benchmarks.grid import command
+from benchmarks.language_models import MASKS, PIPELINES
 from benchmarks.run_keys import Cells
 from benchmarks.tasks import TASKS
 
 TOKENS = (8_192,)
 KEEPS = (0.8, 0.5, 0.9, 0.7)
+# Selections of others, and the repairs that they are published with.
+OTHERS = {
+    criterion: tuple(repair for selection, repair in PIPELINES if selection == criterion)
+    for criterion in MASKS
+    if criterion != "reconstruction"
+}
 PLAN = (
     Cells("reconstruction", CLOSED_FORM, KEEPS, tokens=TOKENS),
-    # Whole published methods, each followed by its own repair and by ours.
-    Cells("flap", ("bias", "grail", "rcpu", "ours"), KEEPS, tokens=TOKENS),
-    Cells("osscar", ("osscar", "ours"), KEEPS, tokens=TOKENS),
-    Cells("llm_pruner", ("mask_only", "ours"), KEEPS, tokens=TOKENS),
-    Cells("wanda", ("mask_only", "ours"), KEEPS, tokens=TOKENS),
-    Cells("searched", ("osscar", "ours"), KEEPS, tokens=TOKENS),
-    Cells("searched_from_ours", ("ours",), KEEPS, tokens=TOKENS),
+    # Whole published methods, and our repair of their masks.
+    *(Cells(criterion, (*repairs, "ours"), (0.8, 0.5), tokens=TOKENS) for criterion, repairs in OTHERS.items()),
+    *(Cells(criterion, repairs, (0.9, 0.7), tokens=TOKENS) for criterion, repairs in OTHERS.items()),
     Cells("reconstruction", CLOSED_FORM, (0.8, 0.5), sources=("c4",), tokens=TOKENS),
 )
 
