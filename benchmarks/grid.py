@@ -29,7 +29,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from benchmarks.baselines import RULES
 from benchmarks.bench import Bench, SharedInputs, run_rule
-from benchmarks.figures import draw
+from benchmarks.figures import draw, save
 from benchmarks.results import RESULTS, Record, ResultFile
 from benchmarks.run_keys import Cells, RunKey, dense_key, grid_file
 from benchmarks.selections import SELECTIONS
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace, task: Task, plan: Sequence[Cells]) -> Non
     for table in tables(records, dense, task.metrics):
         console.print(table)
     if arguments.plot:
-        draw(records, dense, next(iter(task.metrics)), arguments.plot)
+        save(draw(records, dense, next(iter(task.metrics))), arguments.plot)
 
 
 def command(description: str | None, tasks: Mapping[str, Task], plan: Sequence[Cells], default: Sequence[str]) -> None:

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,7 +116,7 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
     return lines
 
 
-def draw(records: Sequence[Record], path: Path) -> None:
+def draw(records: Sequence[Record]) -> Figure:
     """Seconds over tokens, width, layers and neurons, on logarithmic axes."""
     figure = Figure(figsize=(10, 2.8), layout="constrained")
     axes = figure.subplots(1, 4)
@@ -135,8 +134,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
         axis.set_yscale("log")
         axis.legend(frameon=False, fontsize=7)
     axes[0].set_ylabel("seconds")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def main() -> None:

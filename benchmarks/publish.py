@@ -1,7 +1,7 @@
 """Put the committed results and the options into README and docs: tables between markers, and the figures.
 
     python -m benchmarks.publish            # write
-    python -m benchmarks.publish --check    # fail if a table is out of date
+    python -m benchmarks.publish --check    # fail if a table or a figure is out of date
 
 A table is between `<!-- results: NAME -->` and `<!-- end of results -->`; one of options between `<!-- options: CLASS -->` and
 `<!-- end of options -->`.
@@ -12,24 +12,27 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import pandas
+from matplotlib.figure import Figure
 
-from benchmarks import damping, growth, inference, language_models, samples, speed, standing
+from benchmarks import damping, growth, inference, samples, speed, standing
 from benchmarks.baselines import CLOSED_FORM
 from benchmarks.elimination import rows as above_best
 from benchmarks.few_tokens import HEADINGS as FEW_TOKENS
 from benchmarks.few_tokens import rows as few_tokens_rows
-from benchmarks.figures import published
+from benchmarks.figures import fingerprint, fingerprint_of, published, save
+from benchmarks.language_models import MASKS, PIPELINES, by_share, commonsense, masks, pipelines
 from benchmarks.results import RESULTS, read_records
 from benchmarks.selections import SELECTIONS
 from benchmarks.summary import LABELS, SETTING, common_samples, lined, markdown, runs, with_coordinates_of
 from liar import options
 
 ROOT = Path(__file__).parent.parent
+IMAGES = ROOT / "docs" / "images"
 CRITERION = "fluctuation"
 TOKENS = 16_000
 # Selections that all encoders were pruned by.
@@ -45,7 +48,19 @@ COMPARED_SELECTIONS = (
     "magnitude",
     "random",
 )
+# What was read of the evaluation data.
+SQUAD = "squad-every-4"
 WIKITEXT = "wikitext-512-first-16384"
+# Benchmarks of fine-tuned models, and the tasks that each is the mean of.
+FINE_TUNED = {
+    "GLUE: mean of SST-2, MRPC, STS-B and QNLI": ("glue-sst2", "glue-mrpc", "glue-stsb", "glue-qnli"),
+    "SQuAD v1.1: F1": (SQUAD,),
+}
+# Of the rules what their authors published, and ours.
+PUBLISHED = ("mask_only", "bias", "mask_tuning", "liar", "grail", "rcpu", "kprune", "osscar", "ours")
+# Titles of figures.
+ENCODER = "BERT encoder: all-MiniLM-L6-v2 on STS-B"
+STORIES = "LLaMA: stories260K on TinyStories"
 
 
 def part(criterion: str = CRITERION, **coordinates: str | int | float) -> pandas.DataFrame:
@@ -113,21 +128,22 @@ def fine_tuning(criterion: str = CRITERION) -> str:
     return markdown(frame, ["task", "keep", "tokens", "number"], ["ours", "fine_tuning"])
 
 
-def share_of_dense(criterion: str = "reconstruction") -> str:
-    """Mean over the four GLUE tasks of the score as a share of the dense model's: a row per kept share, a column per rule."""
-    frame = common_samples(part(criterion, source="own", tokens=TOKENS, place=0), CLOSED_FORM)
-    frame = frame[frame["task"].str.startswith("glue-")]
+def share_of_dense(rules: Sequence[str] = CLOSED_FORM, criterion: str = "reconstruction") -> str:
+    """Scores of fine-tuned models as shares of the dense model's: a row per benchmark and kept share, a column per rule."""
+    frame = common_samples(part(criterion, source="own", tokens=TOKENS, place=0), rules)
     frame = frame.assign(share=frame["value"] / frame["dense"])
-    means = frame.pivot_table(index="keep", columns="rule", values="share", aggfunc="mean").sort_index(ascending=False)
-    rules = [rule for rule in CLOSED_FORM if rule in means]
     rows = []
-    for keep, row in means.iterrows():
-        best = row.max()
-        shown = [f"{row[rule]:.1%}" for rule in rules]
-        rows.append(
-            [f"{keep:.0%}", *(f"**{text}**" if row[rule] == best else text for rule, text in zip(rules, shown, strict=True))]
-        )
-    return lined(["kept", *("**ours**" if rule == "ours" else LABELS[rule] for rule in rules)], rows)
+    for benchmark, tasks in FINE_TUNED.items():
+        scores = frame[frame["task"].isin(tasks)]
+        # A mean over fewer tasks is another number.
+        scores = scores[scores.groupby(["keep", "rule"])["task"].transform("nunique") == len(tasks)]
+        means = scores.pivot_table(index="keep", columns="rule", values="share", aggfunc="mean").reindex(columns=[*rules])
+        for keep, row in means.dropna(thresh=2).sort_index(ascending=False).iterrows():
+            shown = [
+                "" if pandas.isna(share) else f"**{share:.1%}**" if share == row.max() else f"{share:.1%}" for share in row
+            ]
+            rows.append([benchmark, f"{keep:.0%}", *shown])
+    return lined(["benchmark", "kept", *("**ours**" if rule == "ours" else LABELS[rule] for rule in rules)], rows)
 
 
 def wikitext(source: str = "own") -> pandas.DataFrame:
@@ -136,10 +152,10 @@ def wikitext(source: str = "own") -> pandas.DataFrame:
     return frame[(frame["task"] == WIKITEXT) & (frame["source"] == source) & (frame["place"] == 0)]
 
 
-def wikitext_rules(source: str = "own") -> str:
+def wikitext_rules(source: str = "own", rules: Sequence[str] = CLOSED_FORM) -> str:
     """Perplexity against the kept share, default masks."""
     frame = wikitext(source)
-    return markdown(frame[frame["criterion"] == "reconstruction"], ["keep"], CLOSED_FORM)
+    return markdown(frame[frame["criterion"] == "reconstruction"], ["keep"], rules)
 
 
 @cache
@@ -204,12 +220,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "standing by task": lambda: standing.by_task(compared(), "ours"),
     "behind": lambda: standing.behind(compared(), "ours"),
     "share of dense": share_of_dense,
-    "grid squad": lambda: markdown(part("reconstruction", task="squad", source="own"), ["keep", "number"], CLOSED_FORM),
+    "share of dense published": lambda: share_of_dense(PUBLISHED),
+    "wikitext published": lambda: wikitext_rules(rules=PUBLISHED),
+    "grid squad": lambda: markdown(part("reconstruction", task=SQUAD, source="own"), ["keep", "number"], CLOSED_FORM),
     "wikitext": wikitext_rules,
     "wikitext c4": lambda: wikitext_rules("c4"),
-    "pipelines": lambda: language_models.pipelines(wikitext()),
-    "masks of others": lambda: language_models.masks(wikitext()),
-    "common sense": language_models.commonsense,
+    "pipelines": lambda: by_share(pipelines(wikitext()), list(PIPELINES.values())),
+    "masks of others": lambda: by_share(masks(wikitext()), list(MASKS.values())),
+    "common sense": commonsense,
     "inference": lambda: inference.table(read_records(RESULTS / "inference.jsonl")),
     "damping": lambda: damping.table(read_records(damping.FILE)),
     "standing of selections": lambda: standing.by_task(
@@ -261,20 +279,52 @@ def pages() -> list[Path]:
 
 
 def stale() -> list[Path]:
-    """Pages whose tables are not what the results say."""
-    return [page for page in pages() if filled(page.read_text(encoding="utf-8")) != page.read_text(encoding="utf-8")]
+    """Pages whose tables, and images whose lines, are not what the results say."""
+    texts = [page for page in pages() if filled(page.read_text(encoding="utf-8")) != page.read_text(encoding="utf-8")]
+    return texts + [IMAGES / name for name, draw in FIGURES.items() if fingerprint_of(IMAGES / name) != fingerprint(draw())]
 
 
-def draw(images: Path) -> None:
-    """Quality against the kept share, by rule and by selection, and against the calibration tokens."""
-    shares = {task: part("reconstruction", task=task, source="own", tokens=TOKENS, place=0) for task in ("stsb", "tinystories")}
-    published(shares, "keep", CLOSED_FORM, images / "quality.png")
-    growth.draw(read_records(RESULTS / "growth.jsonl"), images / "growth.png")
-    tokens = {task: part(task=task, source="own", keep=keep, place=0) for task, keep in (("stsb", 0.5), ("tinystories", 0.8))}
-    published(tokens, "tokens", CLOSED_FORM, images / "tokens.png")
+def encoder_figure() -> Figure:
+    """Rules on an encoder against the kept share: two tasks."""
+    parts = {
+        title: part("reconstruction", task=task, source="own", tokens=TOKENS, place=0)
+        for title, task in (("STS-B, zero-shot", "stsb"), ("SQuAD v1.1, fine-tuned", SQUAD))
+    }
+    return published(parts, "keep", PUBLISHED)
+
+
+def llama_figure() -> Figure:
+    """Perplexity of a LLaMA against the kept share: rules on the same masks, and whole methods."""
+    frame = wikitext()
+    parts = {
+        "rules on the same masks": frame[frame["criterion"] == "reconstruction"],
+        "methods with masks of their own": pipelines(frame),
+    }
+    return published(parts, "keep", list(dict.fromkeys([*PUBLISHED, *PIPELINES.values()])))
+
+
+def tokens_figure() -> Figure:
+    """Quality against the calibration tokens."""
+    parts = {ENCODER: part(task="stsb", source="own", keep=0.5, place=0)}
+    parts |= {STORIES: part(task="tinystories", source="own", keep=0.8, place=0)}
+    return published(parts, "tokens", CLOSED_FORM)
+
+
+def criteria_figure() -> Figure:
+    """Quality against the kept share, by selection."""
     frame = selections()
-    masks = {task: frame[(frame["task"] == task) & (frame["place"] == 0)] for task in ("stsb", "tinystories")}
-    published(masks, "keep", _named(frame), images / "criteria.png")
+    frame = frame[frame["place"] == 0]
+    parts = {title: frame[frame["task"] == task] for title, task in ((ENCODER, "stsb"), (STORIES, "tinystories"))}
+    return published(parts, "keep", _named(frame))
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "encoder.png": encoder_figure,
+    "llama.png": llama_figure,
+    "growth.png": lambda: growth.draw(read_records(RESULTS / "growth.jsonl")),
+    "tokens.png": tokens_figure,
+    "criteria.png": criteria_figure,
+}
 
 
 def main() -> None:
@@ -285,7 +335,9 @@ def main() -> None:
         sys.exit(f"not what the results say: {', '.join(map(str, stale()))}" if stale() else 0)
     for page in pages():
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
-    draw(ROOT / "docs" / "images")
+    for name, draw in FIGURES.items():
+        if fingerprint_of(IMAGES / name) != fingerprint(draw()):
+            save(draw(), IMAGES / name)
 
 
 if __name__ == "__main__":

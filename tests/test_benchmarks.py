@@ -350,7 +350,7 @@ def test_tables_show_mean_and_standard_error():
 
 def test_the_figure_shows_every_rule(tmp_path):
     runs = runs_of({("bias", 0.5): [0.1, 0.2], ("liar", 0.5): [0.4, 0.4], ("bias", 0.7): [0.9], ("liar", 0.7): [0.8]})
-    figures.draw(runs, {"accuracy": 0.95}, "accuracy", tmp_path / "deep" / "figure.svg")
+    figures.save(figures.draw(runs, {"accuracy": 0.95}, "accuracy"), tmp_path / "deep" / "figure.svg")
     drawn = (tmp_path / "deep" / "figure.svg").read_text()
     assert {"bias", "liar", "dense", "accuracy"} <= set(re.findall(r"<!-- (\w+) -->", drawn))
 
@@ -530,9 +530,19 @@ def test_published_figures_show_every_rule(pages, tmp_path):
     values = {(rule, keep, 16000, "own", 0): 2 + keep for rule in pages.CLOSED_FORM for keep in (0.5, 0.7)}
     write_runs(tmp_path / "grid", values)
     file = tmp_path / "deep" / "figure.svg"
-    figures.published({"glue-sst2": pages.part(place=0)}, "keep", pages.CLOSED_FORM, file)
+    figures.save(figures.published({"glue-sst2": pages.part(place=0)}, "keep", pages.CLOSED_FORM), file)
     labels = summary.LABELS
     assert {labels[rule] for rule in pages.CLOSED_FORM} | {"dense"} <= set(re.findall(r"<!-- (.+?) -->", file.read_text()))
+
+
+def test_an_image_knows_what_is_drawn_in_it(pages, tmp_path):
+    file, drawn = tmp_path / "figure.png", []
+    for value in (0.5, 0.6):
+        write_runs(tmp_path / "grid", {("ours", value, 16000, "own", 0): 0.8})
+        drawn.append(figures.published({"a title": pages.part(place=0)}, "keep", pages.CLOSED_FORM))
+    assert figures.fingerprint_of(file) is None
+    figures.save(drawn[0], file)
+    assert figures.fingerprint_of(file) == figures.fingerprint(drawn[0]) != figures.fingerprint(drawn[1])
 
 
 def test_masks_are_counted_by_their_label_sampling(pages, tmp_path):
@@ -543,12 +553,12 @@ def test_masks_are_counted_by_their_label_sampling(pages, tmp_path):
     assert body(pages.label_sampling()) == [["glue-sst2", "fisher", "1", "2"]]
 
 
-def test_every_table_is_in_the_benchmarks_page():
-    text = (publish.ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+def test_every_table_is_on_a_page():
+    text = "".join(page.read_text(encoding="utf-8") for page in publish.pages())
     assert {match["name"] for match in publish.RESULT_BLOCK.finditer(text)} == set(publish.TABLES)
 
 
-def test_the_committed_tables_are_current():
+def test_the_committed_tables_and_figures_are_current():
     assert publish.stale() == []
 
 
