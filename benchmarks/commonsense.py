@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from benchmarks.grid import command
 from benchmarks.run_keys import Cells
-from benchmarks.tasks import TASKS
+from benchmarks.tasks.commonsense import COMMONSENSE_TASKS
 
 PLAN = (Cells("reconstruction", ("mask_only", "liar", "grail", "osscar", "ours"), keeps=(0.8, 0.5), tokens=(8_192,)),)
 
 if __name__ == "__main__":
     command(
         __doc__,
-        {name: task for name, task in TASKS.items() if name.startswith("commonsense")},
+        {task.name: task for task in COMMONSENSE_TASKS},
         PLAN,
         default=("commonsense-first-200",),
     )

@@ -20,11 +20,11 @@ AXES = {"keep": "share of block parameters kept", "tokens": "calibration tokens"
 # The lines of the defaults are in front.
 OURS = ("ours", "reconstruction")
 FRONT = {"color": "black", "linewidth": 2.5, "markersize": 7, "zorder": 5}
+OTHERS = {"linewidth": 1.2, "markersize": 4, "alpha": 0.8}
 # Perplexities of so many times the dense model's are beyond use, and out of view.
 HIGHEST = 20
 # Where a PNG file has its fingerprint.
 FINGERPRINT = "Comment"
-OTHERS = {"linewidth": 1.2, "markersize": 4, "alpha": 0.8}
 
 
 def draw(runs: Sequence[Mapping[str, Any]], dense: Mapping[str, float], metric: str) -> Figure:
@@ -49,7 +49,7 @@ def draw(runs: Sequence[Mapping[str, Any]], dense: Mapping[str, float], metric: 
 def published(parts: Mapping[str, pandas.DataFrame], along: str, rules: Sequence[str]) -> Figure:
     """A number against the kept share or the tokens: {title: rows of `summary.runs`, of one number}; none where none are."""
     figure = Figure(figsize=(13, 4.2), layout="constrained")
-    parts = {title: part for title, part in parts.items() if len(part)}
+    parts = {title: part[part["rule"].isin(rules)] for title, part in parts.items() if part["rule"].isin(rules).any()}
     for axes, (title, part) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts.items(), strict=True):
         (number,) = part["number"].unique()
         lines(axes, part, along, "value", [rule for rule in rules if rule in set(part["rule"])])

@@ -332,12 +332,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     if parser.parse_args().check:
-        sys.exit(f"not what the results say: {', '.join(map(str, stale()))}" if stale() else 0)
+        outdated = stale()
+        sys.exit(f"not what the results say: {', '.join(map(str, outdated))}" if outdated else 0)
     for page in pages():
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     for name, draw in FIGURES.items():
-        if fingerprint_of(IMAGES / name) != fingerprint(draw()):
-            save(draw(), IMAGES / name)
+        figure = draw()
+        if fingerprint_of(IMAGES / name) != fingerprint(figure):
+            save(figure, IMAGES / name)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from benchmarks.baselines import CLOSED_FORM
 from benchmarks.grid import command
 from benchmarks.language_models import MASKS, PIPELINES
 from benchmarks.run_keys import Cells
-from benchmarks.tasks import TASKS
+from benchmarks.tasks.wikitext import WIKITEXT_TASKS
 
 TOKENS = (8_192,)
 KEEPS = (0.8, 0.5, 0.9, 0.7)
@@ -37,7 +37,7 @@ PLAN = (
 if __name__ == "__main__":
     command(
         __doc__,
-        {name: task for name, task in TASKS.items() if name.startswith("wikitext")},
+        {task.name: task for task in WIKITEXT_TASKS},
         PLAN,
         default=("wikitext-512-first-16384",),
     )
