@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import liar
@@ -20,10 +21,20 @@ from liar.selection import CRITERIA
 
 
 class Bench:
-    """A task's dense model, loaded at most once, and its predictions."""
+    """A task's dense model, loaded at most once, and its predictions.
 
-    def __init__(self, task: Task, folder: str | None, data_dir: Path | None) -> None:
-        self.task, self.folder, self.data_dir = task, folder, data_dir
+    Args:
+        task: what is measured.
+        folder: of the model, or its name on the hub; the task's default model if None.
+        data_dir: folder of the data; the hub if None.
+        device: where everything runs.
+        dtype: of the weights; as they were saved if None.
+    """
+
+    def __init__(
+        self, task: Task, folder: str | None, data_dir: Path | None, device: str = "cpu", dtype: torch.dtype | None = None
+    ) -> None:
+        self.task, self.folder, self.data_dir, self.device, self.dtype = task, folder, data_dir, device, dtype
         self._statistics: dict[tuple[Any, ...], liar.CriterionStatistics] = {}
 
     @cached_property
@@ -31,7 +42,7 @@ class Bench:
         """(dense model in evaluation mode, tokenizer)."""
         model, tokenizer = self.task.load(self.folder)
         model.train(False)
-        return model, tokenizer
+        return nn.Module.to(model, device=self.device, dtype=self.dtype), tokenizer
 
     @cached_property
     def dense(self) -> Predictions:
@@ -108,6 +119,7 @@ def run_rule(key: RunKey, shared: SharedInputs) -> dict[str, Any]:
         **shared.bench.score(model),
         **({"labels": "by sequence"} if key.setting.criterion in SAMPLE_LABELS else {}),
         "achieved": mask.parameters(layout) / layout.parameters,
+        "device": shared.bench.device,
         "used_tokens": sum(int(batch["attention_mask"].sum()) for batch in calibration),
         "seconds": seconds,
     }

@@ -17,12 +17,13 @@ import argparse
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -30,11 +31,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from benchmarks.baselines import RULES
 from benchmarks.bench import Bench, SharedInputs, run_rule
 from benchmarks.figures import draw, save
-from benchmarks.results import RESULTS, Record, ResultFile
+from benchmarks.results import RESULTS, Record, ResultFile, matches
 from benchmarks.run_keys import Cells, RunKey, dense_key, grid_file
 from benchmarks.selections import SELECTIONS
 from benchmarks.summary import tables
 from benchmarks.tasks import SOURCES, TASKS, Task
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def run_grid(bench: Bench, model: str, plan: Sequence[Cells], file: ResultFile, until: float = inf) -> list[Record]:
@@ -52,7 +55,7 @@ def run_grid(bench: Bench, model: str, plan: Sequence[Cells], file: ResultFile, 
     records = []
     with logging_redirect_tqdm(), tqdm(total=missing, desc=bench.task.name, unit="run", smoothing=0.1) as bar:
         for group in groups:
-            check_mask(file, group)
+            check_mask(file, group, bench.device)
             shared = SharedInputs(bench, group[0].setting)
             for key in group:
                 if time.monotonic() > until and file.find(**key.entries()) is None:
@@ -64,14 +67,22 @@ def run_grid(bench: Bench, model: str, plan: Sequence[Cells], file: ResultFile, 
     return records
 
 
-def check_mask(file: ResultFile, group: Sequence[RunKey]) -> None:
-    """Stop where a rule would be added to a setting whose mask came from the former label sampling: it would get another."""
+def check_mask(file: ResultFile, group: Sequence[RunKey], device: str) -> None:
+    """Stop where a rule would be added to a setting whose other rules have another mask.
+
+    Such are masks from the former label sampling, and those that another device selected, which rounds differently.
+    """
     setting = asdict(group[0].setting)
-    if file.find(**setting, labels="by batch") and any(file.find(**key.entries()) is None for key in group):
-        raise SystemExit(
-            f"{file.path}: the runs of {setting} have a mask that is selected differently today (labels: by batch); remove "
-            "their lines, and all rules are run again"
-        )
+    if all(file.find(**key.entries()) for key in group):
+        return
+    for record in (record for record in file.records if matches(record, setting)):
+        if record.get("labels") == "by batch":
+            reason = "have a mask that is selected differently today (labels: by batch)"
+        elif (other := record.get("device", "cpu")) != device:
+            reason = f"have a mask that was selected on the device {other}, not on {device}"
+        else:
+            continue
+        raise SystemExit(f"{file.path}: the runs of {setting} {reason}; remove their lines, and all rules are run again")
 
 
 def parser(description: str | None, tasks: Iterable[str], default: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -87,6 +98,12 @@ def parser(description: str | None, tasks: Iterable[str], default: Sequence[str]
         "package if left out, for tasks that take a sentence encoder",
     )
     made.add_argument("--data-dir", type=Path, help="folder of the data; the Hugging Face hub if left out")
+    made.add_argument("--device", default="cpu", help="where everything runs, such as cuda")
+    made.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        help="of the weights, and part of the model's name in the results; as they were saved if left out",
+    )
     made.add_argument("--results", type=Path, default=RESULTS / "grid", help="folder of the JSON lines")
     made.add_argument("--hours", type=float, default=inf, help="begin no run after so many hours; call again to go on")
     made.add_argument("--plot", type=Path, help="figure to draw")
@@ -98,8 +115,8 @@ def run(arguments: argparse.Namespace, task: Task, plan: Sequence[Cells]) -> Non
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     until = time.monotonic() + 3600 * arguments.hours
     folder = arguments.model and arguments.model.format(task=task.name.removeprefix("glue-"))
-    name = Path(folder).name if folder else "default"
-    bench = Bench(task, folder, arguments.data_dir)
+    name = (Path(folder).name if folder else "default") + (f"-{arguments.dtype}" if arguments.dtype else "")
+    bench = Bench(task, folder, arguments.data_dir, arguments.device, DTYPES.get(arguments.dtype))
     file = ResultFile(grid_file(arguments.results, task.name, name))
     dense: dict[str, Any] = file.get_or_run(dense_key(task.name, name), lambda: bench.score(bench.loaded[0]))
     records = run_grid(bench, name, plan, file, until)
@@ -119,9 +136,13 @@ def command(description: str | None, tasks: Mapping[str, Task], plan: Sequence[C
     made.add_argument("--rules", choices=list(RULES), nargs="+", help="of the plan only these rules")
     made.add_argument("--criterion", choices=list(SELECTIONS), nargs="+", help="of the plan only these masks")
     made.add_argument("--source", choices=list(SOURCES), nargs="+", help="of the plan only these calibration texts")
+    made.add_argument("--tokens", type=int, nargs="+", help="calibration tokens, instead of the plan's")
     arguments = made.parse_args()
     part = [
-        cells.only(rules=arguments.rules, keeps=arguments.keep, sources=arguments.source)
+        replace(
+            cells.only(rules=arguments.rules, keeps=arguments.keep, sources=arguments.source),
+            tokens=arguments.tokens or cells.tokens,
+        )
         for cells in plan
         if arguments.criterion is None or cells.criterion in arguments.criterion
     ]

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -323,6 +325,26 @@ def test_a_rule_is_not_added_to_a_mask_of_the_former_sampling(run_grid, tmp_path
     assert len(run_grid(["mask_only"], seeds=1, criterion="fisher")[0]) == 2
     with pytest.raises(SystemExit, match="labels: by batch"):
         run_grid(["mask_only", "liar"], seeds=1, criterion="fisher")
+
+
+def test_a_rule_is_not_added_to_a_mask_that_another_device_selected(run_grid, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    run_grid(["mask_only"], seeds=1)
+    path.write_text(path.read_text().replace('"device":"cpu"', '"device":"cuda"'))
+    assert len(run_grid(["mask_only"], seeds=1)[0]) == 2
+    with pytest.raises(SystemExit, match="the device cuda, not on cpu"):
+        run_grid(["mask_only", "liar"], seeds=1)
+
+
+def test_a_type_of_weights_is_another_model(classifier, mrpc, tmp_path, monkeypatch):
+    found = {}
+    monkeypatch.setattr(grid, "run_grid", lambda bench, name, *_: found.update(bench=bench, name=name) or [])
+    chosen = ["--task", "glue-mrpc", "--model", str(classifier), "--data-dir", str(mrpc), "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["grid", *chosen, "--keep", "0.5", "--dtype", "bfloat16"])
+    grid.main()
+    assert found["name"] == f"{Path(classifier).name}-bfloat16"
+    assert {parameter.dtype for parameter in found["bench"].loaded[0].parameters()} == {torch.bfloat16}
+    assert (tmp_path / f"glue-mrpc-{found['name']}.jsonl").exists()
 
 
 def runs_of(values):

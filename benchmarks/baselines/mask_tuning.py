@@ -56,9 +56,9 @@ def tuned(gram: Tensor, right: Tensor) -> Tensor:
 
     SciPy's own limit on iterations is a fifth of what the authors' solver allows, and is too few for wide layers.
     """
-    solution = lsmr(gram.numpy(), (right - gram.sum(1)).numpy(), damp=DAMPING, maxiter=5 * len(gram))
+    solution = lsmr(gram.cpu().numpy(), (right - gram.sum(1)).cpu().numpy(), damp=DAMPING, maxiter=5 * len(gram))
     converged = solution[1] < 3
-    return 1 + torch.from_numpy(solution[0] if converged else numpy.full(len(gram), numpy.nan))
+    return 1 + torch.from_numpy(solution[0] if converged else numpy.full(len(gram), numpy.nan)).to(gram)
 
 
 def accepted(scales: Tensor) -> bool:

@@ -85,7 +85,7 @@ class ErrorCurves(RepairStep):
         channels = site.site.consumer.by_unit(site.site.units).flatten().to(gram.device)
         weight = consumer.matrix.double() @ root
         curve = eliminate(gram[channels][:, channels], weight[channels], site.site.units, RIDGE)
-        return replace(curve, increases=curve.increases * mean / site.walk.calibration.tokens)
+        return replace(curve, increases=curve.increases * float(mean) / site.walk.calibration.tokens)
 
 
 def reweight_sequence_mean(rows: Tensor, token_mask: Tensor, coherence: float) -> Tensor:

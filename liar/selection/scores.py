@@ -42,7 +42,7 @@ class SiteWeights:
 
     def per_channel(self, values: Tensor) -> Tensor:
         """[channels], the channels of a unit side by side -> [units, width]."""
-        return values.reshape(self.consumer.shape[:2])
+        return values.to(self.consumer.device).reshape(self.consumer.shape[:2])
 
 
 def random(units: SiteWeights) -> Tensor:
