@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas
 
 from benchmarks.results import RESULTS, Record, read_records
-from benchmarks.run_keys import DENSE
+from benchmarks.run_keys import DENSE, grid_file
 from benchmarks.summary import LABELS, lined
 from benchmarks.tasks.commonsense import counted
 
@@ -59,9 +59,9 @@ def by_share(frame: pandas.DataFrame, names: Sequence[str]) -> str:
     return lined(["", *(f"{keep:.0%}" for keep in table.columns)], rows)
 
 
-def commonsense(task: str = "commonsense-first-200") -> str:
+def commonsense(model: str, task: str = "commonsense-first-200") -> str:
     """Accuracy of the dense model and after each rule: the mean, and every task by the number that counts."""
-    records = [record for path in sorted((RESULTS / "grid").glob(f"{task}-*.jsonl")) for record in read_records(path)]
+    records = read_records(grid_file(RESULTS / "grid", task, model))
     dense = [record for record in records if record["rule"] == DENSE]
     runs = sorted((record for record in records if record["rule"] != DENSE), key=lambda record: -record["keep"])
     names = list(dict.fromkeys(name.split()[0] for record in dense for name in record["tasks"]))

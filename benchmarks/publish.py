@@ -51,6 +51,8 @@ COMPARED_SELECTIONS = (
 # What was read of the evaluation data.
 SQUAD = "squad-every-4"
 WIKITEXT = "wikitext-512-first-16384"
+# The same on a GPU, with more calibration tokens and all of the evaluation data.
+WIKITEXT_GPU = "wikitext-1024"
 # Benchmarks of fine-tuned models, and the tasks that each is the mean of.
 FINE_TUNED = {
     "GLUE: mean of SST-2, MRPC, STS-B and QNLI": ("glue-sst2", "glue-mrpc", "glue-stsb", "glue-qnli"),
@@ -146,15 +148,15 @@ def share_of_dense(rules: Sequence[str] = CLOSED_FORM, criterion: str = "reconst
     return lined(["benchmark", "kept", *("**ours**" if rule == "ours" else LABELS[rule] for rule in rules)], rows)
 
 
-def wikitext(source: str = "own") -> pandas.DataFrame:
+def wikitext(source: str = "own", task: str = WIKITEXT) -> pandas.DataFrame:
     """The runs on WikiText-2."""
     frame = runs()
-    return frame[(frame["task"] == WIKITEXT) & (frame["source"] == source) & (frame["place"] == 0)]
+    return frame[(frame["task"] == task) & (frame["source"] == source) & (frame["place"] == 0)]
 
 
-def wikitext_rules(source: str = "own", rules: Sequence[str] = CLOSED_FORM) -> str:
+def wikitext_rules(source: str = "own", rules: Sequence[str] = CLOSED_FORM, task: str = WIKITEXT) -> str:
     """Perplexity against the kept share, default masks."""
-    frame = wikitext(source)
+    frame = wikitext(source, task)
     return markdown(frame[frame["criterion"] == "reconstruction"], ["keep"], rules)
 
 
@@ -227,7 +229,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "wikitext c4": lambda: wikitext_rules("c4"),
     "pipelines": lambda: by_share(pipelines(wikitext()), list(PIPELINES.values())),
     "masks of others": lambda: by_share(masks(wikitext()), list(MASKS.values())),
-    "common sense": commonsense,
+    "common sense": lambda: commonsense("smollm2"),
+    "gpu wikitext": lambda: wikitext_rules(task=WIKITEXT_GPU),
+    "gpu wikitext c4": lambda: wikitext_rules("c4", task=WIKITEXT_GPU),
+    "gpu pipelines": lambda: by_share(pipelines(wikitext(task=WIKITEXT_GPU)), list(PIPELINES.values())),
+    "gpu masks of others": lambda: by_share(masks(wikitext(task=WIKITEXT_GPU)), list(MASKS.values())),
+    "gpu common sense": lambda: commonsense("smollm2-bfloat16"),
     "inference": lambda: inference.table(read_records(RESULTS / "inference.jsonl")),
     "damping": lambda: damping.table(read_records(damping.FILE)),
     "standing of selections": lambda: standing.by_task(
