@@ -42,7 +42,11 @@ class Bench:
         """(dense model in evaluation mode, tokenizer)."""
         model, tokenizer = self.task.load(self.folder)
         model.train(False)
-        return nn.Module.to(model, device=self.device, dtype=self.dtype), tokenizer
+        if self.dtype is not None:
+            # Parameters alone: frequencies of rotary embeddings are buffers, and stay in float32 as in published models.
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(self.dtype)
+        return nn.Module.to(model, self.device), tokenizer
 
     @cached_property
     def dense(self) -> Predictions:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -345,6 +346,13 @@ def test_a_type_of_weights_is_another_model(classifier, mrpc, tmp_path, monkeypa
     assert found["name"] == f"{Path(classifier).name}-bfloat16"
     assert {parameter.dtype for parameter in found["bench"].loaded[0].parameters()} == {torch.bfloat16}
     assert (tmp_path / f"glue-mrpc-{found['name']}.jsonl").exists()
+
+
+def test_rotary_frequencies_keep_their_type():
+    task = replace(TASKS["tinystories"], load=lambda _: (tiny_model("llama", head="causal-lm"), None))
+    model, _ = grid.Bench(task, None, None, dtype=torch.bfloat16).loaded
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for name, buffer in model.named_buffers() if "inv_freq" in name} == {torch.float32}
 
 
 def runs_of(values):
