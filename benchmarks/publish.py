@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas
 from matplotlib.figure import Figure
 
-from benchmarks import damping, growth, inference, samples, speed, standing
+from benchmarks import damping, growth, inference, samples, speed, squad, standing
 from benchmarks.baselines import CLOSED_FORM
 from benchmarks.elimination import rows as above_best
 from benchmarks.few_tokens import HEADINGS as FEW_TOKENS
@@ -35,28 +35,17 @@ ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
 CRITERION = "fluctuation"
 TOKENS = 16_000
-# Selections that all encoders were pruned by.
-COMPARED_SELECTIONS = (
-    "reconstruction",
-    "fluctuation",
-    "wanda",
-    "taylor",
-    "fisher",
-    "snip",
-    "kwon",
-    "kprune",
-    "magnitude",
-    "random",
-)
+# Selections that the language model was pruned by, with what was said on every example.
+COMPARED_SELECTIONS = ("reconstruction", "wanda", "llm_pruner", "flap", "osscar")
 # What was read of the evaluation data.
 SQUAD = "squad-every-4"
 WIKITEXT = "wikitext-512-first-16384"
 # The same on a GPU, with more calibration tokens and all of the evaluation data.
 WIKITEXT_GPU = "wikitext-1024"
-# Benchmarks of fine-tuned models, and the tasks that each is the mean of.
+# Benchmarks of fine-tuned models: the tasks that each is the mean of, and the calibration tokens.
 FINE_TUNED = {
-    "GLUE: mean of SST-2, MRPC, STS-B and QNLI": ("glue-sst2", "glue-mrpc", "glue-stsb", "glue-qnli"),
-    "SQuAD v1.1: F1": (SQUAD,),
+    "GLUE: mean of SST-2, MRPC, STS-B and QNLI": (("glue-sst2", "glue-mrpc", "glue-stsb", "glue-qnli"), TOKENS),
+    "SQuAD v1.1: F1": ((SQUAD,), *squad.TOKENS),
 }
 # Of the rules what their authors published, and ours.
 PUBLISHED = ("mask_only", "bias", "mask_tuning", "liar", "grail", "rcpu", "kprune", "osscar", "ours")
@@ -132,11 +121,11 @@ def fine_tuning(criterion: str = CRITERION) -> str:
 
 def share_of_dense(rules: Sequence[str] = CLOSED_FORM, criterion: str = "reconstruction") -> str:
     """Scores of fine-tuned models as shares of the dense model's: a row per benchmark and kept share, a column per rule."""
-    frame = common_samples(part(criterion, source="own", tokens=TOKENS, place=0), rules)
+    frame = part(criterion, source="own", place=0)
     frame = frame.assign(share=frame["value"] / frame["dense"])
     rows = []
-    for benchmark, tasks in FINE_TUNED.items():
-        scores = frame[frame["task"].isin(tasks)]
+    for benchmark, (tasks, tokens) in FINE_TUNED.items():
+        scores = common_samples(frame[frame["task"].isin(tasks) & (frame["tokens"] == tokens)], rules)
         # A mean over fewer tasks is another number.
         scores = scores[scores.groupby(["keep", "rule"])["task"].transform("nunique") == len(tasks)]
         means = scores.pivot_table(index="keep", columns="rule", values="share", aggfunc="mean").reindex(columns=[*rules])
