@@ -85,6 +85,15 @@ def check_mask(file: ResultFile, group: Sequence[RunKey], device: str) -> None:
         raise SystemExit(f"{file.path}: the runs of {setting} {reason}; remove their lines, and all rules are run again")
 
 
+def usable_device(name: str) -> str:
+    """The name of a device that torch can use here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"torch cannot use {name!r} here: {str(error).splitlines()[0]}") from error
+    return name
+
+
 def parser(description: str | None, tasks: Iterable[str], default: Sequence[str] = ()) -> argparse.ArgumentParser:
     """A command line that says which tasks, model and data, and where the results are."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,7 +107,7 @@ def parser(description: str | None, tasks: Iterable[str], default: Sequence[str]
         "package if left out, for tasks that take a sentence encoder",
     )
     made.add_argument("--data-dir", type=Path, help="folder of the data; the Hugging Face hub if left out")
-    made.add_argument("--device", default="cpu", help="where everything runs, such as cuda")
+    made.add_argument("--device", type=usable_device, default="cpu", help="where everything runs, such as cuda")
     made.add_argument(
         "--dtype",
         choices=list(DTYPES),

@@ -348,6 +348,13 @@ def test_a_type_of_weights_is_another_model(classifier, mrpc, tmp_path, monkeypa
     assert (tmp_path / f"glue-mrpc-{found['name']}.jsonl").exists()
 
 
+@pytest.mark.parametrize("name", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(name, capsys):
+    with pytest.raises(SystemExit):
+        grid.parser("", ["stsb"]).parse_args(["--task", "stsb", "--device", name])
+    assert f"torch cannot use '{name}' here" in capsys.readouterr().err
+
+
 def test_rotary_frequencies_keep_their_type():
     task = replace(TASKS["tinystories"], load=lambda _: (tiny_model("llama", head="causal-lm"), None))
     model, _ = grid.Bench(task, None, None, dtype=torch.bfloat16).loaded
