@@ -547,6 +547,7 @@ ELSEWHERE = (
     "standing of selections",
     "behind",
     "common sense",
+    "gpu common sense",
     "inference",
     "damping",
 )
