@@ -36,6 +36,7 @@ from benchmarks.run_keys import Cells, RunKey, dense_key, grid_file
 from benchmarks.selections import SELECTIONS
 from benchmarks.summary import tables
 from benchmarks.tasks import SOURCES, TASKS, Task
+from liar.models import why_unusable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -87,10 +88,8 @@ def check_mask(file: ResultFile, group: Sequence[RunKey], device: str) -> None:
 
 def usable_device(name: str) -> str:
     """The name of a device that torch can use here."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"torch cannot use {name!r} here: {str(error).splitlines()[0]}") from error
+    if reason := why_unusable(name):
+        raise argparse.ArgumentTypeError(f"torch cannot use {name!r} here: {reason}")
     return name
 
 

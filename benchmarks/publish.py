@@ -149,6 +149,16 @@ def wikitext_rules(source: str = "own", rules: Sequence[str] = CLOSED_FORM, task
     return markdown(frame[frame["criterion"] == "reconstruction"], ["keep"], rules)
 
 
+def whole_methods(task: str = WIKITEXT) -> str:
+    """Perplexity of whole published methods, each with its own masks."""
+    return by_share(pipelines(wikitext(task=task)), list(PIPELINES.values()))
+
+
+def masks_of_others(task: str = WIKITEXT) -> str:
+    """Perplexity of the masks of others after our repair."""
+    return by_share(masks(wikitext(task=task)), list(MASKS.values()))
+
+
 @cache
 def compared() -> pandas.DataFrame:
     """All pairs of rules in complete cells with default masks."""
@@ -216,13 +226,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "grid squad": lambda: markdown(part("reconstruction", task=SQUAD, source="own"), ["keep", "number"], CLOSED_FORM),
     "wikitext": wikitext_rules,
     "wikitext c4": lambda: wikitext_rules("c4"),
-    "pipelines": lambda: by_share(pipelines(wikitext()), list(PIPELINES.values())),
-    "masks of others": lambda: by_share(masks(wikitext()), list(MASKS.values())),
+    "pipelines": whole_methods,
+    "masks of others": masks_of_others,
     "common sense": lambda: commonsense("smollm2"),
     "gpu wikitext": lambda: wikitext_rules(task=WIKITEXT_GPU),
     "gpu wikitext c4": lambda: wikitext_rules("c4", task=WIKITEXT_GPU),
-    "gpu pipelines": lambda: by_share(pipelines(wikitext(task=WIKITEXT_GPU)), list(PIPELINES.values())),
-    "gpu masks of others": lambda: by_share(masks(wikitext(task=WIKITEXT_GPU)), list(MASKS.values())),
+    "gpu pipelines": lambda: whole_methods(WIKITEXT_GPU),
+    "gpu masks of others": lambda: masks_of_others(WIKITEXT_GPU),
     "gpu common sense": lambda: commonsense("smollm2-bfloat16"),
     "inference": lambda: inference.table(read_records(RESULTS / "inference.jsonl")),
     "damping": lambda: damping.table(read_records(damping.FILE)),

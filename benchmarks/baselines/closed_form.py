@@ -87,7 +87,7 @@ class ApplyRule(RepairStep):
         return SiteData(
             kind=site.site.kind,
             kept=site.site.consumer.channels(site.unit_mask),
-            unit=torch.arange(int(site.unit_mask.sum()), device=weight.device).repeat_interleave(site.site.consumer.width),
+            unit=torch.arange(int(site.unit_mask.sum())).repeat_interleave(site.site.consumer.width),
             weight=weight,
             bias=None if site.consumer.bias is None else bias,
             dense_inputs=self._rows(site, "dense_inputs"),

@@ -40,7 +40,7 @@ def normal_equations(data: SiteData) -> tuple[Tensor, Tensor]:
     """
     weight, target = data.kept_weight, data.target()
     units = int(data.unit.max()) + 1
-    belongs = torch.nn.functional.one_hot(data.unit, units).double()
+    belongs = torch.nn.functional.one_hot(data.unit, units).to(weight)
     gram = belongs.T @ (cross(data.kept_inputs, data.kept_inputs) * (weight @ weight.T)) @ belongs
     right = belongs.T @ (cross(data.kept_inputs, target) * weight).sum(1)
     if data.kind != "heads":

@@ -54,7 +54,7 @@ class _Collect(RepairStep):
         self.moments.setdefault(site.name, Moments()).update(rows, rows[:, :0])
 
     def repair(self, site: SiteState) -> None:
-        channels = site.site.consumer.by_unit(site.site.units).flatten()
         gram = self.moments.pop(site.name).normal(affine=False).gram
+        channels = site.site.consumer.by_unit(site.site.units).flatten().to(gram.device)
         weight = site.dense_consumer.matrix.double()
         self.result[site.name] = Inputs(gram[channels][:, channels], weight[channels], channels)

@@ -177,7 +177,7 @@ def tune(pruned: nn.Module, site: Site, unit_mask: Tensor, measured: Measured, d
     data = SiteData(
         kind=site.kind,
         kept=kept,
-        unit=torch.arange(int(unit_mask.sum()), device=weight.device).repeat_interleave(site.consumer.width),
+        unit=torch.arange(int(unit_mask.sum())).repeat_interleave(site.consumer.width),
         weight=weight,
         bias=None if consumer.bias is None else bias,
         dense_inputs=empty,

@@ -75,7 +75,7 @@ class Candidates:
         changed = torch.zeros_like(weight)
         damping = DAMPING * float(gram.diagonal().mean())
         changed[kept] = damped(gram[kept][:, kept], gram[kept] @ weight + damping * weight[kept], damping)
-        return torch.empty_like(changed).index_copy_(0, self.inputs.channels.to(changed.device), changed)
+        return torch.empty_like(changed).index_copy_(0, self.inputs.channels, changed)
 
 
 def select(model: nn.Module, batches: Sequence[Any], keep: float, seed: int, *, from_ours: bool = False) -> liar.Mask:

@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import typer
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from liar.errors import MaskError, OptionError, check_choice, wrap_parse_errors
 from liar.files import user_path
 from liar.io import check_target, load, load_tokenizer, save
 from liar.mask import Mask
-from liar.models import discover
+from liar.models import discover, why_unusable
 from liar.options import (
     BUDGETS,
     CalibrationOptions,
@@ -200,8 +199,5 @@ def check_source(source: SourceOptions | None, load: LoadOptions) -> None:
     """Check, before anything is loaded, that texts can be read and the device used."""
     if source is not None:
         builder_of(source.calib)
-    try:
-        torch.empty(0, device=load.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(f"device={load.device!r}: expected one torch can use here, such as cpu or cuda: {reason}") from error
+    if reason := why_unusable(load.device):
+        raise OptionError(f"device={load.device!r}: expected one torch can use here, such as cpu or cuda: {reason}")

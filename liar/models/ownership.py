@@ -50,6 +50,15 @@ def check_default_device() -> None:
         raise ModelError("torch's default device is meta, where nothing is computed: call this outside of it")
 
 
+def why_unusable(device: str) -> str | None:
+    """Why torch cannot use a device here, in its own words; None if it can."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
 def check_owned(model: nn.Module, sites: Iterable[Site]) -> None:
     """Check that the layers of all sites are the model's own, and that its blocks compute what their classes say.
 
