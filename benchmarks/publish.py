@@ -149,6 +149,12 @@ def wikitext_rules(source: str = "own", rules: Sequence[str] = CLOSED_FORM, task
     return markdown(frame[frame["criterion"] == "reconstruction"], ["keep"], rules)
 
 
+def more_text() -> str:
+    """Perplexity on masks by variance, with less and with more calibration text."""
+    frame = wikitext()
+    return markdown(frame[frame["criterion"] == "fluctuation"], ["keep", "tokens"], CLOSED_FORM)
+
+
 def whole_methods(task: str = WIKITEXT) -> str:
     """Perplexity of whole published methods, each with its own masks."""
     return by_share(pipelines(wikitext(task=task)), list(PIPELINES.values()))
@@ -226,6 +232,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "grid squad": lambda: markdown(part("reconstruction", task=SQUAD, source="own"), ["keep", "number"], CLOSED_FORM),
     "wikitext": wikitext_rules,
     "wikitext c4": lambda: wikitext_rules("c4"),
+    "wikitext more text": more_text,
     "pipelines": whole_methods,
     "masks of others": masks_of_others,
     "common sense": lambda: commonsense("smollm2"),

@@ -19,6 +19,7 @@ from benchmarks.run_keys import Cells
 from benchmarks.tasks.wikitext import WIKITEXT_TASKS
 
 TOKENS = (8_192,)
+MORE_TOKENS = 24_576
 KEEPS = (0.8, 0.5, 0.9, 0.7)
 # Selections of others, and the repairs that they are published with.
 OTHERS = {
@@ -32,6 +33,8 @@ PLAN = (
     *(Cells(criterion, (*repairs, "ours"), (0.8, 0.5), tokens=TOKENS) for criterion, repairs in OTHERS.items()),
     *(Cells(criterion, repairs, (0.9, 0.7), tokens=TOKENS) for criterion, repairs in OTHERS.items()),
     Cells("reconstruction", CLOSED_FORM, (0.8, 0.5), sources=("c4",), tokens=TOKENS),
+    # What more calibration text brings, on masks that more text hardly changes.
+    Cells("fluctuation", ("liar", "kprune_ridge", "ours_no_refit", "ours"), (0.8,), tokens=(*TOKENS, MORE_TOKENS)),
 )
 
 if __name__ == "__main__":

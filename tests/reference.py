@@ -169,16 +169,18 @@ def reads_and_writes(model: torch.nn.Module, batches: list[dict], layer: int, na
 
 
 def refit(pruned: torch.nn.Module, dense: torch.nn.Module, batches: list[dict], layer: int, name: str, keep: np.ndarray,
-          ridge: float) -> None:  # fmt: skip
-    """One producer: what it reads in the pruned model to what it writes in the dense one, for the kept output channels."""
+          counts: np.ndarray, ridge: float) -> None:  # fmt: skip
+    """One producer: what it reads in the pruned model to what it writes in the dense one, for the kept output channels; a token
+    counts as often as `counts` says."""
     module = blocks(pruned)[layer].get_submodule(name)
     (z, _), (_, target) = reads_and_writes(pruned, batches, layer, name), reads_and_writes(dense, batches, layer, name)
     kept, affine = kept_outputs(module, keep), module.bias is not None
     start, bias = numpy(matrix(module))[:, kept], numpy(module.bias)[kept] if affine else np.zeros(kept.sum())
-    weight, bias = least_squares(z, target[:, kept], start, bias, affine=affine, ridge=absolute(ridge, z, affine))
+    z, target, (mean_z, mean_t) = repeated(z, target[:, kept], counts, affine)
+    weight, _ = least_squares(z, target, start, bias, affine=False, ridge=absolute(ridge, z, False))
     matrix(module)[:, torch.from_numpy(kept)] = torch.from_numpy(weight)
     if affine:
-        module.bias.data[torch.from_numpy(kept)] = torch.from_numpy(bias)
+        module.bias.data[torch.from_numpy(kept)] = torch.from_numpy(mean_t - mean_z @ weight)
 
 
 def repeated(z: np.ndarray, t: np.ndarray, weight: np.ndarray, affine: bool) -> tuple:
@@ -200,8 +202,8 @@ def residual_stream(
 ) -> torch.nn.Module:
     """Site after site on full models in float64: the pruned model's consumer is refitted to
     T = residual_dense + output_dense - residual_pruned on the pruned model's inputs, each producer before it to its dense
-    output; in pre-norm models a token counts by 1 / mean square of its dense stream after the site. Removed weights stay
-    zero."""
+    output; there, in pre-norm models, half of all weight is even and half goes to tokens by the length of output_dense. Removed
+    weights stay zero."""
     dense = copy.deepcopy(model).double().eval()
     pruned = masked(dense, keep)
     changed = False
@@ -210,22 +212,20 @@ def residual_stream(
             row = keep.get(kind, [[True] * units(model, kind)] * len(blocks(dense)))[layer]
             if all(row) and not changed:
                 continue
+            target_rows = activations(dense, batches, layer, kind)
             if changed and producers:
+                size = np.linalg.norm(target_rows["y"], axis=1)
+                weigh = weighted and model.config.model_type in PRE_NORM
+                counts = 1 + size / size.mean() if weigh else np.ones(len(size))
                 for name in PRODUCERS[model.config.model_type][kind]:
-                    refit(pruned, dense, batches, layer, name, np.asarray(row, dtype=bool), ridge)
+                    refit(pruned, dense, batches, layer, name, np.asarray(row, dtype=bool), counts, ridge)
             changed = True
-            kept = kept_channels(model, layer, kind, row)
-            target_rows, pruned_rows = activations(dense, batches, layer, kind), activations(pruned, batches, layer, kind)
-            stream = target_rows["r"] + target_rows["y"]
-            target, z = stream - pruned_rows["r"], pruned_rows["x"][:, kept]
+            kept, pruned_rows = kept_channels(model, layer, kind, row), activations(pruned, batches, layer, kind)
+            target, z = target_rows["r"] + target_rows["y"] - pruned_rows["r"], pruned_rows["x"][:, kept]
             consumer = blocks(pruned)[layer].get_submodule(RESIDUALS[model.config.model_type][kind][0])
             start, affine = numpy(matrix(consumer))[kept], consumer.bias is not None
             bias = numpy(consumer.bias) if affine else np.zeros(start.shape[1])
-            weigh = weighted and model.config.model_type in PRE_NORM
-            counts = 1 / (np.square(stream).mean(1) + 1e-6) if weigh else np.ones(len(z))
-            z, target, (mean_z, mean_t) = repeated(z, target, counts, affine)
-            weight, _ = least_squares(z, target, start, bias, affine=False, ridge=absolute(ridge, z, False))
-            bias = mean_t - mean_z @ weight
+            weight, bias = least_squares(z, target, start, bias, affine=affine, ridge=absolute(ridge, z, affine))
             matrix(consumer)[torch.from_numpy(kept)] = torch.from_numpy(weight)
             if affine:
                 consumer.bias.data = torch.from_numpy(bias)

@@ -5,9 +5,10 @@ What a site should add is what the dense model's residual stream is after it, le
 (K-prune's target; "global propagation" in Shin et al. 2024). What the producers read has drifted as well: they are first
 fitted to their dense output.
 
-In a pre-norm model every reader normalises the stream first: what counts is a token's error relative to its size, and a few
-tokens may be hundreds of times larger than the rest. So tokens are weighted by 1 / mean square. A post-norm block normalises
-its sums itself; there the weights would only add noise.
+In deep pre-norm models the first token of a text is much larger than the others, which all attend to it (massive activations:
+Sun et al. 2024). One layer makes it so, and it must do so after the repair, too. That is one token in hundreds, and the norm
+before that layer makes its input as small as any other: so a refit weights tokens by how much the sublayer gives them. The
+consumer's fit needs no weights: there, large tokens have large errors.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from liar.errors import ModelError, at_site
 from liar.repair.context import RepairContext
 from liar.repair.state import SiteState
 from liar.repair.step import RepairStep
-from liar.runtime import token_weights, widen
+from liar.runtime import widen
 from liar.solve import fit_drift
 from liar.statistics import Folds, check_finite
 
@@ -37,30 +38,50 @@ class RefitProducers(RepairStep):
     They are linear, so one regression of the old input on the new one serves them all.
     """
 
-    captures = frozenset({"producer_input"})
+    captures = frozenset({"producer_input", "consumer_output"})
 
     def __init__(self, context: RepairContext) -> None:
         self.context = context
 
     def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
-        """Keep what the producers read in the dense model."""
+        """Keep what the producers read in the dense model, and how large the output is that comes of it."""
         site.put("producer input", batch, dense["producer_input"])
+        if site.walk.layout.is_pre_norm:
+            site.put("output size", batch, widen(dense["consumer_output"]).norm(dim=-1))
 
     def skip(self, site: SiteState) -> None:
         """Nothing has drifted."""
-        site.discard("producer input")
+        self._discard(site)
 
     def repair(self, site: SiteState) -> None:
         """One regression for all producers, written into each."""
         if site.drifted:
             folds = self.context.new_folds()
             share = max(TOKENS, ROWS * site.producers[0].size("in")) / site.walk.calibration.tokens
+            weights = self._token_weights(site)
             for batch, pruned in site.run_pruned("producer_input"):
                 with site.walk.timed("statistics"):
                     tokens = site.walk.sampled(batch, share)
-                    folds.update(pruned["producer_input"], site.get("producer input", batch), tokens)
+                    folds.update(pruned["producer_input"], site.get("producer input", batch), tokens, weights[batch])
             self._fit(site, folds)
-        site.discard("producer input")
+        self._discard(site)
+
+    def _discard(self, site: SiteState) -> None:
+        for series in ("producer input", "output size"):
+            site.discard(series)
+
+    def _token_weights(self, site: SiteState) -> list[Tensor | None]:
+        """By batch, [sequences, length]: half of all weight is even, half in proportion to the size of the dense output.
+
+        None in post-norm models, where a block's norm leaves no token larger than the others.
+        """
+        walk = site.walk
+        if not walk.layout.is_pre_norm:
+            return [None for _ in walk.batches]
+        sizes = [site.get("output size", batch) for batch in walk.batches]
+        mean = torch.cat([size[mask] for size, mask in zip(sizes, walk.calibration.token_masks, strict=True)]).mean()
+        # All zero: tokens count alike.
+        return [1 + size / mean.clamp_min(torch.finfo(mean.dtype).tiny) for size in sizes]
 
     def _fit(self, site: SiteState, folds: Folds) -> None:
         with site.walk.timed("solve"), at_site(site.name, site.site.module):
@@ -108,8 +129,7 @@ class FitToResidualStream(RepairStep):
         for batch, pruned in site.run_pruned("consumer_input", "residual"):
             with site.walk.timed("statistics"):
                 target = widen(site.get("target", batch))
-                weight = token_weights(target) if site.walk.layout.is_pre_norm else None
-                folds.update(pruned["consumer_input"], target - pruned["residual"], site.walk.tokens[batch], weight)
+                folds.update(pruned["consumer_input"], target - pruned["residual"], site.walk.tokens[batch])
             site.keep_for_replay(batch, pruned["consumer_input"])
         site.discard("target")
         self.context.fit_consumer(site, folds)

@@ -5,7 +5,7 @@ from liar.runtime.hooks import Point, StopForward, capture_activations, replay_o
 from liar.runtime.outputs import Output, model_outputs
 from liar.runtime.state import exclusive, preserve_model_state, record_gradients
 from liar.runtime.store import ActivationStore
-from liar.runtime.stream import residual_points, residual_sum, sequence_sums, token_weights, widen
+from liar.runtime.stream import residual_points, residual_sum, sequence_sums, widen
 
 __all__ = [
     "ActivationStore",
@@ -26,6 +26,5 @@ __all__ = [
     "run_block",
     "run_model",
     "sequence_sums",
-    "token_weights",
     "widen",
 ]

@@ -1,4 +1,4 @@
-"""The residual stream around a site: where it is captured, its sum after the site, and how much a token of it counts."""
+"""The residual stream around a site: where it is captured, and its sum after the site."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from torch import Tensor, nn
 
 from liar.models import Site
 from liar.runtime.hooks import Point
-
-# As in the norms of the models: keeps the weight of an all-zero token finite.
-EPSILON = 1e-6
 
 
 def residual_points(block: nn.Module, site: Site) -> dict[str, Point]:
@@ -27,15 +24,6 @@ def residual_sum(activations: Mapping[str, Tensor], site: Site) -> Tensor:
     for name in site.added_before:
         stream = stream + activations[f"residual + {name}"]
     return stream
-
-
-def token_weights(stream: Tensor) -> Tensor:
-    """1 / mean square of every token: [*, channels] -> [*].
-
-    A norm reads the stream next, so what counts is a token's error relative to its size.
-    """
-    mean_square: Tensor = torch.linalg.vector_norm(stream, dim=-1).square() / stream.shape[-1]
-    return 1 / (mean_square + EPSILON)
 
 
 def sequence_sums(rows: Tensor, token_mask: Tensor) -> Tensor:
