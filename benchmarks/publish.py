@@ -150,7 +150,7 @@ def wikitext_rules(source: str = "own", rules: Sequence[str] = CLOSED_FORM, task
 
 
 def more_text() -> str:
-    """Perplexity on masks by variance, with less and with more calibration text."""
+    """Perplexity with less and with more calibration text, from which come both the mask (by variance) and its repair."""
     frame = wikitext()
     return markdown(frame[frame["criterion"] == "fluctuation"], ["keep", "tokens"], CLOSED_FORM)
 

@@ -33,7 +33,7 @@ PLAN = (
     *(Cells(criterion, (*repairs, "ours"), (0.8, 0.5), tokens=TOKENS) for criterion, repairs in OTHERS.items()),
     *(Cells(criterion, repairs, (0.9, 0.7), tokens=TOKENS) for criterion, repairs in OTHERS.items()),
     Cells("reconstruction", CLOSED_FORM, (0.8, 0.5), sources=("c4",), tokens=TOKENS),
-    # What more calibration text brings, on masks that more text hardly changes.
+    # What more calibration text brings to selection and repair together: each number of tokens has a mask of its own.
     Cells("fluctuation", ("liar", "kprune_ridge", "ours_no_refit", "ours"), (0.8,), tokens=(*TOKENS, MORE_TOKENS)),
 )
 

@@ -449,28 +449,27 @@ def test_a_first_token_that_is_much_larger_than_the_others_stays_so():
             batch["input_ids"][:, 0] = 0
         return found
 
-    def streams(model, point):
+    def inputs(model, module):
         seen = []
-        handle = point(model).register_forward_pre_hook(lambda _module, args: seen.append(args[0].detach()))
-        for batch in texts(9):
-            outputs(model, [batch])
+        handle = model.get_submodule(module).register_forward_pre_hook(lambda _module, args: seen.append(args[0].detach()))
+        outputs(model, texts(9))
         handle.remove()
         return torch.cat(seen)
 
     model = tiny_model("llama", dtype=torch.float64, num_hidden_layers=4)
     mlp = model.layers[1].mlp
-    read = streams(model, lambda model: model.layers[1].mlp)
+    read = inputs(model, "layers.1.mlp")
     direction = torch.nn.functional.normalize(read[:, 0].mean(0) - read[:, 1:].mean((0, 1)), dim=0)
     with torch.no_grad():
         mlp.gate_proj.weight[0] = mlp.up_proj.weight[0] = direction
         mlp.down_proj.weight[:, 0] = 0
         mlp.down_proj.weight[0, 0] = 100 / (read[:, 0] @ direction).square().mean()
-    dense = streams(model, lambda model: model.layers[3])
+    dense = inputs(model, "layers.3")
     sizes = dense.norm(dim=-1)
     assert sizes[:, 0].mean() > 5 * sizes[:, 1:].mean()
     every_other = {"heads": [[True, False]] * 4, "neurons": [[True, False] * 32] * 4}
     got, _ = run(model, every_other, texts(1), ridge="auto")
-    errors = (streams(got, lambda model: model.layers[3]) - dense).norm(dim=-1) / sizes
+    errors = (inputs(got, "layers.3") - dense).norm(dim=-1) / sizes
     assert errors[:, 0].max() < 0.05
     assert errors[:, 1:].mean() > 0.2  # others are not that easy to repair
 
