@@ -105,7 +105,7 @@ def other_tokens(criterion: str = CRITERION) -> str:
 def other_texts(criterion: str = CRITERION) -> str:
     """Two numbers of every task, calibrated on C4 and on its own texts."""
     frame = part(criterion)
-    frame = frame[frame["place"] < 2]
+    frame = frame[(frame["place"] < 2) & (frame["source"] != "evaluated")]
     frame = with_coordinates_of(frame, frame["source"] != "own", ["task", "model", "keep", "tokens"])
     return markdown(frame, ["task", "keep", "tokens", "source", "number"], CLOSED_FORM)
 
@@ -230,6 +230,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "share of dense published": lambda: share_of_dense(PUBLISHED),
     "wikitext published": lambda: wikitext_rules(rules=PUBLISHED),
     "grid squad": lambda: markdown(part("reconstruction", task=SQUAD, source="own"), ["keep", "number"], CLOSED_FORM),
+    "squad more text": lambda: markdown(
+        part("reconstruction", task="squad", number="f1"), ["keep", "tokens", "source"], CLOSED_FORM
+    ),
     "wikitext": wikitext_rules,
     "wikitext c4": lambda: wikitext_rules("c4"),
     "wikitext more text": more_text,

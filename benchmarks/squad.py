@@ -20,7 +20,12 @@ from benchmarks.tasks.squad import SQUAD_TASKS
 
 # A paragraph of 150 tokens has one answer, so the selection needs more of them than where every token has an output.
 TOKENS = (64_000,)
-PLAN = (Cells("reconstruction", CLOSED_FORM, keeps=(0.7, 0.5, 0.3), tokens=TOKENS, seeds=(0, 1)),)
+MORE_TOKENS = (192_000,)
+PLAN = (
+    Cells("reconstruction", CLOSED_FORM, keeps=(0.7, 0.5, 0.3), tokens=TOKENS, seeds=(0, 1)),
+    # What more text brings, and what is possible at all: a repair that has seen the text it is evaluated on.
+    Cells("reconstruction", ("ours",), keeps=(0.5, 0.3), sources=("own", "evaluated"), tokens=MORE_TOKENS),
+)
 
 if __name__ == "__main__":
     command(__doc__, {task.name: task for task in SQUAD_TASKS}, PLAN, default=("squad",))

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import bench as bench_module
 from benchmarks import figures, fitted_weights, gpu, grid, growth, publish, results, run_keys, samples, speed, summary
+from benchmarks.data import read
 from benchmarks.elimination import error, remaining
 from benchmarks.metrics import metric
 from benchmarks.selections import SAMPLE_LABELS
@@ -173,6 +174,10 @@ def test_calibration_texts_follow_source_and_seed(mrpc):
     own = task.texts(mrpc, "own", 0)
     assert own == task.texts(mrpc, "own", 0) != task.texts(mrpc, "own", 1)
     assert sorted(own) == sorted((row["sentence1"], row["sentence2"]) for row in pairs(90, 0))
+    dev = read(mrpc, "mrpc/dev")
+    assert sorted(task.texts(mrpc, "evaluated", 0)) == sorted(zip(dev["sentence1"], dev["sentence2"], strict=True))
+    with pytest.raises(SystemExit, match="wikitext-512-first-16384 has no texts for --source evaluated"):
+        TASKS["wikitext-512-first-16384"].texts(mrpc, "evaluated", 0)
     assert len(task.texts(mrpc, "c4", 0)) == 9
     assert task.texts(mrpc, "c4-whole", 0) == task.texts(mrpc, "c4", 0)
     sentences = task.texts(mrpc, "c4-sentences", 0)

@@ -268,7 +268,7 @@ def test_lines_are_joined_as_everybody_joins_them_and_articles_are_texts(write):
     folder = write("wikitext2/raw_test.txt.gz", LINES)
     hub = ["" if not line.strip() else line + "\n" for line in LINES]
     assert wikitext.joined(folder, "test") == "\n\n".join(hub)
-    first, other = wikitext.own(folder)
+    first, other = wikitext.articles(folder, "train")
     assert (first.split()[:3], other.split()) == (["=", "Title", "="], ["=", "Other", "=", "w5", "w6"])
     assert "= = Part = =" in first
 

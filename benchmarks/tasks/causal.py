@@ -34,7 +34,7 @@ def predict(model: nn.Module, tokenizer: Any, data_dir: Path | None) -> Predicti
         first stories.
     """
     losses, counts, kept = [], [], []
-    for number, text in enumerate(tqdm(read(data_dir, "tinystories/test")["text"], desc="perplexity", leave=False)):
+    for number, text in enumerate(tqdm(evaluated(data_dir), desc="perplexity", leave=False)):
         ids = tokenizer(text, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")["input_ids"]
         ids = ids.to(next(model.parameters()).device)
         logits: Tensor = model(ids, use_cache=False).logits[0, :-1].float()
@@ -59,6 +59,11 @@ def own(data_dir: Path | None) -> list[str]:
     return list(read(data_dir, "tinystories/train")["text"])
 
 
+def evaluated(data_dir: Path | None) -> list[str]:
+    """Stories of the hold-out."""
+    return list(read(data_dir, "tinystories/test")["text"])
+
+
 def examples(predictions: Predictions, _: Path | None) -> numpy.ndarray:
     """Summed negative log-likelihood and predicted tokens of every text: [texts, 2]."""
     return numpy.stack([predictions["loss"].numpy(), predictions["tokens"].numpy()], 1)
@@ -73,4 +78,5 @@ TINYSTORIES = Task(
     score=score,
     max_length=MAX_LENGTH,
     examples=examples,
+    evaluated=evaluated,
 )

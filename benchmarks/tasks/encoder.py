@@ -79,7 +79,12 @@ def similarities(predictions: Predictions, data_dir: Path | None) -> Tensor:
 def own(data_dir: Path | None) -> list[str]:
     """Sentences of STS-B train, labels unused."""
     pairs = read(data_dir, "stsb/train")
-    return without([*pairs["sentence1"], *pairs["sentence2"]], sentences(data_dir)[0])
+    return without([*pairs["sentence1"], *pairs["sentence2"]], evaluated(data_dir))
+
+
+def evaluated(data_dir: Path | None) -> list[str]:
+    """The different sentences of STS-B dev."""
+    return sentences(data_dir)[0]
 
 
 def examples(predictions: Predictions, data_dir: Path | None) -> numpy.ndarray:
@@ -97,4 +102,5 @@ STSB = Task(
     score=score,
     max_length=128,
     examples=examples,
+    evaluated=evaluated,
 )

@@ -54,6 +54,10 @@ class Glue:
         """The texts of the train split, less those that are evaluated on."""
         return without(self.texts(data_dir, "train"), self.texts(data_dir, self.dev))
 
+    def evaluated(self, data_dir: Path | None) -> list[Text]:
+        """The texts that are evaluated on."""
+        return self.texts(data_dir, self.dev)[: self.examples]
+
     def predicted(self, predictions: Predictions) -> numpy.ndarray:
         """The class or number of every example: [examples]."""
         logits = predictions["logits"]
@@ -73,7 +77,7 @@ def load(folder: str | None) -> tuple[PreTrainedModel, Any]:
 @torch.inference_mode()
 def predict(model: nn.Module, tokenizer: Any, data_dir: Path | None, *, glue: Glue) -> Predictions:
     """Logits of the dev examples in the order of the file: [examples, labels]."""
-    texts = glue.texts(data_dir, glue.dev)[: glue.examples]
+    texts = glue.evaluated(data_dir)
     rows = [tokenizer(*([text] if isinstance(text, str) else text), truncation=True, max_length=MAX_LENGTH) for text in texts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     logits: dict[int, Tensor] = {}
@@ -117,6 +121,7 @@ def task(name: str, glue: Glue) -> Task:
         score=partial(score, glue=glue),
         max_length=MAX_LENGTH,
         examples=partial(examples, glue=glue),
+        evaluated=glue.evaluated,
     )
 
 

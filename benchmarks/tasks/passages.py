@@ -5,7 +5,7 @@ Questions are short and paragraphs long: a repair that is right for one kind of 
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,9 @@ def examples(predictions: Predictions, data_dir: Path | None) -> numpy.ndarray:
     return correct[:, None]
 
 
-def own(data_dir: Path | None) -> list[str]:
-    """Paragraphs and questions of the other articles."""
-    paragraphs, questions, _ = questions_and_paragraphs(data_dir, "train")
+def texts(data_dir: Path | None, split: str) -> list[str]:
+    """Paragraphs and questions of a split: the one that is evaluated on has other articles than the other."""
+    paragraphs, questions, _ = questions_and_paragraphs(data_dir, split)
     return [*paragraphs, *questions]
 
 
@@ -69,9 +69,10 @@ PASSAGES = Task(
     name="passages",
     metrics={"accuracy": True, "paragraphs cosine": True, "questions cosine": True},
     load=load_encoder,
-    own=own,
+    own=partial(texts, split="train"),
     predict=predict,
     score=score,
     max_length=MAX_LENGTH,
     examples=examples,
+    evaluated=partial(texts, split="dev"),
 )

@@ -108,9 +108,16 @@ def examples(predictions: Predictions, data_dir: Path | None, *, every: int) -> 
 
 def own(data_dir: Path | None) -> list[Text]:
     """Questions with their paragraphs, no answers, less those that are evaluated on."""
-    train, dev = (read(data_dir, f"squad/{split}") for split in ("train", "dev"))
-    pairs = list(zip(train["question"], train["context"], strict=True))
-    return without(pairs, dev["context"])
+    return without(_pairs(read(data_dir, "squad/train")), read(data_dir, "squad/dev")["context"])
+
+
+def evaluated(data_dir: Path | None, every: int) -> list[Text]:
+    """The questions that are asked, with their paragraphs."""
+    return _pairs(asked(data_dir, every))
+
+
+def _pairs(rows: Dataset) -> list[Text]:
+    return list(zip(rows["question"], rows["context"], strict=True))
 
 
 def squad(every: int = 1) -> Task:
@@ -124,6 +131,7 @@ def squad(every: int = 1) -> Task:
         score=partial(score, every=every),
         max_length=MAX_LENGTH,
         examples=partial(examples, every=every),
+        evaluated=partial(evaluated, every=every),
     )
 
 

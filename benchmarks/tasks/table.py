@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy
 from torch import Tensor, nn
@@ -26,21 +26,23 @@ class Source:
     """Where calibration texts come from.
 
     Attributes:
-        own: the task's train split, without labels; C4 otherwise.
+        of: `"own"`, the task's train split; `"evaluated"`, what it is evaluated on; `"c4"`. None of them with labels.
         sentences: whether they are split into sentences first.
         mixed_lengths: whether `liar.calibration` takes long ones in pieces, as it does by default.
     """
 
-    own: bool = False
+    of: Literal["own", "evaluated", "c4"] = "c4"
     sentences: bool = False
     mixed_lengths: bool = True
 
 
 SOURCES = {
-    "own": Source(own=True),
+    "own": Source("own"),
     "c4": Source(),
     "c4-whole": Source(mixed_lengths=False),
     "c4-sentences": Source(sentences=True),
+    # Not what a user has, but about what a repair could do with the best of texts.
+    "evaluated": Source("evaluated"),
 }
 
 
@@ -57,6 +59,7 @@ class Task:
         score: (predictions, the dense model's predictions, data folder) -> numbers.
         max_length: of calibration texts, in tokens.
         examples: (predictions, data folder) -> what the first number is a statistic of, [examples, columns]; see `paired.py`.
+        evaluated: data folder -> the texts (or pairs) that `predict` reads, as calibration texts; None where there are none.
         pack: whether calibration texts are joined and cut into full sequences, as language models are trained.
     """
 
@@ -68,12 +71,20 @@ class Task:
     score: Callable[[Predictions, Predictions, Path | None], dict[str, float]]
     max_length: int
     examples: Callable[[Predictions, Path | None], numpy.ndarray]
+    evaluated: Callable[[Path | None], Sequence[Text]] | None = None
     pack: bool = False
 
     def texts(self, data_dir: Path | None, source: str, seed: int) -> list[Text]:
-        """Calibration texts of a source in the order of a seed."""
+        """Calibration texts of a source in the order of a seed.
+
+        Raises:
+            SystemExit: the task cannot give what it is evaluated on.
+        """
         chosen = SOURCES[source]
-        texts = self.own(data_dir) if chosen.own else _c4(data_dir, sentences=chosen.sentences)
+        if chosen.of == "evaluated" and self.evaluated is None:
+            raise SystemExit(f"{self.name} has no texts for --source {source}: what it is evaluated on is not read as texts")
+        given = {"own": self.own, "evaluated": self.evaluated}.get(chosen.of)
+        texts = given(data_dir) if given else _c4(data_dir, sentences=chosen.sentences)
         return random.Random(seed).sample(texts, len(texts))
 
 

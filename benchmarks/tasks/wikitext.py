@@ -69,9 +69,9 @@ def score(predictions: Predictions, dense: Predictions, data_dir: Path | None) -
     }
 
 
-def own(data_dir: Path | None) -> list[str]:
-    """Articles of the train split."""
-    return [article for article in ARTICLE.split(joined(data_dir, "train")) if article.strip()]
+def articles(data_dir: Path | None, split: str) -> list[str]:
+    """Articles of a split."""
+    return [article for article in ARTICLE.split(joined(data_dir, split)) if article.strip()]
 
 
 def wikitext(length: int, *, stride: int | None = None, tokens: int | None = None) -> Task:
@@ -86,11 +86,12 @@ def wikitext(length: int, *, stride: int | None = None, tokens: int | None = Non
         name=f"wikitext-{length}" + (f"-stride-{stride}" if stride else "") + (f"-first-{tokens}" if tokens else ""),
         metrics={"perplexity": False},
         load=load_causal,
-        own=own,
+        own=partial(articles, split="train"),
         predict=partial(predict, length=length, stride=stride or length, tokens=tokens),
         score=score,
         max_length=length,
         examples=examples,
+        evaluated=None if tokens else partial(articles, split="test"),
         pack=True,
     )
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks.tasks.causal import load_causal
 from benchmarks.tasks.table import Predictions, Task
-from benchmarks.tasks.wikitext import own
+from benchmarks.tasks.wikitext import articles
 
 TASK_NAMES = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 SHOTS = 0
@@ -112,7 +112,7 @@ def commonsense(limit: int | None) -> Task:
         name="commonsense" + (f"-first-{limit}" if limit else ""),
         metrics={"acc": True},
         load=load_causal,
-        own=own,
+        own=partial(articles, split="train"),
         predict=partial(predict, limit=limit),
         score=partial(score, limit=limit),
         max_length=512,
