@@ -59,7 +59,7 @@ def sentences(data_dir: Path | None) -> tuple[list[str], Tensor]:
 
 def predict(model: nn.Module, tokenizer: Any, data_dir: Path | None) -> Predictions:
     """Embeddings of the different sentences of STS-B dev: [sentences, hidden]."""
-    return {"embeddings": embed(model, tokenizer, sentences(data_dir)[0])}
+    return {"embeddings": embed(model, tokenizer, evaluated(data_dir))}
 
 
 def score(predictions: Predictions, dense: Predictions, data_dir: Path | None) -> dict[str, float]:

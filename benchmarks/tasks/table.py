@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -81,10 +82,11 @@ class Task:
             SystemExit: the task cannot give what it is evaluated on.
         """
         chosen = SOURCES[source]
-        if chosen.of == "evaluated" and self.evaluated is None:
+        readers = {"own": self.own, "evaluated": self.evaluated, "c4": partial(_c4, sentences=chosen.sentences)}
+        reader = readers[chosen.of]
+        if reader is None:
             raise SystemExit(f"{self.name} has no texts for --source {source}: what it is evaluated on is not read as texts")
-        given = {"own": self.own, "evaluated": self.evaluated}.get(chosen.of)
-        texts = given(data_dir) if given else _c4(data_dir, sentences=chosen.sentences)
+        texts = reader(data_dir)
         return random.Random(seed).sample(texts, len(texts))
 
 
