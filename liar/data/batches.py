@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from liar.errors import CalibrationError
-from liar.models import base_and_prefix, takes_choices
+from liar.models import base_and_prefix, discover, takes_choices
 from liar.options import is_iterable
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 ROWS = 32
 # What a forward that only says *args and **kwargs is given.
 INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
+# What models of images and of sound read in place of ids.
+SIGNALS = ("pixel_values", "input_values", "input_features")
 IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # As in transformers: a label that does not count.
 IGNORED = -100
@@ -51,9 +53,58 @@ def read_batches(data: Iterable[Any], model: nn.Module) -> list[tuple[Batch, Any
 
 
 def main_input(batch: Batch) -> Tensor:
-    """The ids [sequences, length], or in place of them the embeddings [sequences, length, channels]."""
-    value: Tensor = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
+    """The ids [sequences, length], or in place of them embeddings [sequences, length, channels], or a signal [sequences, *]."""
+    value: Tensor = next(batch[name] for name in ("input_ids", "inputs_embeds", *SIGNALS) if name in batch)
     return value
+
+
+def token_mask(batch: Batch, model: nn.Module) -> Tensor:
+    """Which positions are real tokens: bool [sequences, length]. A signal has those of the stream that enters the blocks."""
+    main, mask = main_input(batch), batch.get("attention_mask")
+    shape = main.shape[:2]
+    if is_signal(batch):
+        shape = stream_shape(model, batch)
+        if mask is not None and mask.shape != shape:
+            # Models of sound shorten it; transformers' method for that has been there since the first of them.
+            base: Any = base_and_prefix(model)[0]
+            mask = base._get_feature_vector_attention_mask(shape[1], mask)
+    return torch.ones(shape, dtype=torch.bool, device=main.device) if mask is None else mask.bool()
+
+
+def is_signal(batch: Batch) -> bool:
+    """Whether the model reads an image or a sound, and makes tokens of it itself."""
+    return batch.keys().isdisjoint(("input_ids", "inputs_embeds"))
+
+
+class _Entered(Exception):
+    """Ends a forward pass at the first block."""
+
+
+def stream_shape(model: nn.Module, batch: Batch) -> torch.Size:
+    """[sequences, length] of what enters the blocks of a model.
+
+    Raises:
+        CalibrationError: the model does not take the batch.
+    """
+    base, _ = base_and_prefix(model)
+    shapes: list[torch.Size] = []
+
+    def note(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        shapes.append((args[0] if args else kwargs["hidden_states"]).shape[:2])
+        raise _Entered
+
+    handle = model.get_submodule(discover(model).blocks[0]).register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            base(**batch)
+    except _Entered:
+        pass
+    except Exception as error:
+        actual = {name: list(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
+        raise CalibrationError(f"{type(base).__name__} does not take a calibration batch with {actual}: {error}") from error
+    finally:
+        handle.remove()
+    return shapes[0]
 
 
 def _accepted(base: nn.Module) -> set[str]:
@@ -134,7 +185,7 @@ def _column(name: str, values: list[Any], lengths: list[int]) -> Tensor | None:
 
 def _as_batch(batch: Any, number: int, accepted: set[str], model: nn.Module, device: torch.device) -> Batch:
     if isinstance(batch, Tensor):
-        batch = {"input_ids": batch}
+        batch = {getattr(model, "main_input_name", "input_ids"): batch}
     if not isinstance(batch, Mapping):
         raise CalibrationError(
             f"calibration batch {number}: expected a mapping with input_ids or a tensor of ids, got a {type(batch).__name__}"
@@ -185,6 +236,9 @@ def _labels(batch: Any, device: torch.device) -> Any:
 
 def _check_batch(batch: Batch, number: int, model: nn.Module, unused: list[str]) -> None:
     where = f"calibration batch {number}"
+    if (signal := getattr(model, "main_input_name", None)) in SIGNALS:
+        _check_signal(batch.get(signal), f"{where}: expected {signal}")
+        return
     ids, embeds, mask = (batch.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
     main = ids if ids is not None else embeds
     if not isinstance(main, Tensor) or main.ndim != (2 if main is ids else 3):
@@ -214,6 +268,15 @@ def _check_batch(batch: Batch, number: int, model: nn.Module, unused: list[str])
         raise CalibrationError(f"{where}: expected a dense attention_mask, got {mask.layout}")
     if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
         raise CalibrationError(f"{where}: expected an attention_mask of 1 for real tokens and 0 for padding, got other values")
+
+
+def _check_signal(signal: Any, expected: str) -> None:
+    if not isinstance(signal, Tensor) or not signal.is_floating_point() or signal.ndim < 2:
+        actual = f"{signal.dtype} {list(signal.shape)}" if isinstance(signal, Tensor) else f"a {type(signal).__name__}"
+        raise CalibrationError(
+            f"{expected}, a tensor of floats with a row for each image or sound, got {actual}; call the model's processor with "
+            "return_tensors='pt'"
+        )
 
 
 def _derived_mask(batch: Batch, number: int, model: nn.Module) -> Batch:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from liar.data.batches import Batch, main_input, read_batches
+from liar.data.batches import Batch, is_signal, main_input, read_batches, token_mask
 from liar.data.copies import find_copies
 from liar.errors import CalibrationError
 from liar.models import check_default_device, check_model
@@ -68,8 +68,9 @@ class Calibration:
         """Check what the user gave, before any forward pass, and move it to the model's device.
 
         Args:
-            data: a DataLoader, or any iterable of batches; a batch is a mapping with `input_ids` (or `inputs_embeds`) and
-                perhaps `attention_mask` and other arguments of the model, or a tensor of ids [sequences, length]. Its
+            data: a DataLoader, or any iterable of batches; a batch is a mapping with `input_ids` (or `inputs_embeds`, or the
+                `pixel_values` or `input_values` of a model of images or sound) and perhaps `attention_mask` and other
+                arguments of the model, or a tensor of ids [sequences, length]. Its
                 `labels` are kept beside: the model does not get them. Rows of a tokenised `datasets.Dataset`, mappings with
                 one sequence each, are put together in batches. Choices of multiple-choice models [sequences, choices, length]
                 are sequences of their own. A `Calibration` is returned as it is.
@@ -98,7 +99,7 @@ class Calibration:
             raise CalibrationError(
                 "the calibration data is empty: expected at least one batch, got none (a used-up generator?)"
             )
-        token_masks = [_token_mask(batch) for batch in batches]
+        token_masks = [token_mask(batch, model) for batch in batches]
         tokens = sum(int(mask.sum()) for mask in token_masks)
         if not tokens:
             raise CalibrationError(
@@ -125,14 +126,6 @@ class Calibration:
         return tuple(itertools.accumulate(lengths, initial=self.first_sequence))
 
 
-def _token_mask(batch: Batch) -> Tensor:
-    mask = batch.get("attention_mask")
-    if mask is not None:
-        return torch.as_tensor(mask).bool()
-    main = main_input(batch)
-    return torch.ones(main.shape[:2], dtype=torch.bool, device=main.device)
-
-
 def _folds(
     batches: Sequence[Batch], token_masks: Sequence[Tensor], first_sequence: int, length: int
 ) -> tuple[tuple[Tensor, ...], int]:
@@ -146,7 +139,7 @@ def _folds(
     for batch, mask, start in zip(batches, token_masks, starts, strict=False):
         sequence = torch.arange(start, start + len(mask), device=mask.device)[:, None].expand_as(mask)
         numbers.append(torch.stack([sequence, (mask.cumsum(1) - 1) // length])[:, mask].cpu())
-        keys.append(_keys(batch)[mask].cpu())
+        keys.append(_keys(batch, mask)[mask].cpu())
     sequence, piece_of = torch.cat(numbers, 1)
     # Tokens of one piece are neighbours.
     is_first = torch.ones_like(sequence, dtype=torch.bool)
@@ -163,9 +156,13 @@ def _folds(
     return tuple(part.to(mask.device) for part, mask in zip(parts, token_masks, strict=True)), int(new.sum())
 
 
-def _keys(batch: Batch) -> Tensor:
-    """A number for every token, the same for the same token: int64 [sequences, length]."""
+def _keys(batch: Batch, token_mask: Tensor) -> Tensor:
+    """A number for every token, the same for the same token, or for the same image or sound: int64 [sequences, length]."""
     main = main_input(batch)
+    if is_signal(batch):
+        rows = main.double().flatten(1)
+        keys = (rows * torch.arange(1, rows.shape[1] + 1, device=main.device)).sum(1).view(torch.int64)
+        return keys[:, None] + torch.arange(token_mask.shape[1], device=main.device)
     if main.ndim == 2:
         return main
     return (main.double() * torch.arange(1, main.shape[2] + 1, device=main.device)).sum(2).view(torch.int64)
