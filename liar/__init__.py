@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from liar.errors import LiarError
     from liar.io import load, save
     from liar.mask import Mask
-    from liar.models import Family, FusedProducer, SitePattern, discover, families, register
+    from liar.models import Family, FusedProducer, HeadArgument, SitePattern, discover, families, register
     from liar.report import Report, plot
     from liar.selection import Costs, CriterionStatistics, collect, flops, latency
     from liar.surgery import remove
@@ -32,7 +32,7 @@ _MODULES = {
     "errors": ("LiarError",),
     "io": ("load", "save"),
     "mask": ("Mask",),
-    "models": ("Family", "FusedProducer", "SitePattern", "discover", "families", "register"),
+    "models": ("Family", "FusedProducer", "HeadArgument", "SitePattern", "discover", "families", "register"),
     "report": ("Report", "plot"),
     "selection": ("Costs", "CriterionStatistics", "collect", "flops", "latency"),
     "surgery": ("remove",),
@@ -46,6 +46,7 @@ __all__ = [
     "CriterionStatistics",
     "Family",
     "FusedProducer",
+    "HeadArgument",
     "Interpolation",
     "LiarError",
     "Mask",

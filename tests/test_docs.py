@@ -239,7 +239,7 @@ def test_api_page_has_the_verdicts_and_errors():
         assert f"`{kind.__name__}`" in sections()["LiarError"]
 
 
-@pytest.mark.parametrize("thing", ["Family", "FusedProducer", "SitePattern"])
+@pytest.mark.parametrize("thing", ["Family", "FusedProducer", "HeadArgument", "SitePattern"])
 def test_extending_explains_every_field(thing):
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     (section,) = re.findall(rf"^### The fields of `{thing}`$(.*?)^##", text, re.MULTILINE | re.DOTALL)

@@ -132,7 +132,10 @@ RECONSTRUCT = {
     "empty list": Case(lambda m: reconstruct(m, {"neurons.1": []}), MaskError, r"neurons\.1 .*nothing is kept"),
     # the model
     "unknown family": Case(
-        reconstruct, ModelError, "known family .bert, gpt2, llama.*got config.model_type='nobody-knows-this'.*register", renamed
+        reconstruct,
+        ModelError,
+        "known family, got config.model_type='nobody-knows-this'; `liar families` lists .*register",
+        renamed,
     ),
     "no configuration": Case(
         lambda m: reconstruct(m, batches=tiny_batches(tiny_model())), ModelError, "without config.model_type", nameless

@@ -56,6 +56,7 @@ PUBLIC = (
     "CriterionStatistics",
     "Family",
     "FusedProducer",
+    "HeadArgument",
     "Interpolation",
     "LiarError",
     "Mask",

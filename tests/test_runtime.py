@@ -105,17 +105,38 @@ def test_blocks_one_by_one_are_the_whole_model(model):
             torch.testing.assert_close(last, states[-1], rtol=0, atol=0)
 
 
-def test_recording_runs_no_block_and_puts_forwards_back(model):
+def test_recording_runs_the_first_block_once_and_puts_forwards_back(model):
     blocks = list(reference.blocks(model))
     ran = []
     blocks[0].register_forward_pre_hook(lambda *_: None)
-    inner = blocks[0].attention if model.config.model_type == "bert" else blocks[0].self_attn
-    inner.register_forward_pre_hook(lambda *_: ran.append(1))
+    for number, block in enumerate(blocks):
+        inner = block.attention if model.config.model_type == "bert" else block.self_attn
+        inner.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
     before = model_state(model)
     with torch.no_grad():
         recorded(model, blocks, batches_for(model))
-    assert not ran
+    assert ran == [0]
     assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("length", [None, 1, 2])
+def test_recording_hands_hidden_states_on_as_the_blocks_do(length):
+    """Alone, or in a tuple of one or more: what comes after the blocks unpacks it."""
+    model = tiny_model("bert")
+    blocks = list(reference.blocks(model))
+    for block in blocks:
+        original = block.forward
+        block.forward = lambda *args, original=original, **kwargs: (
+            original(*args, **kwargs) if length is None else (original(*args, **kwargs), *[None] * (length - 1))
+        )
+    returned = []
+    for block in blocks[:-1]:
+        block.register_forward_hook(lambda _module, _args, output: returned.append(output))
+    with torch.no_grad():
+        recorded(model, blocks, batches_for(model))
+    for output in returned:
+        assert isinstance(output, torch.Tensor) if length is None else [type(output), len(output)] == [tuple, length]
+    assert returned
 
 
 def test_an_override_of_forward_survives(model):

@@ -198,10 +198,7 @@ def test_a_teacher_of_another_shape_is_refused(other, message):
 
 def test_a_parallel_block_is_repaired(registry):
     """The residual stream of the feed-forward part is the block's input and the attention's output together."""
-    from test_models import GPTJ  # noqa: PLC0415 (its table is registered for this test alone)
-
-    liar.register(GPTJ)
-    model = tiny_model("gptj", attention="eager", rotary_dim=4, n_inner=64)
+    model = tiny_model("gptj")
     batches, new, mask = tiny_batches(model, batches=6, sequences=16), tiny_batches(model, seed=5), every_other(model)
     cut, repaired = copy.deepcopy(model), copy.deepcopy(model)
     liar.remove(cut, mask)

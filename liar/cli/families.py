@@ -17,5 +17,7 @@ def families() -> None:
     """
     from liar.models import families as registered  # noqa: PLC0415 (help needs no torch)
 
-    for family in registered():
-        typer.echo(f"{family.model_type:12} {family.note}")
+    known = sorted(registered(), key=lambda family: family.model_type)
+    width = max(len(family.model_type) for family in known)
+    for family in known:
+        typer.echo(f"{family.model_type:{width}} {family.note}")

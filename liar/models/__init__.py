@@ -2,7 +2,7 @@
 
 from liar.models.family import Family, FusedProducer, SitePattern
 from liar.models.layers import Axis, LayerView, is_plain
-from liar.models.layout import Edge, Layout, Segment, Site, layer_of
+from liar.models.layout import Edge, HeadArgument, Layout, Segment, Site, layer_of
 from liar.models.ownership import check_default_device, check_model, why_unusable
 from liar.models.registry import base_and_prefix, discover, discover_with_weights, families, family_of, register, takes_choices
 
@@ -11,6 +11,7 @@ __all__ = [
     "Edge",
     "Family",
     "FusedProducer",
+    "HeadArgument",
     "LayerView",
     "Layout",
     "Segment",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from liar.errors import ModelError
-from liar.models.layout import Kind
+from liar.models.layout import HeadArgument, Kind
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class SitePattern:
         group_size: attribute path of the query heads that share one key/value head; None where none are shared.
         size_attributes: attribute paths of integers in proportion to the number of units (corrected when the model is cut).
         config_keys: keys of the configuration in proportion to the number of units.
+        output_scale: attribute path of a number, or of a parameter with one for each channel, by which the consumer's output
+            is multiplied before it is added to the residual stream.
+        output_norm: module that normalises the consumer's output before it is added to the residual stream.
+        unit_parameters: paths of further parameters whose first dimension is in proportion to the number of units.
+        head_argument: an argument of the attention with an entry for each head.
 
     Example:
         >>> neurons = SitePattern("neurons", ("intermediate.dense",), "output.dense", residual=("output", 1))
@@ -61,6 +66,10 @@ class SitePattern:
     group_size: str | None = None
     size_attributes: tuple[str, ...] = ()
     config_keys: tuple[str, ...] = ()
+    output_scale: str | None = None
+    output_norm: str | None = None
+    unit_parameters: tuple[str, ...] = ()
+    head_argument: HeadArgument | None = None
 
     def __post_init__(self) -> None:
         """Find what Python would take silently: a kind nothing knows, a name in place of a tuple of names.
@@ -70,11 +79,13 @@ class SitePattern:
         """
         if self.kind not in get_args(Kind):
             raise ModelError(f"kind={self.kind!r}: expected one of {', '.join(map(repr, get_args(Kind)))}")
-        for name in ("producers", "size_attributes", "config_keys"):
+        for name in ("producers", "size_attributes", "config_keys", "unit_parameters"):
             if not isinstance(value := getattr(self, name), tuple):
                 raise ModelError(f"{name}={value!r}: expected a tuple of names, got a {type(value).__name__}")
         if not isinstance(self.residual, tuple) or len(self.residual) != 2:
             raise ModelError(f"residual={self.residual!r}: expected (module, index of a positional argument of its forward)")
+        if self.output_scale is not None and self.output_norm is not None:
+            raise ModelError(f"{self.kind}: expected output_scale or output_norm, got both")
 
 
 @dataclass(frozen=True)
@@ -88,19 +99,23 @@ class Family:
         is_pre_norm: True if a block outputs its last residual sum as it is and the next reader normalises it (LLaMA, GPT-2);
             False if a block normalises its sums itself (BERT).
         is_parallel: True if attention and feed-forward part read the same residual stream and are added to it together
-            (GPT-J); False if the feed-forward part reads the sum with the attention.
+            (GPT-J); False if the feed-forward part reads the sum with the attention. The name of an entry of the configuration
+            where that says it (GPT-NeoX).
+        requires: entries of the configuration with the value that the table is made for, where another would build blocks that
+            it does not describe; a model without that entry is taken.
         note: one line for people, shown by `liar families`.
 
     Example:
-        >>> [family.model_type for family in liar.families()]
-        ['bert', 'gpt2', 'llama']
+        >>> {"bert", "gpt2", "llama"} <= {family.model_type for family in liar.families()}
+        True
     """
 
     model_type: str
     blocks: str
     patterns: tuple[SitePattern, ...]
     is_pre_norm: bool
-    is_parallel: bool = False
+    is_parallel: bool | str = False
+    requires: tuple[tuple[str, Any], ...] = ()
     note: str = ""
 
     def __post_init__(self) -> None:

@@ -56,6 +56,31 @@ class Edge:
 
 
 @dataclass(frozen=True)
+class HeadArgument:
+    """An argument of the attention that has an entry for each head, made outside of the block: a bias by position, say.
+
+    Once heads are cut, those entries are selected that belong to the kept ones.
+
+    Attributes:
+        module: whose forward takes it, relative to the block.
+        name: of the argument.
+        position: its index among the positional arguments, where it is passed as one of them.
+        dim: the dimension of its heads.
+        with_sequences: whether that dimension counts sequences, too, and for each of them its heads.
+
+    Example:
+        >>> HeadArgument("attention.attn", "position_bias", position=2, dim=1).with_sequences
+        False
+    """
+
+    module: str
+    name: str
+    position: int
+    dim: int
+    with_sequences: bool = False
+
+
+@dataclass(frozen=True)
 class Site:
     """A consumer layer whose input channels can be removed in units, with the producers that lose them too.
 
@@ -66,10 +91,14 @@ class Site:
         consumer: the layer whose input channels belong to the units.
         block: full name of the transformer block that holds the site; all other names are relative to it.
         residual: module, and the index of the positional argument of its forward that is the residual stream.
-        added_before: consumers of the same block whose output is added to the same residual stream before this one's
+        added_before: modules of the same block whose output is added to the same residual stream before this site's
             (parallel blocks); empty where the residual stream already contains them (sequential blocks).
         sublayer: module whose output may be replayed, if there is one (see `SitePattern`).
         size_attributes: attribute paths of integers in proportion to the number of units, corrected when cutting.
+        output_scale: attribute path of what the consumer's output is multiplied by before it is added (see `SitePattern`).
+        output_norm: module that normalises the consumer's output before it is added.
+        unit_parameters: paths of further parameters that lose rows with the units.
+        head_argument: an argument of the attention that has an entry for each head.
         query_heads: query heads per unit (1 for neurons and for attention without groups).
         parameters: parameters removed with one unit.
         out: output channels of the consumer.
@@ -86,6 +115,10 @@ class Site:
     added_before: tuple[str, ...]
     sublayer: str | None
     size_attributes: tuple[str, ...]
+    output_scale: str | None
+    output_norm: str | None
+    unit_parameters: tuple[str, ...]
+    head_argument: HeadArgument | None
     query_heads: int
     parameters: int
     out: int
@@ -94,6 +127,11 @@ class Site:
     def module(self) -> str:
         """Full name of the consumer inside the model."""
         return f"{self.block}.{self.consumer.module}"
+
+    @property
+    def added(self) -> str:
+        """The module whose output is added to the residual stream, but for the scale: the consumer, or the norm after it."""
+        return self.consumer.module if self.output_norm is None else self.output_norm
 
     @property
     def edges(self) -> tuple[Edge, ...]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 from importlib import import_module
 from operator import attrgetter
 from pkgutil import iter_modules
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +17,7 @@ from liar.models.family import Family, FusedProducer
 from liar.models.layers import LayerView, storage_of
 from liar.models.layout import Edge, Layout, Segment, Site
 from liar.models.ownership import check_model, check_owned, count_parameters
+from liar.models.refused import REFUSED
 
 
 def _shipped() -> Iterator[Family]:
@@ -49,8 +52,8 @@ def families() -> tuple[Family, ...]:
     """All known families.
 
     Example:
-        >>> [family.model_type for family in liar.families()]
-        ['bert', 'gpt2', 'llama']
+        >>> {"bert", "gpt2", "llama"} <= {family.model_type for family in liar.families()}
+        True
     """
     return tuple(_FAMILIES.values())
 
@@ -65,9 +68,14 @@ def family_of(model: nn.Module) -> Family:
     if isinstance(model_type, str) and model_type in _FAMILIES:
         return _FAMILIES[model_type]
     actual = f"config.model_type={model_type!r}" if model_type else f"a {type(model).__name__} without config.model_type"
+    if model_type in REFUSED:
+        raise ModelError(f"{actual} cannot be cut: {REFUSED[model_type]}")
+    near = ", ".join(get_close_matches(str(model_type), _FAMILIES, n=3))
+    among = f" (among them {near})" if near else ""
     raise ModelError(
-        f"expected a model of a known family ({', '.join(_FAMILIES)}), got {actual}; "
-        "add the family with liar.register(liar.Family(...)), see docs/extending.md"
+        f"expected a model of a known family, got {actual}; `liar families` lists the {len(_FAMILIES)} that are known"
+        f"{among}; add the family with liar.register(liar.Family(...)), "
+        "see docs/extending.md"
     )
 
 
@@ -117,6 +125,7 @@ def discover(model: nn.Module) -> Layout:
     """
     check_model(model)
     family = family_of(model)
+    _check_configuration(model, family)
     base, prefix = base_and_prefix(model)
     try:
         blocks = [f"{prefix}{family.blocks}.{i}" for i in range(len(base.get_submodule(family.blocks)))]  # type: ignore[arg-type]
@@ -147,6 +156,29 @@ def discover(model: nn.Module) -> Layout:
     )
 
 
+def _check_configuration(model: nn.Module, family: Family) -> None:
+    """Check that a model is built as its family's table says."""
+    for name, value in family.requires:
+        if (actual := getattr(model.config, name, value)) != value:
+            raise ModelError(
+                f"{type(model).__name__}: models of family {family.model_type!r} are cut with {name}={value!r} in their "
+                f"configuration, got {actual!r}, which builds other blocks; describe them in a table of your own "
+                "(liar.register, see docs/extending.md)"
+            )
+
+
+def _is_parallel(model: nn.Module, family: Family) -> bool:
+    """What a table says, or the entry of the configuration that it names."""
+    named = family.is_parallel
+    told: Any = getattr(model.config, named, None) if isinstance(named, str) else named
+    if not isinstance(told, bool):
+        raise ModelError(
+            f"the table of family {family.model_type!r} names the entry {named!r} of the configuration as is_parallel: "
+            f"expected True or False there, got {told!r}"
+        )
+    return told
+
+
 def _site(model: nn.Module, family: Family, block_name: str, layer: int, number: int) -> Site:
     block, pattern = model.get_submodule(block_name), family.patterns[number]
     consumer = _layer(block, block_name, pattern.consumer)
@@ -159,6 +191,9 @@ def _site(model: nn.Module, family: Family, block_name: str, layer: int, number:
         )
     producers = tuple(_producer(block, block_name, producer, units) for producer in pattern.producers)
     reader = Edge(pattern.consumer, "in", (Segment(0, head * heads, head * heads),))
+    made = dict(block.named_parameters())
+    rows = tuple(path for path in pattern.unit_parameters if path in made)
+    earlier = tuple(other.output_norm or other.consumer for other in family.patterns[:number])
     return Site(
         name=f"{pattern.kind}.{layer}",
         kind=pattern.kind,
@@ -168,11 +203,16 @@ def _site(model: nn.Module, family: Family, block_name: str, layer: int, number:
         consumer=reader,
         block=block_name,
         residual=pattern.residual,
-        added_before=tuple(earlier.consumer for earlier in family.patterns[:number]) if family.is_parallel else (),
+        added_before=earlier if _is_parallel(model, family) else (),
         sublayer=pattern.sublayer,
         size_attributes=pattern.size_attributes,
+        output_scale=pattern.output_scale,
+        output_norm=pattern.output_norm,
+        unit_parameters=rows,
+        head_argument=pattern.head_argument,
         query_heads=heads,
-        parameters=sum(_unit_parameters(block, edge) for edge in (*producers, reader)),
+        parameters=sum(_unit_parameters(block, edge) for edge in (*producers, reader))
+        + sum(block.get_parameter(path).numel() // units for path in rows),
         out=consumer.size("out"),
     )
 

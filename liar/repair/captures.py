@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from liar.errors import check_choice
 from liar.models import Site
-from liar.runtime import Point, residual_points, residual_sum
+from liar.runtime import Point, added_point, output_scale, residual_points, residual_sum
 
-# "stream" is the residual stream after the site: the residual and the consumer's output together.
+# "residual" is the residual stream before the site, "stream" the one after it: with the consumer's output, scaled or normalised
+# as the block does.
 Capture = Literal["producer_input", "consumer_input", "consumer_output", "residual", "stream"]
 
 
@@ -25,14 +26,18 @@ def capture_points(block: nn.Module, site: Site, captures: Sequence[Capture]) ->
         points["producer_input"] = Point(block.get_submodule(site.producers[0].module), 0)
     if "consumer_input" in captures:
         points["consumer_input"] = Point(consumer, 0)
-    if "consumer_output" in captures or "stream" in captures:
+    if "consumer_output" in captures:
         points["consumer_output"] = Point(consumer, None)
+    if "stream" in captures:
+        points["added"] = added_point(block, site)
     if "residual" in captures or "stream" in captures:
         points |= residual_points(block, site)
     return points
 
 
-def read_captures(activations: Mapping[str, Tensor], site: Site, captures: Sequence[Capture]) -> dict[str, Tensor]:
+def read_captures(
+    activations: Mapping[str, Tensor], block: nn.Module, site: Site, captures: Sequence[Capture]
+) -> dict[str, Tensor]:
     """The captures of one site, from the activations at its `capture_points`."""
     result: dict[str, Tensor] = {name: activations[name] for name in captures if name not in ("residual", "stream")}
     if "residual" in captures or "stream" in captures:
@@ -40,5 +45,7 @@ def read_captures(activations: Mapping[str, Tensor], site: Site, captures: Seque
         if "residual" in captures:
             result["residual"] = residual
         if "stream" in captures:
-            result["stream"] = residual + activations["consumer_output"]
+            # As the block does it: with a scale of 1 this is not another rounding.
+            added, scale = activations["added"], output_scale(block, site)
+            result["stream"] = residual + (added if site.output_scale is None else added * scale)
     return result

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from liar.errors import ModelError, at_site
+from liar.repair.captures import Capture
 from liar.repair.context import RepairContext
 from liar.repair.state import SiteState
 from liar.repair.step import RepairStep
-from liar.runtime import widen
+from liar.runtime import output_scale, widen
 from liar.solve import fit_drift
 from liar.statistics import Folds, check_finite
 
@@ -107,16 +108,19 @@ class RefitProducers(RepairStep):
 
 
 class FitToResidualStream(RepairStep):
-    """Fit the consumer to what the residual stream of the pruned model still lacks."""
+    """Fit the consumer to what the residual stream of the pruned model still lacks.
 
-    captures = frozenset({"stream"})
+    Where a norm comes between the two, no output of the consumer is the one that is lacking: it is fitted to its dense output.
+    """
+
+    captures = frozenset({"stream", "consumer_output"})
 
     def __init__(self, context: RepairContext) -> None:
         self.context = context
 
     def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
-        """Keep the dense stream after the site."""
-        site.put("target", batch, dense["stream"])
+        """Keep the dense stream after the site, or what the consumer gives."""
+        site.put("target", batch, dense["stream" if site.site.output_norm is None else "consumer_output"])
 
     def skip(self, site: SiteState) -> None:
         """The stream is the dense one."""
@@ -126,10 +130,15 @@ class FitToResidualStream(RepairStep):
     def repair(self, site: SiteState) -> None:
         """Fit on the pruned stream; the sublayer need not run again afterwards."""
         folds = self.context.new_folds()
-        for batch, pruned in site.run_pruned("consumer_input", "residual"):
+        captures: list[Capture] = ["consumer_input", "residual"] if site.site.output_norm is None else ["consumer_input"]
+        for batch, pruned in site.run_pruned(*captures):
             with site.walk.timed("statistics"):
                 target = widen(site.get("target", batch))
-                folds.update(pruned["consumer_input"], target - pruned["residual"], site.walk.tokens[batch])
+                if "residual" in pruned:
+                    target = target - pruned["residual"]
+                if site.site.output_scale is not None:
+                    target = target / output_scale(site.pruned_block, site.site)
+                folds.update(pruned["consumer_input"], target, site.walk.tokens[batch])
             site.keep_for_replay(batch, pruned["consumer_input"])
         site.discard("target")
         self.context.fit_consumer(site, folds)

@@ -75,22 +75,30 @@ def record_block_calls(
 ) -> None:
     """Store what enters the first block for every batch (as `stream`), and how every block is called (see `calls_of`).
 
-    The blocks themselves do not run: for this pass each only notes its arguments and hands the hidden states on. `numbers` are
-    the places of the batches in what the user gave, where these are some of them.
+    The blocks themselves do not run, but for the first, once: for this pass each only notes its arguments and hands the hidden
+    states on, in a tuple as long as the first block's if that returns one. `numbers` are the places of the batches in what the
+    user gave, where these are some of them.
 
     Raises:
         CalibrationError: the model does not take a batch.
     """
     running = 0
+    # How the blocks return hidden states: alone, or as the first of so many values.
+    length: int | None = None
+    first, has_run = blocks[0].forward, False
 
-    def recorder(index: int) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def recorder(index: int) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            nonlocal length, has_run
+            if not has_run:
+                output, has_run = first(hidden_states, *args, **kwargs), True
+                length = len(output) if isinstance(output, tuple) else None
             if index == 0:
                 store.put(stream, running, hidden_states)
             store.put(calls_of(stream, index), running, BlockCall(args, kwargs))
             if index == len(blocks) - 1:
                 raise StopForward
-            return hidden_states
+            return hidden_states if length is None else (hidden_states, *[None] * (length - 1))
 
         return forward
 

@@ -13,13 +13,27 @@ from liar.errors import ModelError
 from liar.mask import Mask
 from liar.models import Site, discover, layer_of
 from liar.runtime import exclusive
+from liar.surgery.heads import adopt_selection, select_heads
 from liar.surgery.stock import uniform_sizes
 
 
 def cut_site(block: nn.Module, site: Site, unit_mask: Tensor) -> None:
-    """Cut the producers and the consumer of a site to the kept units, and correct the sizes its modules remember."""
+    """Cut everything in a block that belongs to the units of a site to the kept ones.
+
+    That is its producers and its consumer, further parameters, and the sizes that its modules remember; what comes from
+    outside of the block is cut when it arrives.
+    """
     for edge in site.edges:
         layer_of(block, edge).select(edge.axis, edge.channels(unit_mask))
+    for path in site.unit_parameters:
+        owner, _, name = path.rpartition(".")
+        parameter = block.get_parameter(path)
+        by_unit = parameter.detach().reshape(site.units, -1, *parameter.shape[1:])
+        rows = by_unit.index_select(0, unit_mask.nonzero().squeeze(1).to(parameter.device)).flatten(0, 1)
+        setattr(block.get_submodule(owner), name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
+    if site.head_argument is not None:
+        attention = block.get_submodule(site.head_argument.module)
+        select_heads(attention, site.head_argument, unit_mask.repeat_interleave(site.query_heads))
     for path in site.size_attributes:
         owner, _, name = path.rpartition(".")
         module = block.get_submodule(owner)
@@ -51,16 +65,18 @@ def check_adoptable(block: nn.Module, pruned_block: nn.Module) -> None:
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Put every parameter, size and entry of the configuration back if the block ends with an error or is interrupted."""
-    modules = [(module, dict(vars(module)), dict(module._parameters)) for module in model.modules()]
+    inner = ("_parameters", "_buffers", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+    modules = [(module, dict(vars(module)), {name: dict(vars(module)[name]) for name in inner}) for module in model.modules()]
     config = dict(vars(model.config))
     try:
         yield
     except BaseException:
-        for module, attributes, parameters in modules:
+        for module, attributes, contents in modules:
             vars(module).clear()
             vars(module).update(attributes)
-            module._parameters.clear()
-            module._parameters.update(parameters)
+            for name, content in contents.items():
+                vars(module)[name].clear()
+                vars(module)[name].update(content)
         vars(model.config).clear()
         vars(model.config).update(config)
         raise
@@ -74,6 +90,7 @@ def adopt(block: nn.Module, pruned_block: nn.Module) -> None:
         for name, value in vars(cut_module).items():
             if type(value) is int and vars(module).get(name) != value:
                 setattr(module, name, value)
+        adopt_selection(module, cut_module)
 
 
 def remove(model: nn.Module, mask: Mask | Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from liar.errors import CheckpointError
+from liar.errors import CheckpointError, ModelError
 from liar.models import Layout, Site, SitePattern, discover, family_of
 
 # Parts a class builds unless an argument of its constructor is False -> the module. No configuration says so.
@@ -69,7 +69,22 @@ def _is_stock(model: nn.Module, layout: Layout, pattern: SitePattern, count: int
     if built is None:
         return False
     expected = [(site.name, count if site.kind == pattern.kind else site.units, _widths(site)) for site in layout.sites]
-    return expected == [(site.name, site.units, _widths(site)) for site in discover(built).sites]
+    try:
+        found = [(site.name, site.units, _widths(site)) for site in discover(built).sites]
+    except ModelError:  # some classes build heads that do not add up to their layers
+        return False
+    return found == expected and _others(built, layout) == _others(model, layout)
+
+
+def _others(model: nn.Module, layout: Layout) -> dict[str, torch.Size]:
+    """Shapes of the parameters that belong to no site: an entry of the configuration may size more than the blocks."""
+    layers = {f"{site.block}.{edge.module}" for site in layout.sites for edge in site.edges}
+    rows = {f"{site.block}.{path}" for site in layout.sites for path in site.unit_parameters}
+    return {
+        name: value.shape
+        for name, value in model.named_parameters()
+        if name.rpartition(".")[0] not in layers and name not in rows
+    }
 
 
 def _widths(site: Site) -> list[int]:

@@ -20,8 +20,10 @@ from liar.runtime import (
     ActivationStore,
     BlockCall,
     Point,
+    added_point,
     calls_of,
     capture_activations,
+    output_scale,
     preserve_model_state,
     record_block_calls,
     replay_output,
@@ -90,13 +92,13 @@ def streams(model: nn.Module, layout: Layout, batches: Sequence[Mapping[str, Ten
             for site_name, value in activations.items():
                 close(value, in_model[site_name], tokens, f"{site_name}: a block run alone differs from the model")
             for site in layout.of_block(name):
-                beside = [other for other in layout.of_block(name) if site.consumer.module in other.added_before]
+                beside = [other for other in layout.of_block(name) if site.added in other.added_before]
                 close(
                     _shifted(block, site, beside, hidden, call),
                     after,
                     tokens,
-                    f"{site.name}: what comes out of the block is not a function of residual + consumer output; "
-                    f"check residual={site.residual} and is_parallel in the family's table",
+                    f"{site.name}: what comes out of the block is not a function of residual + consumer output; check "
+                    f"residual={site.residual}, is_parallel, output_scale and output_norm in the family's table",
                 )
             for site in layout.of_block(name):
                 _norm(block, layout, site, hidden, call, tokens)
@@ -105,10 +107,11 @@ def streams(model: nn.Module, layout: Layout, batches: Sequence[Mapping[str, Ten
 
 def _norm(block: nn.Module, layout: Layout, site: Site, hidden: Tensor, call: BlockCall, token_mask: Tensor) -> None:
     """What is added to the stream of a pre-norm block comes out of it as it is; a post-norm block normalises it."""
-    consumer = block.get_submodule(site.consumer.module)
-    outputs = []
+    outputs, scale = [], output_scale(block, site)
     for added in (0.0, LARGE):
-        handle = consumer.register_forward_hook(lambda _module, _args, output, added=added: output + added)
+        handle = block.get_submodule(site.added).register_forward_hook(
+            lambda _module, _args, output, added=added: output + added / scale
+        )
         try:
             outputs.append(run_block(block, hidden, call)[token_mask].double())
         finally:
@@ -122,14 +125,14 @@ def _norm(block: nn.Module, layout: Layout, site: Site, hidden: Tensor, call: Bl
 
 
 def _shifted(block: nn.Module, site: Site, beside: Sequence[Site], hidden: Tensor, call: BlockCall) -> Tensor:
-    """The block's output if it reads other hidden states, and the consumer's output makes up for that in the residual sum.
+    """The block's output if it reads other hidden states, and what the site adds makes up for that in the residual sum.
 
-    Consumers `beside` it, which read the same hidden states in a parallel block, return what they returned before.
+    Sites `beside` it, which read the same hidden states in a parallel block, add what they added before.
     """
     points = residual_points(block, site)
     other = hidden + torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
-    unchanged = {each.name: _output(block, each) for each in beside}
-    with capture_activations(points | {"out": _output(block, site)} | unchanged) as activations:
+    unchanged = {each.name: added_point(block, each) for each in beside}
+    with capture_activations(points | {"out": added_point(block, site)} | unchanged) as activations:
         run_block(block, hidden, call)
     with capture_activations(points) as moved:
         run_block(block, other, call)
@@ -138,16 +141,12 @@ def _shifted(block: nn.Module, site: Site, beside: Sequence[Site], hidden: Tenso
         residual.shape == out.shape,
         f"{site.name}: the residual has another shape than the consumer's output; check residual={site.residual}",
     )
-    replacement = residual + out - residual_sum(moved, site)
-    outputs = {site.consumer.module: replacement} | {each.consumer.module: activations[each.name] for each in beside}
+    replacement = out + (residual - residual_sum(moved, site)) / output_scale(block, site)
+    outputs = {site.added: replacement} | {each.added: activations[each.name] for each in beside}
     with ExitStack() as hooks:
         for name, output in outputs.items():
             hooks.enter_context(replay_output(block.get_submodule(name), output))
         return run_block(block, other, call)
-
-
-def _output(block: nn.Module, site: Site) -> Point:
-    return Point(block.get_submodule(site.consumer.module), None)
 
 
 def cut(model: nn.Module, layout: Layout, mask: Mask, batches: Sequence[Mapping[str, Tensor]]) -> None:
@@ -201,7 +200,8 @@ def _as_zeroed(model: nn.Module, cut: nn.Module, layout: Layout, mask: Mask, bat
             output = last_hidden(cut, batch)
         except (RuntimeError, TypeError, ValueError) as error:
             raise AssertionError(
-                f"the cut model does not run: {error}; check producers and size_attributes in the family's table"
+                f"the cut model does not run: {error}; check producers, size_attributes, unit_parameters and head_argument in "
+                "the family's table"
             ) from error
         close(output, last_hidden(zeroed, batch), token_mask, "cutting differs from zeroing the weights")
 

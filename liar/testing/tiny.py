@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +26,45 @@ _SIZES = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-_TYPE_SIZES: dict[str, dict[str, Any]] = {"llama": {"num_key_value_heads": 2}}
+# Further entries, of the types whose configuration has them.
+_GROUPS = {"num_key_value_heads": 2}
+_SOUND = {
+    "conv_dim": (32, 32),
+    "conv_kernel": (8, 4),
+    "conv_stride": (8, 4),
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}
+# What a type needs, or should have so that everything in its table matters.
+_TYPE_SIZES: dict[str, dict[str, Any]] = {
+    "bert-generation": {"is_decoder": True},
+    "clip_vision_model": {"image_size": 16, "patch_size": 8},
+    "cohere": {"use_qk_norm": True},
+    "deberta-v2": {"relative_attention": True, "share_att_key": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
+    "distilbert": {"hidden_dim": 64},
+    "deit": {"image_size": 16, "patch_size": 8},
+    "dinov2": {"image_size": 16, "patch_size": 8, "mlp_ratio": 2},
+    "gpt_neo": {"attention_types": [[["global"], 2]]},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gptj": {"rotary_dim": 4, "n_inner": 64, "bos_token_id": 1, "eos_token_id": 2},
+    "granite": {"residual_multiplier": 0.5},
+    "hubert": _SOUND,
+    "mixtral": {"num_local_experts": 4},
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "roberta": {"max_position_embeddings": 70},
+    "siglip_vision_model": {"image_size": 16, "patch_size": 8},
+    "vit": {"image_size": 16, "patch_size": 8},
+    "wav2vec2": _SOUND,
+}
+# By main input of models of images and sound, the shape of one.
+_SIGNALS: dict[str, Callable[[Any], tuple[int, ...]]] = {
+    "pixel_values": lambda config: (config.num_channels, config.image_size, config.image_size),
+    "input_values": lambda config: (640,),
+}
+# Models that no automatic class knows.
+_CLASSES = {"siglip_text_model": transformers.SiglipTextModel}
 
 
 def tiny_model(
@@ -34,7 +73,7 @@ def tiny_model(
     head: str | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    attention: str = "sdpa",
+    attention: str | None = None,
     **config: Any,
 ) -> Any:
     """A tiny random model in evaluation mode; weights are large enough that every layer matters, biases and norms too.
@@ -45,7 +84,7 @@ def tiny_model(
             `"sequence-classification"`, `"token-classification"`.
         seed: of the weights; the global random state is left alone.
         dtype: of the weights.
-        attention: implementation, such as `"sdpa"` or `"eager"`.
+        attention: implementation, such as `"sdpa"` or `"eager"`; the one that the class prefers if None.
         config: entries of the configuration, beside or instead of the tiny defaults.
 
     Example:
@@ -53,19 +92,32 @@ def tiny_model(
         >>> model(**tiny_batches(model)[0]).logits.shape
         torch.Size([8, 3])
     """
-    entries = {**_SIZES, **_TYPE_SIZES.get(model_type, {}), **config}
-    configuration = transformers.AutoConfig.for_model(model_type, **entries)
+    configuration = _configuration(model_type, config)
     with torch.random.fork_rng(devices=[]):
-        model = _HEADS[head].from_config(configuration, attn_implementation=attention)  # type: ignore[no-untyped-call]
+        if model_type in _CLASSES:
+            model: Any = _CLASSES[model_type]._from_config(configuration, attn_implementation=attention)  # type: ignore[no-untyped-call]
+        else:
+            model = _HEADS[head].from_config(configuration, attn_implementation=attention)  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
-            values = 1 + 0.2 * values if name.endswith("weight") else 0.3 * values
-        elif "embed" not in name:
-            values /= parameter.shape[-1] ** 0.5
-        parameter.data.copy_(values)
-    return model.to(dtype).eval()
+            values = 1 + 0.2 * values if name.endswith(("weight", "lambda1")) else 0.3 * values
+        elif parameter.ndim and "embed" not in name:
+            values /= parameter[0].numel() ** 0.5
+        # Buffers stay in float32, as in models that are loaded in 16 bits.
+        parameter.data = values.to(dtype)
+    return model.train(False)
+
+
+def _configuration(model_type: str, changes: Mapping[str, Any]) -> Any:
+    """The tiny configuration of a type, with changes."""
+    kind = transformers.CONFIG_MAPPING[model_type]
+    known = {name: value for name, value in _GROUPS.items() if hasattr(kind(), name)}
+    entries = {**_SIZES, **known, **_TYPE_SIZES.get(model_type, {}), **changes}
+    if hasattr(kind(), "head_dim"):
+        entries.setdefault("head_dim", entries["hidden_size"] // entries["num_attention_heads"])
+    return kind(**entries)
 
 
 def tiny_batches(
@@ -77,7 +129,7 @@ def tiny_batches(
     padding: str | None = "right",
     seed: int = 0,
 ) -> list[dict[str, Tensor]]:
-    """Random calibration batches for a model: sequences of `length // 2` to `length` tokens.
+    """Random calibration batches for a model: sequences of `length // 2` to `length` tokens, or images.
 
     Args:
         model: decides the vocabulary and the device.
@@ -93,6 +145,10 @@ def tiny_batches(
         (torch.Size([8, 12]), 0)
     """
     generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name in _SIGNALS:
+        shape = _SIGNALS[str(model.main_input_name)](model.config)
+        signals = (torch.randn(sequences, *shape, generator=generator) for _ in range(batches))
+        return [{str(model.main_input_name): signal.to(next(model.parameters()).device)} for signal in signals]
     device, vocabulary = next(model.parameters()).device, int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     result = []
     for _ in range(batches):

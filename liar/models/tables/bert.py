@@ -1,4 +1,6 @@
-"""BERT: post-norm encoder, biases everywhere; `attention.output` and `output` add the residual themselves."""
+"""BERT and the encoders with its modules: post-norm, biases everywhere; the output modules add the residual themselves."""
+
+from dataclasses import replace
 
 from liar.models.family import Family, SitePattern
 
@@ -28,4 +30,22 @@ BERT = Family(
     ),
     note="any head class; a unit of attention is a head",
 )
-FAMILIES = (BERT,)
+# The same modules by the same names.
+NAMESAKES = (
+    "bert-generation",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "layoutlm",
+    "roberta",
+    "roc_bert",
+    "xlm-roberta",
+)
+DEBERTA = replace(
+    BERT,
+    model_type="deberta-v2",
+    patterns=BERT.patterns[1:],
+    note="neurons only: its query and key layers read the relative positions as well",
+)
+FAMILIES = (BERT, *(replace(BERT, model_type=name) for name in NAMESAKES), DEBERTA)
