@@ -4,28 +4,29 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from cases import MODELS
 from torch import nn
-from transformers import BertConfig, BertModel, GPTJConfig, GPTJModel
+from transformers import BertConfig, BertModel
 
 import liar
 from liar.errors import ModelError
 from liar.models import LayerView, discover, family_of, layer_of
 from liar.models.tables.bert import BERT
 from liar.models.tables.gpt2 import GPT2
-from liar.models.tables.llama import LLAMA
+from liar.models.tables.gptj import GPTJ
+from liar.models.tables.llama import GEMMA2, GPT_OSS, GRANITE, LLAMA
+from liar.models.tables.modernbert import MODERNBERT
+from liar.models.tables.mpnet import MPNET
 from liar.testing import assert_same_state, check_family, model_state, tiny_batches, tiny_model
 
 FAMILIES = {family.model_type: family for family in (BERT, GPT2, LLAMA)}
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_family_passes_the_contract(model_type):
-    """The registry finds every file in liar/models/tables; a family that is added is added here."""
-    assert [family.model_type for family in liar.families()] == list(FAMILIES)
-    layout = check_family(tiny_model(model_type, num_hidden_layers=3))
-    assert len(layout.sites) == 6
-    assert layout.uncovered == ()
+# Of what cannot be cut, so that it is built in no time.
+TINY = {
+    "albert": {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 16, "vocab_size": 20},
+    "mamba": {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 20},
+    "t5": {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_heads": 2, "num_layers": 1, "vocab_size": 20},
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -76,8 +77,8 @@ WRONG = {
     "sublayer of another part": (with_pattern(LLAMA, "heads", sublayer="mlp"), "sublayer: "),
     "bert is not pre-norm": (replace(BERT, is_pre_norm=True), "0% comes out of the block.*is_pre_norm=True"),
     "llama is not post-norm": (replace(LLAMA, is_pre_norm=False), "100% comes out of the block.*is_pre_norm=False"),
-    "llama is not parallel": (replace(LLAMA, is_parallel=True), "neurons.0: .*check residual.* and is_parallel"),
-    "gpt2 is not parallel": (replace(GPT2, is_parallel=True), "neurons.0: .*check residual.* and is_parallel"),
+    "llama is not parallel": (replace(LLAMA, is_parallel=True), "neurons.0: .*check residual.*is_parallel"),
+    "gpt2 is not parallel": (replace(GPT2, is_parallel=True), "neurons.0: .*check residual.*is_parallel"),
     "two parts in place of three": (
         with_pattern(GPT2, "heads", producers=(liar.FusedProducer("attn.c_attn", 2),)),
         "cut model does not run|cutting differs from zeroing",
@@ -120,6 +121,23 @@ WRONG = {
     "size attributes of bert": (
         with_pattern(BERT, "heads", size_attributes=("attention.self.all_head_size",)),
         "attention.self.num_attention_heads goes with the number of units",
+    ),
+    "no scale": (with_pattern(GRANITE, "heads", output_scale=None), "heads.0: .*output_scale"),
+    "another scale": (
+        with_pattern(GRANITE, "neurons", output_scale="self_attn.scaling"),
+        "neurons.0: .*output_scale",
+    ),
+    "no norm": (with_pattern(GEMMA2, "neurons", output_norm=None), "neurons.0: .*output_norm"),
+    "another norm": (with_pattern(GEMMA2, "heads", output_norm="pre_feedforward_layernorm"), "heads.0: .*output_norm"),
+    "no sinks": (with_pattern(GPT_OSS, "heads", unit_parameters=()), "cut model does not run.*unit_parameters"),
+    "no bias by head": (with_pattern(MPNET, "heads", head_argument=None), "cut model does not run.*head_argument"),
+    "bias of another dimension": (
+        with_pattern(MPNET, "heads", head_argument=replace(MPNET.patterns[0].head_argument, dim=2)),
+        "cut model does not run.*head_argument",
+    ),
+    "gate and input are one": (
+        with_pattern(MODERNBERT, "neurons", producers=("mlp.Wi",)),
+        "cutting differs from zeroing",
     ),
     "config keys": (with_pattern(BERT, "neurons", config_keys=("hidden_units",)), "the configuration has no 'hidden_units'"),
     "config keys of another kind": (
@@ -168,7 +186,7 @@ def test_a_family_of_ones_own(registry):
     class OwnConfig(BertConfig):
         model_type = "own"
 
-    with pytest.raises(ModelError, match=r"known family \(bert, gpt2, llama\), got config.model_type='own'"):
+    with pytest.raises(ModelError, match=r"known family, got config.model_type='own'; `liar families` lists"):
         discover(BertModel(OwnConfig(num_hidden_layers=1)))
     liar.register(replace(BERT, model_type="own"))
     with torch.random.fork_rng():
@@ -186,15 +204,50 @@ def test_a_family_of_ones_own(registry):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        (GPTJModel(GPTJConfig(n_layer=1, n_embd=16, n_head=2, rotary_dim=4, vocab_size=20)), "got config.model_type='gptj'"),
+        (tiny_model("biogpt"), "got config.model_type='biogpt'.*among them"),
         (nn.Linear(2, 2), "got a Linear without config.model_type"),
         (nn.Sequential(), "got a Sequential without config.model_type"),
     ],
 )
 def test_unknown_families(model, says):
     for call in (discover, lambda m: liar.select(m, keep=0.5, criterion="random")):
-        with pytest.raises(ModelError, match=f"expected a model of a known family .*{says}.*liar.register"):
+        with pytest.raises(ModelError, match=f"expected a model of a known family, {says}.*liar.register"):
             call(model)
+
+
+@pytest.mark.parametrize(("model_type", "says"), [("albert", "share one block"), ("t5", "two stacks"), ("mamba", "recurrence")])
+def test_what_cannot_be_cut_is_told_why(model_type, says):
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(model_type, **TINY.get(model_type, {})))
+    with pytest.raises(ModelError, match=f"config.model_type='{model_type}' cannot be cut: .*{says}"):
+        discover(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "entries"),
+    [
+        ("opt", {"do_layer_norm_before": False}),
+        ("wav2vec2", {"do_stable_layer_norm": True}),
+        ("stablelm", {"qk_layernorm": True}),
+        ("phi", {"qk_layernorm": True}),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    ],
+)
+def test_other_blocks_than_the_table_describes_are_refused(model_type, entries):
+    ((name, value),) = entries.items()
+    with pytest.raises(ModelError, match=f"with {name}={not value} in their configuration, got {value}, .*liar.register"):
+        discover(tiny_model(model_type, **entries))
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_the_configuration_says_whether_a_block_is_parallel(parallel):
+    layout = check_family(tiny_model("gpt_neox", use_parallel_residual=parallel))
+    assert layout["neurons.0"].added_before == (("attention.dense",) if parallel else ())
+
+
+def test_a_configuration_that_does_not_say_it(registry):
+    liar.register(replace(BERT, is_parallel="parallel"))
+    with pytest.raises(ModelError, match=r"names the entry 'parallel' .* as is_parallel: expected True or False"):
+        discover(tiny_model("bert"))
 
 
 # Layouts in numbers
@@ -253,37 +306,14 @@ def test_gpt2_in_numbers(heads):
     assert layout.uncovered == ()
 
 
-GPTJ = liar.Family(
-    model_type="gptj",
-    blocks="h",
-    is_pre_norm=True,
-    is_parallel=True,
-    patterns=(
-        liar.SitePattern(
-            kind="heads",
-            producers=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
-            consumer="attn.out_proj",
-            residual=("ln_1", 0),
-            sublayer="attn",
-            unit_width="attn.head_dim",
-            size_attributes=("attn.num_attention_heads", "attn.embed_dim"),
-        ),
-        liar.SitePattern(
-            "neurons", ("mlp.fc_in",), "mlp.fc_out", residual=("ln_1", 0), sublayer="mlp", config_keys=("n_inner",)
-        ),
-    ),
-)
-
-
 def test_a_parallel_block_passes_the_contract(registry):
     """Attention and feed-forward part read the same stream; declared sequential, the same table is refused."""
-    liar.register(GPTJ)
-    model = tiny_model("gptj", attention="eager", rotary_dim=4, n_inner=64)
+    model = tiny_model("gptj")
     assert check_family(model)["neurons.0"].added_before == ("attn.out_proj",)
     for criterion in liar.selection.CRITERIA:
         labelled = [{**batch, "labels": batch["input_ids"]} for batch in tiny_batches(model)]
         mask = liar.select(
-            tiny_model("gptj", head="causal-lm", attention="eager", rotary_dim=4, n_inner=64),
+            tiny_model("gptj", head="causal-lm"),
             labelled,
             keep=0.6,
             criterion=criterion,
@@ -291,7 +321,7 @@ def test_a_parallel_block_passes_the_contract(registry):
         )
         assert 0.4 < mask.parameters(discover(model)) / discover(model).parameters <= 0.6
     liar.register(replace(GPTJ, is_parallel=False))
-    with pytest.raises(AssertionError, match=r"heads\.0: .*check residual.* and is_parallel"):
+    with pytest.raises(AssertionError, match=r"heads\.0: .*check residual.*is_parallel"):
         check_family(model)
 
 

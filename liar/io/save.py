@@ -73,9 +73,12 @@ def save(
         try:
             _clear_quantisation_mark(model)
             _check_loadable(model)
-            sizes = _sizes(model, layout)
+            uniform = uniform_sizes(model)
+            sizes = _sizes_by_layer(model, layout) if uniform is None else uniform
             with replacing(user_path(folder)) as fresh:
-                model.save_pretrained(fresh)
+                # The format of the first releases of a model may name its tensors in another way, and join some of them. What
+                # the stock class loads has that format, as usual; of what it cannot load, `load` needs the tensors themselves.
+                model.save_pretrained(fresh, save_original_format=uniform is not None)
                 _check_written(model, fresh)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(fresh)
@@ -148,8 +151,10 @@ def _check_loadable(model: PreTrainedModel) -> None:
 
 def _check_written(model: PreTrainedModel, folder: Path) -> None:
     """Check that every parameter is in the weight files, or is tied to one that is when the model is loaded."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    lost = sorted(parameters.keys() - stored_shapes(str(folder), None, {}).keys() - model.all_tied_weights_keys.keys())
+    parameters, stored = dict(model.named_parameters(remove_duplicate=False)), stored_shapes(str(folder), None, {}).keys()
+    if stored - model.state_dict().keys():
+        return  # the format of the model's first release, with names of its own
+    lost = sorted(parameters.keys() - stored - model.all_tied_weights_keys.keys())
     if lost:
         raise CheckpointError(
             f"{lost[0]} is not written by save_pretrained, since it shares its memory with another parameter, and would be "
@@ -172,11 +177,8 @@ def _record(model: PreTrainedModel, layout: Layout, mask: Mask | None) -> dict[s
     return {"format": FORMAT, "class": type(model).__name__, "sites": sites, "versions": versions()}
 
 
-def _sizes(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
-    """Entries of config.json that tell the sizes of a model: of all layers at once, or layer by layer."""
-    uniform = uniform_sizes(model)
-    if uniform is not None:
-        return dict(uniform)
+def _sizes_by_layer(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
+    """The entry of config.json that tells the sizes of a model layer by layer."""
     stock = build_stock(model, {})
     assert stock is not None, "a model is built from its configuration"
     units = {site.name: site.units for site in layout.sites}

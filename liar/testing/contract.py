@@ -7,23 +7,26 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from liar.mask import Mask
 from liar.models import Layout, discover
+from liar.testing.folder_checks import folder, generation, stock_folder
 from liar.testing.run_checks import error, keep_all, repair, replay, selection
 from liar.testing.state import expect
 from liar.testing.table_checks import cut, shapes, sizes, streams
 from liar.testing.tiny import tiny_batches
 
 
-def check_family(model: nn.Module, batches: Sequence[Mapping[str, Tensor]] | None = None) -> Layout:
+def check_family(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]] | None = None) -> Layout:
     """Check the table of a family on a tiny random model of it; raise an `AssertionError` that says what is wrong.
 
     It checks that the table names layers of consistent shapes in the order of the data; that consumer outputs are added to
     the named residual streams, in the declared order (pre-norm or post-norm, sequential or parallel); that cutting equals
     zeroing, with the right sizes on modules and in the configuration; that keeping everything changes no bit; that
-    reconstruction brings the output nearer to the dense model's on new tokens; that the default criterion runs; and that an
-    error in the middle leaves the model as it was.
+    reconstruction brings the output nearer to the dense model's on new tokens; that the default criterion runs; that a cut
+    model is saved and loaded, by the stock class where that can build it, and generates text with its cache as without; and
+    that an error in the middle leaves the model as it was.
 
     Args:
         model: of a registered family; not changed. Several layers, heads and random biases make the check sharp.
@@ -46,7 +49,8 @@ def check_family(model: nn.Module, batches: Sequence[Mapping[str, Tensor]] | Non
         batches = tiny_batches(model, batches=6, sequences=16, length=16)
     expect(len(batches) >= 2, "expected at least two batches: the last one is held out")
     batches = [dict(batch) for batch in batches]
-    model = copy.deepcopy(model).float().eval()
+    model = copy.deepcopy(model).train(False)
+    nn.Module.to(model, torch.float32)
     layout = discover(model)
     mask = _some_mask(layout)
     with torch.no_grad():
@@ -58,6 +62,9 @@ def check_family(model: nn.Module, batches: Sequence[Mapping[str, Tensor]] | Non
         replay(model, layout, mask, batches)
         repair(model, layout, mask, batches)
         selection(model, layout, mask, batches)
+        folder(model, mask, batches[0])
+        stock_folder(model, layout, batches[0])
+        generation(model, mask, batches[0])
     error(model, mask, batches)
     return layout
 
