@@ -70,6 +70,7 @@ PUBLIC = (
     "interpolation",
     "latency",
     "load",
+    "make_standalone",
     "moments",
     "plot",
     "prune",
