@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from liar.api import prune, reconstruct, select
     from liar.data import Calibration, calibration
     from liar.errors import LiarError
-    from liar.io import load, save
+    from liar.io import load, make_standalone, save
     from liar.mask import Mask
     from liar.models import Family, FusedProducer, HeadArgument, SitePattern, discover, families, register
     from liar.report import Report, plot
@@ -30,7 +30,7 @@ _MODULES = {
     "api": ("prune", "reconstruct", "select"),
     "data": ("Calibration", "calibration"),
     "errors": ("LiarError",),
-    "io": ("load", "save"),
+    "io": ("load", "make_standalone", "save"),
     "mask": ("Mask",),
     "models": ("Family", "FusedProducer", "HeadArgument", "SitePattern", "discover", "families", "register"),
     "report": ("Report", "plot"),
@@ -61,6 +61,7 @@ __all__ = [
     "interpolation",
     "latency",
     "load",
+    "make_standalone",
     "moments",
     "plot",
     "prune",

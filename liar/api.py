@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from liar.data import Calibration
+from liar.data import Calibration, read_by
 from liar.errors import CalibrationError, OptionError, at_site
 from liar.mask import Mask
-from liar.models import Layout, discover_with_weights
+from liar.models import Layout, discover_with_weights, transformer_in
 from liar.options import ReconstructOptions, SelectOptions
 from liar.progress import Progress, progress_of
 from liar.repair import RepairContext, apply_steps, closed_form_steps
@@ -65,9 +65,9 @@ def select(
     """Decide which heads and neurons stay.
 
     Args:
-        model: a Hugging Face model of a known family; it is not changed.
+        model: a Hugging Face model of a known family, or a model of sentence-transformers; it is not changed.
         calib: calibration batches (see `Calibration.of`), or what `collect` made of them; may be left out for criteria
-            that look at weights only.
+            that look at weights only. For a model of sentence-transformers also strings, or pairs of strings.
         keep: share of the budget that stays, in (0, 1]. The costs of the mask never exceed it, and meet it within 1 % where
             widths are free. (A share of measured time is met as far as the measured times add up.)
         criterion: `"reconstruction"`: what the output loses without the unit once the rest is reconstructed;
@@ -110,6 +110,7 @@ def select_with(
     options = options.checked()
     if isinstance(options.budget, Mapping):
         raise OptionError("budget: expected liar.Costs, got a mapping; liar.Costs.from_json reads what they were saved as")
+    model, calib = _inside(model, calib)
     # Read before the model is locked: an iterable may need another thread, or this one, to use the model.
     if CRITERIA[options.criterion].needs and calib is not None and not isinstance(calib, CriterionStatistics):
         _layout(model)
@@ -174,9 +175,10 @@ def reconstruct(
     """Remove what the mask removes, repair the rest by least squares, and leave a smaller model in place.
 
     Args:
-        model: a Hugging Face model of a known family; changed in place at the very end, or not at all on an error.
+        model: a Hugging Face model of a known family, or a model of sentence-transformers; changed in place at the very end,
+            or not at all on an error.
         mask: a `Mask`, or one made elsewhere (see `Mask.of`).
-        calib: calibration batches (see `Calibration.of`).
+        calib: calibration batches (see `Calibration.of`); for a model of sentence-transformers also strings, or pairs of them.
         target: what the kept channels are fitted to. `"layer_output"`: the consumer's own output on the dense model's
             activations (our reading of LIAR). `"residual_stream"`: what the dense model's residual stream is after the layer,
             less what the pruned model's stream is before it, on the pruned model's activations.
@@ -214,6 +216,7 @@ def reconstruct_with(
 ) -> Report:
     """`reconstruct` with its options in one object."""
     options = options.checked()
+    model, calib = _inside(model, calib)
     mask, calibration = Mask.of(mask, _layout(model)), Calibration.of(calib, model)
     with exclusive(model), progress_of(progress, "reconstruct", RECONSTRUCT_STAGES) as shown:
         return _reconstruct(model, mask, calibration, options, shown)
@@ -240,6 +243,12 @@ def _reconstruct(
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         seconds={**progress.seconds, **clock},
     )
+
+
+def _inside(model: nn.Module, calib: Any) -> tuple[nn.Module, Any]:
+    """The transformer inside a model of sentence-transformers, and texts as that model reads them; others as they are."""
+    inner = transformer_in(model)
+    return (model, calib) if inner is model else (inner, read_by(model, calib))
 
 
 def _layout(model: nn.Module) -> Layout:
@@ -281,11 +290,19 @@ def prune(
     how = ReconstructOptions(target, ridge, refit, solver, bias)
     selection.check()
     how.check()
+    model, calib = _inside(model, calib)
     _layout(model)
     calibration = Calibration.of(calib, model)
     with exclusive(model), prune_progress(progress, selection) as shown:
         mask = select_with(model, calibration, selection, progress=shown)
-        return reconstruct_with(model, mask, calibration, how, progress=shown)
+        return with_selection(reconstruct_with(model, mask, calibration, how, progress=shown), selection)
+
+
+def with_selection(report: Report, selection: SelectOptions) -> Report:
+    """A report that names the criterion by which units were selected, the budget and the rule for widths too."""
+    budget = selection.budget if isinstance(selection.budget, str) else selection.budget.name
+    chosen = {"criterion": selection.criterion, "budget": budget, "widths": selection.widths}
+    return replace(report, options={**chosen, **report.options})
 
 
 def prune_progress(progress: bool | Progress, selection: SelectOptions) -> AbstractContextManager[Progress]:

@@ -278,6 +278,17 @@ class LoadOptions(OptionGroup):
     device: str = _option("Where to run: cpu, cuda, …", default="cpu", check=check_text)
 
 
+@dataclass(frozen=True)
+class SaveOptions(OptionGroup):
+    """How the command line saves a model."""
+
+    standalone: bool = _option(
+        "Write the code that builds a model of unequal layers too: it then loads without this library.",
+        default=False,
+        check=check_flag,
+    )
+
+
 def option_of(each: Field[Any]) -> Option:
     """What is known of the option in a field of one of the classes above."""
     option: Option = each.metadata["option"]

@@ -110,3 +110,13 @@ def write(tmp_path):
         return tmp_path / "data"
 
     return write
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _code_of_folders(tmp_path_factory):
+    """Where transformers keeps code of model folders that it runs: not in the user's cache."""
+    from transformers import dynamic_module_utils  # noqa: PLC0415 (only where it is used)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield

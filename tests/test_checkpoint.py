@@ -424,7 +424,8 @@ def test_what_was_in_the_folder_is_gone(tmp_path):
     model = make(BertModel)
     model.save_pretrained(tmp_path / "m", max_shard_size="20KB")
     liar.save(model, tmp_path / "m", extra={"mask.json": "{}"})
-    assert {path.name for path in (tmp_path / "m").iterdir()} == {"config.json", "model.safetensors", "liar.json", "mask.json"}
+    names = {"README.md", "config.json", "model.safetensors", "liar.json", "mask.json"}
+    assert {path.name for path in (tmp_path / "m").iterdir()} == names
 
 
 def test_symbolic_link_is_followed(tmp_path):

@@ -71,6 +71,7 @@ PUBLIC = (
     "interpolation",
     "latency",
     "load",
+    "make_standalone",
     "moments",
     "plot",
     "prune",

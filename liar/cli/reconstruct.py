@@ -8,11 +8,11 @@ from typing import Any
 from liar.cli.app import app, report_errors
 from liar.cli.parameters import Force, MaskFile, Model, Out, with_options
 from liar.errors import MaskError, wrap_parse_errors
-from liar.options import CalibrationOptions, LoadOptions, ReconstructOptions, SourceOptions
+from liar.options import CalibrationOptions, LoadOptions, ReconstructOptions, SaveOptions, SourceOptions
 
 
 @app.command()
-@with_options(ReconstructOptions, SourceOptions, CalibrationOptions, LoadOptions)
+@with_options(ReconstructOptions, SourceOptions, CalibrationOptions, LoadOptions, SaveOptions)
 def reconstruct(model: Model, out: Out, mask: MaskFile, force: Force = False, **options: Any) -> None:
     """Remove what a mask removes, and repair the model by least squares.
 

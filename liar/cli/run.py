@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from torch import Tensor, nn
 
-from liar.api import prune_progress, reconstruct_with, select_with
+from liar.api import prune_progress, reconstruct_with, select_with, with_selection
 from liar.data import builder_of, calibration, texts
 from liar.errors import MaskError, OptionError, check_choice, wrap_parse_errors
 from liar.files import user_path
@@ -25,6 +25,7 @@ from liar.options import (
     CalibrationOptions,
     LoadOptions,
     ReconstructOptions,
+    SaveOptions,
     SelectOptions,
     SourceOptions,
     check_text,
@@ -42,6 +43,7 @@ GROUPS: dict[str, type] = {
     "load": LoadOptions,
     "select": SelectOptions,
     "reconstruct": ReconstructOptions,
+    "save": SaveOptions,
 }
 
 
@@ -58,6 +60,7 @@ class Run:
         load: how the model is loaded.
         reconstruct: how it is repaired.
         select: which units stay (prune). A `budget` that is a mapping is the content of a file that `liar latency` wrote.
+        save: how the result is saved.
         mask: content of a mask file, in any form `Mask.of` takes or as `Mask.save` writes it (reconstruct).
     """
 
@@ -69,6 +72,7 @@ class Run:
     load: LoadOptions
     reconstruct: ReconstructOptions
     select: SelectOptions | None = None
+    save: SaveOptions = field(default_factory=SaveOptions)
     mask: Mapping[str, Any] | None = None
 
     def check(self, *, overwrite: bool) -> None:
@@ -110,12 +114,13 @@ class Run:
         if selection is not None:
             with prune_progress(progress, selection) as shown:
                 mask = select_with(model, batches, selection, progress=shown)
-                report = reconstruct_with(model, mask, batches, self.reconstruct, progress=shown)
+                report = with_selection(reconstruct_with(model, mask, batches, self.reconstruct, progress=shown), selection)
         else:
             mask = Mask.of(self._checked_mask(), discover(model))
             report = reconstruct_with(model, mask, batches, self.reconstruct, progress=progress)
         extra = {"mask.json": mask.to_json(), "run.json": self.to_json()}
-        save(model, self.out, tokenizer=tokenizer, mask=mask, report=report, extra=extra, overwrite=overwrite)  # type: ignore[arg-type]
+        how: dict[str, Any] = {**asdict(self.save), "extra": extra, "overwrite": overwrite}
+        save(model, self.out, tokenizer=tokenizer, mask=mask, report=report, **how)
         return report
 
     def _selection(self) -> SelectOptions | None:
@@ -145,7 +150,8 @@ class Run:
         with wrap_parse_errors(OptionError, f'a run.json with {{"run": {{…}}}} of {names}'):
             content = json.loads(text)
             entries = dict(content["run"])
-            given = [name for name in GROUPS if name != "select" or entries.get(name) is not None]
+            left_out = {"select"} - {name for name in entries if entries[name] is not None} | {"save"} - entries.keys()
+            given = [name for name in GROUPS if name not in left_out]
             groups = {name: GROUPS[name](**entries[name]) for name in given}
             run = cls(**{**entries, **groups})
             earlier = dict(content.get("versions", {}))

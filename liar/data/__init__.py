@@ -2,7 +2,8 @@
 
 from liar.data.calibration_data import FOLDS, Calibration
 from liar.data.sample import sample, sample_tokens, split, take
+from liar.data.sentences import read_by
 from liar.data.texts import builder_of, texts
 from liar.data.tokenise import calibration
 
-__all__ = ["FOLDS", "Calibration", "builder_of", "calibration", "sample", "sample_tokens", "split", "take", "texts"]
+__all__ = ["FOLDS", "Calibration", "builder_of", "calibration", "read_by", "sample", "sample_tokens", "split", "take", "texts"]

@@ -3,5 +3,6 @@
 from liar.io.folders import check_file, check_target
 from liar.io.load import load, load_tokenizer
 from liar.io.save import save
+from liar.io.standalone import make_standalone
 
-__all__ = ["check_file", "check_target", "load", "load_tokenizer", "save"]
+__all__ = ["check_file", "check_target", "load", "load_tokenizer", "make_standalone", "save"]

@@ -35,6 +35,7 @@ WRITTEN = (
     "spiece.model",
     "sentencepiece.bpe.model",
     "liar.json",
+    "modeling_pruned.py",
 )
 # model.safetensors, model.fp16-00001-of-00002.safetensors, pytorch_model.bin.index.json, …
 WEIGHTS = re.compile(r"(pytorch_)?model(\.\w+)?(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index(\.\w+)?\.json)?")
@@ -146,9 +147,17 @@ def foreign_names(path: Path) -> list[str]:
     def is_own(child: Path) -> bool:
         if child.name == TEMPLATES and child.is_dir():
             return all(inside.is_file() and inside.suffix == ".jinja" for inside in child.iterdir())
+        if child.is_dir() and not child.is_symlink():
+            inside = {f"{child.name}/{name}" for name in files_in(child)}
+            return bool(inside) and inside <= own
         return child.is_file() and (child.name in own or child.name in WRITTEN or WEIGHTS.fullmatch(child.name) is not None)
 
     return sorted(child.name for child in _content(path) if not is_own(child))
+
+
+def files_in(path: Path) -> set[str]:
+    """What is in a folder and the folders in it but for folders, by name from there."""
+    return {child.relative_to(path).as_posix() for child in path.rglob("*") if not child.is_dir() or child.is_symlink()}
 
 
 def _is_model(path: Path) -> bool:
@@ -206,10 +215,10 @@ def _like(fresh: Path, target: Path) -> None:
     """Give the new folder the mode and owner of the old one, and its files those that the folder's allow."""
     made = fresh.stat()
     old = target.stat() if target.is_dir() else made
-    for path in fresh.iterdir():
+    for path in fresh.rglob("*"):
         # Some writers make files that only their owner may read.
         path.chmod(made.st_mode & (0o777 if path.is_dir() else 0o666))
-    for path in (fresh, *fresh.iterdir()):
+    for path in (fresh, *fresh.rglob("*")):
         if (old.st_uid, old.st_gid) != (made.st_uid, made.st_gid):
             with suppress(OSError):  # only root may give files away
                 os.chown(path, old.st_uid, old.st_gid)

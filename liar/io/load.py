@@ -24,6 +24,7 @@ from transformers.utils.hub import cached_file
 from liar.errors import CheckpointError, LiarError
 from liar.files import user_path
 from liar.io.shapes import Shapes, fitted, stored_shapes
+from liar.io.standalone import ENTRIES
 from liar.models import base_and_prefix, discover, families, family_of
 from liar.surgery import OPTIONAL_PARTS, accepts
 
@@ -83,8 +84,10 @@ def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 
 def _load_known(where: str, entries: dict[str, Any], kwargs: dict[str, Any], place: Mapping[str, Any]) -> Any:
-    # Transformers refuses the block, or fails to build from it; the shapes say the same.
-    entries.pop("per_layer_config", None)
+    # Transformers refuses the block, or fails to build from it; the shapes say the same. The code of a standalone folder is
+    # not run, and is not there where the model is saved next.
+    for name in ("per_layer_config", *(ENTRIES if "pruned" in entries else ())):
+        entries.pop(name, None)
     wants_info = kwargs.pop("output_loading_info", False)
     fields = {name: kwargs.pop(name) for name in list(kwargs) if name not in (*PLACE, *BUILD)}
     config, rest = CONFIG_MAPPING[entries["model_type"]].from_dict(entries, return_unused_kwargs=True, **fields)

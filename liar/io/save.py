@@ -7,54 +7,66 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from liar.errors import CheckpointError, LiarError, ModelError
 from liar.files import user_path
-from liar.io.folders import check_target, replacing
+from liar.io.card import model_card
+from liar.io.folders import check_target, files_in, replacing
 from liar.io.shapes import differences, fitted, stored_shapes
+from liar.io.sizes import config_sizes
+from liar.io.standalone import Form, in_form
 from liar.mask import Mask
-from liar.models import Layout, discover, discover_with_weights, family_of, is_plain
+from liar.models import Layout, discover_with_weights, is_plain, transformer_in
+from liar.options import check_flag
 from liar.report import Report
-from liar.surgery import all_or_nothing, build_stock, scaled_sizes, stock_class, uniform_sizes
+from liar.surgery import all_or_nothing, build_stock, stock_class
 from liar.versions import versions
 
 FORMAT = 1
 
 
 def save(
-    model: PreTrainedModel,
+    model: nn.Module,
     folder: str | Path,
     *,
     tokenizer: Any = None,
     mask: Mask | None = None,
     report: Report | None = None,
     extra: Mapping[str, str] | None = None,
+    standalone: bool = False,
     overwrite: bool = True,
 ) -> None:
     """Write a model, pruned or not, as a Hugging Face folder that a kill at any moment leaves whole: as it was, or new.
 
     Beside the usual files there is `liar.json` (class of the model, units of every site, versions, names of the files).
     Where all layers keep equally many units and the stock class can express the number, plain transformers loads the folder.
-    Otherwise `config.json` gets a `per_layer_config`, at which `from_pretrained` of the stock class stops; use `liar.load`.
-    Auto classes that do not build the model (`AutoConfig`, `AutoTokenizer`) work on both.
+    Otherwise `config.json` gets a `per_layer_config`, at which `from_pretrained` of the stock class stops; use `liar.load`, or
+    write a standalone folder. Auto classes that do not build the model (`AutoConfig`, `AutoTokenizer`) work on both.
+
+    `README.md` is a model card, with the licence of the model that this one was made from and the numbers of the report.
 
     A model that was loaded from a GGUF file, and so dequantised, is saved as the ordinary model it is: its quantisation mark
     is removed.
 
     Args:
-        model: of a known family.
+        model: of a known family, or a model of sentence-transformers with one inside, which is then saved whole.
         folder: replaced as a whole, if it holds nothing but a model that this function or `save_pretrained` wrote. The
             current folder, and one that cannot be renamed (a mounted volume), have to be empty.
         tokenizer: written too, if given.
         mask: the mask the model was cut by; `liar.json` then names the kept units.
         report: written as `report.json`.
-        extra: further files, name -> text, that belong to the same step (`{"run.json": "…"}`).
+        extra: further files, name -> text, that belong to the same step (`{"run.json": "…"}`); a `README.md` among them takes
+            the place of the model card.
+        standalone: write the code that builds the model too, where plain transformers cannot. The folder then loads without
+            this library, with `trust_remote_code=True`: by auto classes, pipelines, sentence-transformers.
         overwrite: False refuses a folder that is there and not empty.
 
     Raises:
         CheckpointError: the folder must not be replaced (it holds something else, or other models), cannot be written, the
-            mask is not this model's, or the model is not what its configuration says, so that it could not be loaded.
+            mask is not this model's, the model is not what its configuration says, so that it could not be loaded, or no auto
+            class loads a standalone one.
         ModelError: the model is of no known family, or quantised.
 
     Example:
@@ -62,28 +74,31 @@ def save(
         >>> liar.save(model, "slim", report=report)  # doctest: +SKIP
         >>> model = liar.load("slim")  # doctest: +SKIP
     """
-    layout = discover_with_weights(model)
-    _check_arguments(tokenizer, mask, report, {} if extra is None else extra)
+    inner: PreTrainedModel = transformer_in(model)
+    layout = discover_with_weights(inner)
+    _check_arguments(tokenizer, mask, report, {} if extra is None else extra, standalone)
     files = dict(extra or {})
-    record = _record(model, layout, mask)
+    record = _record(inner, layout, mask)
     if report is not None:
         files["report.json"] = report.to_json()
     check_target(folder, overwrite=overwrite)
-    with all_or_nothing(model):
+    with all_or_nothing(inner):
         try:
-            _clear_quantisation_mark(model)
-            _check_loadable(model)
-            uniform = uniform_sizes(model)
-            sizes = _sizes_by_layer(model, layout) if uniform is None else uniform
-            with replacing(user_path(folder)) as fresh:
-                # The format of the first releases of a model may name its tensors in another way, and join some of them. What
-                # the stock class loads has that format, as usual; of what it cannot load, `load` needs the tensors themselves.
-                model.save_pretrained(fresh, save_original_format=uniform is not None)
-                _check_written(model, fresh)
+            _clear_quantisation_mark(inner)
+            _check_loadable(inner)
+            sizes = config_sizes(inner, layout)
+            form = Form.standalone(inner, layout, sizes) if standalone else Form.stock(inner)
+            is_stock = "per_layer_config" not in sizes
+            loading = _loading(model, form, user_path(folder).resolve().name, is_stock=is_stock)
+            library = "transformers" if model is inner else "sentence-transformers"
+            is_pruned = mask is not None or report is not None or not is_stock
+            files.setdefault("README.md", model_card(inner, report, loading, library=library, is_pruned=is_pruned))
+            with replacing(user_path(folder)) as fresh, in_form(inner, form):
+                _write(model, inner, fresh, is_stock=is_stock)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(fresh)
                 config = json.loads((fresh / "config.json").read_text(encoding="utf-8"))
-                written = {path.name for path in fresh.iterdir()}
+                written = files_in(fresh)
                 if taken := sorted(written & files.keys()):
                     raise CheckpointError(
                         f"extra[{taken[0]!r}]: the model or its tokenizer has a file of this name; choose another"
@@ -102,7 +117,34 @@ def save(
             ) from error
 
 
-def _check_arguments(tokenizer: Any, mask: Any, report: Any, extra: Any) -> None:
+def _write(model: Any, inner: PreTrainedModel, folder: Path, *, is_stock: bool) -> None:
+    """Let a model write its files, and check them."""
+    if model is inner:
+        model.save_pretrained(folder)
+        if not is_stock and _renamed(model, folder):
+            model.save_pretrained(folder, save_original_format=False)
+    else:
+        model.save_pretrained(str(folder), create_model_card=False)
+        if not (folder / "config.json").exists():
+            raise CheckpointError(
+                f"the {type(model).__name__} does not save its transformer into the folder itself, where liar.load and others "
+                "look for it: save the transformer alone, liar.save(model[0].auto_model, folder)"
+            )
+    _check_written(inner, folder, is_stock=is_stock)
+
+
+def _loading(model: nn.Module, form: Form, name: str, *, is_stock: bool) -> str:
+    """Lines of Python that load a model from the folder of some name."""
+    own, remote = type(model), "" if is_stock else ", trust_remote_code=True"
+    if not is_stock and form.layers is None:
+        return f'import liar\n\nmodel = liar.load("{name}")'
+    if isinstance(model, PreTrainedModel):
+        return f'from transformers import {form.loader}\n\nmodel = {form.loader}.from_pretrained("{name}"{remote})'
+    return f'from sentence_transformers import {own.__name__}\n\nmodel = {own.__name__}("{name}"{remote})'
+
+
+def _check_arguments(tokenizer: Any, mask: Any, report: Any, extra: Any, standalone: Any) -> None:
+    check_flag("standalone", standalone)
     for name, value, kind in (("mask", mask, Mask), ("report", report, Report)):
         if value is not None and not isinstance(value, kind):
             raise CheckpointError(f"{name}: expected a liar.{kind.__name__}, got a {type(value).__name__}")
@@ -149,11 +191,24 @@ def _check_loadable(model: PreTrainedModel) -> None:
         )
 
 
-def _check_written(model: PreTrainedModel, folder: Path) -> None:
+def _renamed(model: PreTrainedModel, folder: Path) -> list[str]:
+    """Tensors that are written in the format of the first releases of a model, which named them in another way, or joined some.
+
+    What the stock class loads may have that format; of what it cannot load, `load` needs the tensors themselves.
+    """
+    return sorted(stored_shapes(str(folder), None, {}).keys() - model.state_dict().keys())
+
+
+def _check_written(model: PreTrainedModel, folder: Path, *, is_stock: bool) -> None:
     """Check that every parameter is in the weight files, or is tied to one that is when the model is loaded."""
+    if renamed := _renamed(model, folder):
+        if is_stock:
+            return
+        raise CheckpointError(
+            f"a tensor is written as {renamed[0]}, a name of the first releases of this model, by which the sizes of a pruned "
+            "layer are not found again: save the transformer alone, liar.save(model[0].auto_model, folder)"
+        )
     parameters, stored = dict(model.named_parameters(remove_duplicate=False)), stored_shapes(str(folder), None, {}).keys()
-    if stored - model.state_dict().keys():
-        return  # the format of the model's first release, with names of its own
     lost = sorted(parameters.keys() - stored - model.all_tied_weights_keys.keys())
     if lost:
         raise CheckpointError(
@@ -175,32 +230,3 @@ def _record(model: PreTrainedModel, layout: Layout, mask: Mask | None) -> dict[s
         for name, units in mask.masks.items():
             sites[name] |= {"kept": units.nonzero().flatten().tolist(), "of": len(units)}
     return {"format": FORMAT, "class": type(model).__name__, "sites": sites, "versions": versions()}
-
-
-def _sizes_by_layer(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
-    """The entry of config.json that tells the sizes of a model layer by layer."""
-    stock = build_stock(model, {})
-    assert stock is not None, "a model is built from its configuration"
-    units = {site.name: site.units for site in layout.sites}
-    patterns = {pattern.kind: pattern for pattern in family_of(model).patterns}
-    layers: dict[str, dict[str, int]] = {}
-    for site in discover(stock).sites:
-        sizes = scaled_sizes(model, patterns[site.kind], units[site.name], site.units)
-        layers.setdefault(str(site.layer), {}).update(sizes)
-    return {"per_layer_config": _readable(model, layers)}
-
-
-def _readable(model: PreTrainedModel, layers: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
-    """The sizes by layer without the one that the class of the configuration reads for all layers at once (LLaMA: the heads).
-
-    With it, no class that reads the configuration works: not the tokenizer, not `AutoConfig`.
-    """
-    entries = model.config.to_dict()
-    for left_out in (None, *sorted({key for sizes in layers.values() for key in sizes})):
-        kept = {layer: {key: size for key, size in sizes.items() if key != left_out} for layer, sizes in layers.items()}
-        try:
-            type(model.config).from_dict({**entries, "per_layer_config": kept})
-        except Exception:  # noqa: BLE001 (every class refuses a configuration in its own way)
-            continue
-        return kept
-    return {layer: dict(sizes) for layer, sizes in layers.items()}

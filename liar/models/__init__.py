@@ -5,6 +5,7 @@ from liar.models.layers import Axis, LayerView, is_plain
 from liar.models.layout import Edge, HeadArgument, Layout, Segment, Site, layer_of
 from liar.models.ownership import check_default_device, check_model, why_unusable
 from liar.models.registry import base_and_prefix, discover, discover_with_weights, families, family_of, register, takes_choices
+from liar.models.wrapped import transformer_in
 
 __all__ = [
     "Axis",
@@ -28,5 +29,6 @@ __all__ = [
     "layer_of",
     "register",
     "takes_choices",
+    "transformer_in",
     "why_unusable",
 ]

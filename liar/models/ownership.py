@@ -17,6 +17,7 @@ WRAPPERS = {
     "DistributedDataParallel": "unwrap it: pass model.module",
     "FullyShardedDataParallel": "unwrap it: pass the model before it was sharded",
     "OptimizedModule": "unwrap what torch.compile made: pass model._orig_mod, and compile again afterwards",
+    "CrossEncoder": "pass the transformer inside it: model[0].auto_model",
     "SentenceTransformer": "pass the transformer inside it: model[0].auto_model",
     "PeftModel": "merge its adapters first: model = model.merge_and_unload()",
     "BaseTuner": "merge its adapters first: model = model.merge_and_unload()",

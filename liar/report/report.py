@@ -65,7 +65,7 @@ class Report:
         parameters: of the whole model, (before, after).
         tokens: calibration tokens used.
         sequences: calibration sequences used.
-        options: target, ridge, refit, solver, bias.
+        options: target, ridge, refit, solver, bias; after `liar.prune` also criterion, budget and widths.
         dtype: of the weights.
         seconds: wall time by stage.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from liar.errors import ModelError
 from liar.mask import Mask
-from liar.models import Site, discover, layer_of
+from liar.models import Site, discover, layer_of, transformer_in
 from liar.runtime import exclusive
 from liar.surgery.heads import adopt_selection, select_heads
 from liar.surgery.stock import uniform_sizes
@@ -97,7 +97,7 @@ def remove(model: nn.Module, mask: Mask | Mapping[str, Any]) -> None:
     """Cut a model to the kept units and repair nothing: the baseline of every reconstruction.
 
     Args:
-        model: a Hugging Face model of a known family; changed in place.
+        model: a Hugging Face model of a known family, or a model of sentence-transformers; changed in place.
         mask: a `Mask`, or one made elsewhere (see `Mask.of`).
 
     Raises:
@@ -108,6 +108,7 @@ def remove(model: nn.Module, mask: Mask | Mapping[str, Any]) -> None:
         >>> liar.discover(model)["heads.0"].units == mask.kept("heads.0")
         True
     """
+    model = transformer_in(model)
     with exclusive(model):
         layout = discover(model)
         mask = Mask.of(mask, layout)

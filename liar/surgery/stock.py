@@ -138,4 +138,6 @@ def stock_class(model: nn.Module) -> type[nn.Module]:
         parameters = list(inspect.signature(kind.__init__).parameters.values())[2:]  # type: ignore[misc]
         return any(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters)
 
-    return next(kind for kind in type(model).__mro__ if not needs_more(kind))
+    # A class that builds pruned models (`liar.io.modeling_pruned`) extends the one that is meant.
+    kinds = (kind for kind in type(model).__mro__ if not getattr(kind, "builds_pruned", False))
+    return next(kind for kind in kinds if not needs_more(kind))

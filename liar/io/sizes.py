@@ -1,0 +1,43 @@
+"""Entries of config.json that tell the sizes of a pruned model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from liar.models import Layout, discover, family_of
+from liar.surgery import build_stock, scaled_sizes, uniform_sizes
+
+
+def config_sizes(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
+    """Entries of config.json that tell the sizes of a model: of all layers at once, or layer by layer."""
+    uniform = uniform_sizes(model)
+    if uniform is not None:
+        return dict(uniform)
+    stock = build_stock(model, {})
+    assert stock is not None, "a model is built from its configuration"
+    units = {site.name: site.units for site in layout.sites}
+    patterns = {pattern.kind: pattern for pattern in family_of(model).patterns}
+    layers: dict[str, dict[str, int]] = {}
+    for site in discover(stock).sites:
+        sizes = scaled_sizes(model, patterns[site.kind], units[site.name], site.units)
+        layers.setdefault(str(site.layer), {}).update(sizes)
+    return {"per_layer_config": _readable(model, layers)}
+
+
+def _readable(model: PreTrainedModel, layers: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """The sizes by layer without the one that the class of the configuration reads for all layers at once (LLaMA: the heads).
+
+    With it, no class that reads the configuration works: not the tokenizer, not `AutoConfig`.
+    """
+    entries = model.config.to_dict()
+    for left_out in (None, *sorted({key for sizes in layers.values() for key in sizes})):
+        kept = {layer: {key: size for key, size in sizes.items() if key != left_out} for layer, sizes in layers.items()}
+        try:
+            type(model.config).from_dict({**entries, "per_layer_config": kept})
+        except Exception:  # noqa: BLE001 (every class refuses a configuration in its own way)
+            continue
+        return kept
+    return {layer: dict(sizes) for layer, sizes in layers.items()}
