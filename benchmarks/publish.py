@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas
 from matplotlib.figure import Figure
 
-from benchmarks import damping, growth, inference, samples, speed, squad, standing
+from benchmarks import damping, families, growth, inference, samples, speed, squad, standing
 from benchmarks.baselines import CLOSED_FORM
 from benchmarks.elimination import rows as above_best
 from benchmarks.few_tokens import HEADINGS as FEW_TOKENS
@@ -233,6 +233,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "squad more text": lambda: markdown(
         part("reconstruction", task="squad", number="f1"), ["keep", "tokens", "source"], CLOSED_FORM
     ),
+    "families": families.table,
+    "mpnet": lambda: markdown(part("reconstruction", model="mpnet"), ["keep", "number"], ("mask_only", "liar", "ours")),
     "wikitext": wikitext_rules,
     "wikitext c4": lambda: wikitext_rules("c4"),
     "wikitext more text": more_text,
