@@ -37,8 +37,9 @@ ORDER = (
     "selection",
     "io",
     "api",
-    "cli",
     "testing",
+    "tracing",
+    "cli",
 )
 # Tensors only: packages of mathematics know neither models nor data, so nothing but what is listed here.
 PURE = {
@@ -72,6 +73,7 @@ PUBLIC = (
     "load",
     "moments",
     "plot",
+    "propose_family",
     "prune",
     "reconstruct",
     "register",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from operator import attrgetter
 from pkgutil import iter_modules
@@ -116,7 +117,15 @@ def discover(model: nn.Module) -> Layout:
         ['heads.0', 'neurons.0', 'heads.1', 'neurons.1']
     """
     check_model(model)
-    family = family_of(model)
+    return layout_of(model, family_of(model))
+
+
+def layout_of(model: nn.Module, family: Family) -> Layout:
+    """Find all sites of a model by a table, registered or not.
+
+    Raises:
+        ModelError: as `discover`, if the family is known.
+    """
     base, prefix = base_and_prefix(model)
     try:
         blocks = [f"{prefix}{family.blocks}.{i}" for i in range(len(base.get_submodule(family.blocks)))]  # type: ignore[arg-type]
@@ -145,6 +154,18 @@ def discover(model: nn.Module) -> Layout:
         ),
         is_pre_norm=family.is_pre_norm,
     )
+
+
+@contextmanager
+def registered(family: Family) -> Iterator[None]:
+    """Make a family known until the block ends; what was known for its `model_type` before is then known again."""
+    before = dict(_FAMILIES)
+    register(family)
+    try:
+        yield
+    finally:
+        _FAMILIES.clear()
+        _FAMILIES.update(before)
 
 
 def _site(model: nn.Module, family: Family, block_name: str, layer: int, number: int) -> Site:

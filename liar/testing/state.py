@@ -52,7 +52,7 @@ def assert_same_state(model: nn.Module, before: Mapping[str, Any]) -> None:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal, with NaN equal to itself."""
-    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return a.shape == b.shape and torch.equal(*(each.flatten().contiguous().view(torch.uint8) for each in (a, b)))
 
 
 def _difference(old: Any, new: Any) -> Any:

@@ -57,6 +57,12 @@ def tiny_model(
     configuration = transformers.AutoConfig.for_model(model_type, **entries)
     with torch.random.fork_rng(devices=[]):
         model = _HEADS[head].from_config(configuration, attn_implementation=attention)  # type: ignore[no-untyped-call]
+    randomise(model, seed)
+    return model.to(dtype).eval()
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Give all parameters random values, in place: large enough that every layer matters, biases and norms too."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
@@ -65,7 +71,6 @@ def tiny_model(
         elif "embed" not in name:
             values /= parameter.shape[-1] ** 0.5
         parameter.data.copy_(values)
-    return model.to(dtype).eval()
 
 
 def tiny_batches(
