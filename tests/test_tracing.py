@@ -19,7 +19,10 @@ from liar.models.tables.gpt2 import GPT2
 from liar.models.tables.llama import LLAMA
 from liar.testing import assert_same_state, model_state, randomise, tiny_batches, tiny_model
 from liar.tracing.blocks import find_blocks
-from liar.tracing.small import small_model
+from liar.tracing.small import probe_of, small_model
+from liar.tracing.streams import find_consumers
+from liar.tracing.trace import trace_block
+from liar.tracing.units import find_effects
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +81,7 @@ TABLES = {
             "gptj",
             is_parallel=True,
             heads={
-                "producers": ("attn.k_proj", "attn.v_proj", "attn.q_proj"),
+                "producers": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
                 "consumer": "attn.out_proj",
                 "size_attributes": ("attn.num_attention_heads",),
             },
@@ -91,7 +94,7 @@ TABLES = {
             GPT2,
             "gpt_neo",
             heads={
-                "producers": ("attn.attention.k_proj", "attn.attention.v_proj", "attn.attention.q_proj"),
+                "producers": ("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
                 "consumer": "attn.attention.out_proj",
                 "sublayer": "attn.attention",
                 "unit_width": "attn.attention.head_dim",
@@ -162,16 +165,10 @@ class HouseConfig(PreTrainedConfig):
     model_type = "house"
 
     def __init__(
-        self, words=96, channels=24, stages=2, query_heads=4, key_heads=2, inner=40, scale=1.0, crossed=False, **kwargs
+        self, words=96, channels=24, stages=2, heads=4, key_heads=2, inner=40, rank=0, scale=1.0, crossed=False, **kwargs
     ):
-        self.words, self.channels, self.stages, self.query_heads, self.key_heads = (
-            words,
-            channels,
-            stages,
-            query_heads,
-            key_heads,
-        )
-        self.inner, self.scale, self.crossed = inner, scale, crossed
+        self.words, self.channels, self.stages, self.inner, self.rank = words, channels, stages, inner, rank
+        self.heads, self.key_heads, self.scale, self.crossed = heads, key_heads, scale, crossed
         super().__init__(**kwargs)
 
     @property
@@ -186,11 +183,13 @@ class Mixer(nn.Module):
         super().__init__()
         self.per_head = config.channels // 4
         self.queries_per_key = config.heads // config.key_heads
-        self.ask = nn.Linear(config.channels, config.heads * self.per_head)
-        self.answer = nn.Linear(config.channels, 2 * config.key_heads * self.per_head)
+        self.narrow = nn.Linear(config.channels, config.rank) if config.rank else nn.Identity()
+        self.ask = nn.Linear(config.rank or config.channels, config.heads * self.per_head)
+        self.answer = nn.Linear(config.rank or config.channels, 2 * config.key_heads * self.per_head)
         self.merge = nn.Linear(config.heads * self.per_head, config.channels)
 
     def forward(self, states, mask):
+        states = self.narrow(states)
         queries = self.ask(states).unflatten(-1, (-1, self.per_head)).transpose(1, 2)
         keys, values = (
             part.unflatten(-1, (-1, self.per_head)).transpose(1, 2).repeat_interleave(self.queries_per_key, 1)
@@ -260,7 +259,7 @@ HOUSE = liar.Family(
         ),
         liar.SitePattern(
             kind="neurons",
-            producers=("grow", "gate"),
+            producers=("gate", "grow"),
             consumer="shrink",
             residual=("before_growing", 0),
             config_keys=("inner",),
@@ -272,6 +271,12 @@ HOUSE = liar.Family(
 
 def test_the_table_of_a_class_that_nobody_knows():
     assert proposed(house()) == HOUSE
+
+
+def test_a_layer_that_reaches_all_heads_through_another_is_not_cut():
+    model = house(rank=5)
+    assert proposed(model) == HOUSE
+    assert liar.discover(model, tiny_batches(model)[0]).uncovered == ("stages.0.mixer.narrow", "stages.1.mixer.narrow")
 
 
 def test_a_class_that_nobody_knows_is_discovered_and_pruned(registry):
@@ -299,6 +304,15 @@ def test_what_is_registered_stays_registered(registry):
     registry["bert"] = wrong = replace(BERT, blocks="wrong")
     assert proposed(tiny_model("bert")).blocks == "encoder.layer"
     assert registry == {"bert": wrong}
+
+
+def test_a_trace_stays_as_it_was_where_a_block_adds_in_place():
+    """Falcon adds the output of its attention to that of its feed-forward part, in place."""
+    probe = probe_of(tiny_model("falcon", attention="eager"), "h")
+    trace, again = trace_block(probe), trace_block(probe)
+    find_effects(probe, trace, find_consumers(trace))
+    assert list(trace.outputs) == list(again.outputs)
+    assert all(torch.equal(trace.outputs[name], again.outputs[name]) for name in trace.outputs)
 
 
 def test_a_large_model_is_tried_with_fewer_layers_and_words():
@@ -370,11 +384,11 @@ REFUSED = {
     "no attention": (
         lambda: with_text(tiny_model("mamba", attention="eager", state_size=4, time_step_rank=4)),
         r"not found: consumers: .*there are 1 \(mixer.out_proj\); weights outside .*mixer.conv1d.weight"
-        r"[\s\S]*not found: units of mixer.out_proj: .*64 of 64 channels.*mixer.in_proj reaches it through mixer.x_proj",
+        r"[\s\S]*not found: units of mixer.out_proj: .*64 of 64 together.*mixer.in_proj reaches it through mixer.x_proj",
     ),
     "flat tokens": (
         lambda: with_text(tiny_model("opt", ffn_dim=64, word_embed_proj_dim=32)),
-        r"not found: consumer fc2: it gives a tensor \[384, 32\], expected \[sequences, length, channels\]"
+        r"not found: consumer fc2: it gives a tensor \[192, 32\], expected \[sequences, length, channels\]"
         r"[\s\S]*found: neurons: from fc1 to fc2",
     ),
     "unequal parts": (

@@ -158,18 +158,16 @@ def _match(stock: nn.Module | None, small: nn.Module, family: Family, number: in
     """Whether a model of the class has fewer units of one kind, all else being equal, and how wide they are."""
     if stock is None:
         return None
-    before, count = layout_of(small, family).sites, len(family.patterns)
+    before = layout_of(small, family).sites
     try:
         after = layout_of(stock, family).sites
     except ModelError:
         return None
     old, new = before[number], after[number]
-    others = [index for index in range(count) if index != number]
-    same_rest = all(after[index] == before[index] for index in others) and (new.out, new.query_heads) == (
-        old.out,
-        old.query_heads,
-    )
-    if len(after) != len(before) or not same_rest or new.units != fewer or new.units == old.units:
+    if len(after) != len(before) or new.units != fewer or new.units == old.units:
+        return None
+    others = [index for index in range(len(family.patterns)) if index != number]
+    if any(after[index] != before[index] for index in others) or (new.out, new.query_heads) != (old.out, old.query_heads):
         return None
     widths = [[edge.width for edge in site.edges] for site in (old, new)]
     return "same widths" if widths[0] == widths[1] else "other widths"

@@ -20,7 +20,7 @@ from liar.tracing.findings import Findings, NotFoundError
 from liar.tracing.small import Probe, probe_of, random_model, small_model
 from liar.tracing.streams import Streams, check_consumers, find_consumers, find_streams, find_sublayer, residual_of
 from liar.tracing.trace import Trace, trace_block
-from liar.tracing.units import Units, find_units
+from liar.tracing.units import Units, find_effects, find_units
 
 # Tables that are tried with the contract at most, and units that the model has for it.
 TRIES = 8
@@ -102,7 +102,7 @@ def _propose(model: nn.Module, batch: Mapping[str, Tensor], findings: Findings) 
         try:
             _check(observed.small, family)
         except (AssertionError, ModelError) as error:
-            (reason, *_) = str(error).splitlines()
+            reason, *_ = str(error).split("\n")
             findings.missing.append(f"a table that passes liar.testing.check_family: {reason}")
         else:
             layout_of(model, family)
@@ -122,10 +122,11 @@ def _observe(model: nn.Module, batch: Mapping[str, Tensor], findings: Findings) 
     consumers = find_consumers(trace)
     with findings.looking():
         check_consumers(probe.block, trace, consumers)
+    effects = find_effects(probe, trace, consumers)
     units = []
     for consumer in consumers:
         with findings.looking():
-            units.append(find_units(probe, trace, consumer, consumers))
+            units.append(find_units(trace, consumer, effects))
             findings.found.append(f"{units[-1].kind}: from {', '.join(map(str, units[-1].producers))} to {consumer}")
     if findings.missing:
         raise findings.error(model)

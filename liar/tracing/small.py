@@ -23,8 +23,8 @@ from liar.tracing.findings import NotFoundError
 LAYERS = 2
 VOCABULARY = 512
 # Copies of one sequence that run side by side, and its tokens: so many channels are tried in one run of a block.
-PROBES = 64
-LENGTH = 6
+PROBES = 48
+LENGTH = 4
 
 
 def linear_layers(block: nn.Module) -> dict[str, LayerView]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -109,12 +108,10 @@ def residual_of(places: Sequence[tuple[str, int]], consumer: str, sublayer: str 
 def _places(trace: Trace, added: Sequence[Tensor]) -> list[tuple[str, int]]:
     """Where modules get a tensor that makes, with what is added to it, one of the sums of the block."""
     total = sum(value.reshape(trace.hidden.shape) for value in added)
-    calls = Counter(each.module for each in trace.arguments if not each.index)
     return [
         (each.module, each.index)
         for each in trace.arguments
-        if calls[each.module] <= 1
-        and not any(trace.same(each.value, output) for output in trace.linear_outputs().values())
+        if not any(trace.same(each.value, output) for output in trace.linear_outputs().values())
         and any(trace.same(each.value.reshape(trace.hidden.shape) + total, result) for result in trace.sums)
     ]
 

@@ -1,13 +1,14 @@
 """The units that a consumer reads, and the layers that produce them: found by changing single channels.
 
-In one run of a block on copies of one sequence, another output channel of a layer is changed in every copy. The channels of the
-consumer's input that change with it belong to the same unit: one channel for a neuron. In attention, a channel of a query
-reaches all channels of its head, through the softmax; a channel of a key, those of all heads that share it.
+In one run of a block on copies of one sequence, another output channel of a layer is changed in every copy, at one token. The
+channels of the consumer's input that change with it belong to the same unit: one channel for a neuron. In attention, a channel
+of a query reaches all channels of its head, through the softmax; a channel of a key, those of all heads that share it; and keys
+and values reach later tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +21,14 @@ from liar.models import FusedProducer
 from liar.models.layout import Kind
 from liar.runtime import Point, capture_activations, replay_output, run_block
 from liar.tracing.findings import NotFoundError
-from liar.tracing.small import LENGTH, PROBES, Probe, linear_layers
+from liar.tracing.small import LENGTH, PROBES, Probe
 from liar.tracing.trace import Trace
 
 # Changes smaller than this, relative to the largest value, are rounding.
-ROUNDING = 1e-5
+ROUNDING = 1e-6
 MOST_PARTS = 4
+# The token that is changed: one with a token before it, for queries, and others after it, where keys and values act.
+TOKEN = 1
 
 
 @dataclass(frozen=True)
@@ -48,59 +51,75 @@ class Units:
 
 
 @dataclass(frozen=True)
-class _Reach:
-    """What the output channels of a layer reach.
+class Effect:
+    """What happens if single output channels of a layer are changed.
 
     Attributes:
         size: output channels of the layer.
-        tried: the channels that were changed, [probes].
-        reached: which channels of the consumer's input changed, bool [probes, channels].
-        feeds: other linear layers whose input changed.
+        tried: the channels that were changed, [copies].
+        changed: linear layer -> which values of its input changed, bool [copies, tokens, channels].
     """
 
     size: int
     tried: Tensor
-    reached: Tensor
-    feeds: frozenset[str]
+    changed: Mapping[str, Tensor]
 
-    def spans(self) -> Tensor:
-        """First and last channel that was reached, and their number, [probes that reach any, 3]."""
-        rows = self.reached[self.reached.any(1)].long()
+    def feeds(self, name: str) -> bool:
+        """Whether the input of a layer changed."""
+        return bool(self.changed[name].any())
+
+    def mixes_tokens(self, consumer: str) -> bool:
+        """Whether the input of a layer changed at other tokens."""
+        return bool(self.changed[consumer].any(2).any(0)[torch.arange(LENGTH) != TOKEN].any())
+
+    def reached(self, consumer: str) -> tuple[Tensor, Tensor]:
+        """The tried channels that reach a layer, [n]; the first and last channel of its input that each reaches, and how many.
+
+        The latter are [n, 3].
+        """
+        rows = self.changed[consumer].any(1).long()
+        effective = rows.any(1)
+        rows = rows[effective]
         first, last = rows.argmax(1), rows.shape[1] - 1 - rows.flip(1).argmax(1)
-        return torch.stack([first, last, rows.sum(1)], 1)
+        return self.tried[effective], torch.stack([first, last, rows.sum(1)], 1)
 
 
-def find_units(probe: Probe, trace: Trace, consumer: str, consumers: Sequence[str]) -> Units:
-    """The units that a consumer reads; the outputs of the other consumers are held fixed.
+def find_effects(probe: Probe, trace: Trace, consumers: Sequence[str]) -> dict[str, Effect]:
+    """The effects of all linear layers of a block but the consumers, whose outputs are held fixed."""
+    names = [name for name in trace.inputs if name in trace.outputs and name not in consumers]
+    return {name: _effect(probe, trace, name, consumers) for name in names}
+
+
+def find_units(trace: Trace, consumer: str, effects: Mapping[str, Effect]) -> Units:
+    """The units that a consumer reads.
 
     Raises:
         NotFoundError: it has no producers, or their channels are not in units; says what was seen.
     """
-    reaches = {name: _reach(probe, trace, name, consumer, consumers) for name in linear_layers(probe.block) if name != consumer}
-    reaches = {name: reach for name, reach in reaches.items() if reach.reached.any()}
-    if not reaches:
+    effects = {name: effect for name, effect in effects.items() if effect.feeds(consumer)}
+    if not effects:
         raise NotFoundError(f"producers of {consumer}", "no linear layer of the block changes its input")
-    inner = {name: next(iter(reach.feeds & reaches.keys()), None) for name, reach in reaches.items()}
-    producers = {name: reach for name, reach in reaches.items() if inner[name] is None}
-    through = "".join(f"; {name} reaches it through {other} as well" for name, other in inner.items() if other)
-    spans = torch.cat([reach.spans() for reach in producers.values()])
-    channels, width = trace.inputs[consumer].shape[-1], _unit_width(spans, trace.inputs[consumer].shape[-1])
-    mixing = [name for name in producers if _mixes_tokens(probe, trace, name, consumer, consumers)]
-    whole = spans[(spans[:, 2] > 1) & (spans[:, 2] == spans[:, 1] - spans[:, 0] + 1), 2]
-    head = int(whole.min()) if len(whole) else 1
-    seen = f"the layers that it reads are {', '.join(producers)}{through}"
+    # What feeds another of them is no producer: it reaches all units.
+    inner = {name: [other for other in effects if other != name and effect.feeds(other)] for name, effect in effects.items()}
+    producers = [name for name in effects if not inner[name]]
+    through = [f"{name} reaches it through {others[0]} as well" for name, others in inner.items() if others]
+    seen = "; ".join([f"the layers that it reads are {', '.join(producers)}", *through])
+    channels = trace.inputs[consumer].shape[-1]
+    spans = torch.cat([effects[name].reached(consumer)[1] for name in producers])
+    width, mixing = _unit_width(spans, channels), [name for name in producers if effects[name].mixes_tokens(consumer)]
+    head = _head_width(spans, width)
     if bool(mixing) != (width > 1):
         what = f"{', '.join(mixing)} mix tokens" if mixing else "its channels depend on each other within a token"
         raise NotFoundError(f"units of {consumer}", f"{what}, in units of {width} of {channels} channels: {seen}")
-    if width > 1 and (head == channels or width % head):
+    if head is None or head == channels > 1:
         raise NotFoundError(
             f"units of {consumer}",
-            f"one channel of a query reaches {head} of {channels} channels, one of a key {width}, so there are no heads that "
-            f"could be cut alone (a norm across heads, a convolution, or a single head): {seen}",
+            f"channels that reach each other are {width} of {channels} together, without heads that could be cut alone (a norm "
+            f"across heads, a convolution, or a single head): {seen}",
         )
     if width == channels:
         raise NotFoundError(f"units of {consumer}", f"all {channels // head} query heads share one key and value head: {seen}")
-    found = tuple(_producer(name, reach, consumer, width, channels // width) for name, reach in producers.items())
+    found = tuple(_producer(name, effects[name], consumer, width, channels // width) for name in producers)
     return Units("heads" if mixing else "neurons", consumer, found, head, width // head)
 
 
@@ -111,51 +130,43 @@ def _unit_width(spans: Tensor, channels: int) -> int:
     return next(width for width in widths if bool((first // width == last // width).all()))
 
 
-def _producer(name: str, reach: _Reach, consumer: str, width: int, units: int) -> str | FusedProducer:
+def _head_width(spans: Tensor, width: int) -> int | None:
+    """The smallest part of a unit that one channel reaches as a whole: what a channel of a query reaches.
+
+    A channel of a value reaches single channels, one in each head that shares it.
+    """
+    if width == 1:
+        return 1
+    parts = [
+        count for first, last, count in spans.tolist() if count == last - first + 1 and not width % count and not first % count
+    ]
+    return min((count for count in parts if count > 1), default=None)
+
+
+def _producer(name: str, effect: Effect, consumer: str, width: int, units: int) -> str | FusedProducer:
     """A producer as in a table: one whose channels lie in the order of the units, in one or several equal parts."""
-    tried, actual = reach.tried[reach.reached.any(1)], reach.spans()[:, 0] // width
+    tried, spans = effect.reached(consumer)
     for parts in range(1, MOST_PARTS + 1):
-        each, rest = divmod(reach.size, parts * units)
-        if not rest and torch.equal(tried % (each * units) // each, actual):
+        each, rest = divmod(effect.size, parts * units)
+        if not rest and torch.equal(tried % (each * units) // each, spans[:, 0] // width):
             return name if parts == 1 else FusedProducer(name, parts)
     raise NotFoundError(
         f"producers of {consumer}",
-        f"the {reach.size} output channels of {name} are not {units} units in equal parts, side by side or interleaved",
+        f"the {effect.size} output channels of {name} are not {units} units in equal parts, side by side or interleaved",
     )
 
 
-def _reach(probe: Probe, trace: Trace, name: str, consumer: str, consumers: Sequence[str]) -> _Reach:
-    size = trace.outputs[name].shape[-1] if name in trace.outputs else 0
-    if not size:
-        return _Reach(0, torch.zeros(0), torch.zeros(0, 1, dtype=torch.bool), frozenset())
-    tried = torch.arange(size).repeat(-(-PROBES // size))[:PROBES]
+def _effect(probe: Probe, trace: Trace, name: str, consumers: Sequence[str]) -> Effect:
+    """Change one output channel of a layer in each copy, by more than most values: which inputs of linear layers change."""
+    output = trace.outputs[name]
+    size = output.shape[-1]
+    tried = torch.arange(PROBES) % size
     if size > PROBES:
-        # The first and the last channels, and others at random.
         tried = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:PROBES]
-        tried[:2] = torch.tensor([0, size - 1])
-    changed = _changed(probe, trace, name, tried, consumers)
-    feeds = frozenset(other for other, value in changed.items() if other not in (consumer, name) and bool(value.any()))
-    return _Reach(size, tried, changed[consumer].any(1), feeds)
-
-
-def _mixes_tokens(probe: Probe, trace: Trace, name: str, consumer: str, consumers: Sequence[str]) -> bool:
-    """Whether what a layer gives for the first token reaches the consumer's input for others."""
-    tried = torch.arange(PROBES) % trace.outputs[name].shape[-1]
-    changed = _changed(probe, trace, name, tried, consumers, first_only=True)
-    return bool(changed[consumer][:, 1:].any())
-
-
-def _changed(
-    probe: Probe, trace: Trace, name: str, tried: Tensor, consumers: Sequence[str], *, first_only: bool = False
-) -> dict[str, Tensor]:
-    """Change one output channel of a layer in each copy: which inputs of linear layers change, bool [copies, tokens, *]."""
-    noise = torch.randn(LENGTH, generator=torch.Generator().manual_seed(0)) * 3 * float(trace.outputs[name].std())
-    if first_only:
-        noise[1:] = 0
 
     def change(_module: Any, _args: Any, output: Tensor) -> Tensor:
-        copies = output.clone().reshape(PROBES, LENGTH, -1)
-        copies[torch.arange(PROBES), :, tried] += noise
+        copies = output.clone().reshape(PROBES, LENGTH, size)
+        copies[torch.arange(PROBES), TOKEN, tried] += 3 * output.std()
         return copies.reshape(output.shape)
 
     points = {other: Point(probe.block.get_submodule(other), 0) for other in trace.inputs}
@@ -169,8 +180,10 @@ def _changed(
             with capture_activations(points) as inputs:
                 run_block(probe.block, probe.hidden, probe.call)
         except ModelError as error:
-            raise NotFoundError("consumer", str(error)) from error
-    return {
-        other: ((value - trace.inputs[other]).abs() > ROUNDING * trace.inputs[other].abs().max()).reshape(PROBES, LENGTH, -1)
-        for other, value in inputs.items()
-    }
+            raise NotFoundError("producers", str(error)) from error
+    return Effect(size, tried, {other: _differs(value, trace.inputs[other]) for other, value in inputs.items()})
+
+
+def _differs(value: Tensor, before: Tensor) -> Tensor:
+    """Which values of two tensors differ by more than rounding, bool [copies, tokens, channels]."""
+    return ((value - before).abs() > ROUNDING * before.abs().max()).reshape(PROBES, LENGTH, -1)
