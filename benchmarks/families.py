@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from benchmarks.summary import lined
-from liar import Layout, discover, families
+from liar import discover, families
+from liar.models import Layout
 from liar.surgery import stock_counts
 from liar.testing import tiny_model
 

@@ -305,8 +305,8 @@ def stale() -> list[Path]:
 def encoder_figure() -> Figure:
     """Rules on an encoder against the kept share: two tasks."""
     parts = {
-        title: part("reconstruction", task=task, source="own", tokens=TOKENS, place=0)
-        for title, task in (("STS-B, zero-shot", "stsb"), ("SQuAD v1.1, fine-tuned", SQUAD))
+        title: part("reconstruction", task=task, model=model, source="own", tokens=TOKENS, place=0)
+        for title, task, model in (("STS-B, zero-shot", "stsb", "default"), ("SQuAD v1.1, fine-tuned", SQUAD, "squad"))
     }
     return published(parts, "keep", PUBLISHED)
 

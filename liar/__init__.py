@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from liar.errors import LiarError
     from liar.io import load, make_standalone, save
     from liar.mask import Mask
-    from liar.models import Family, FusedProducer, HeadArgument, SitePattern, discover, families, register
+    from liar.models import Family, FusedProducer, HeadArgument, SitePattern, families, register
     from liar.report import Report, plot
     from liar.selection import Costs, CriterionStatistics, collect, flops, latency
     from liar.surgery import remove
+    from liar.tracing import discover, propose_family
     from liar.verdicts import Verdict
 
 _MODULES = {
@@ -32,10 +33,11 @@ _MODULES = {
     "errors": ("LiarError",),
     "io": ("load", "make_standalone", "save"),
     "mask": ("Mask",),
-    "models": ("Family", "FusedProducer", "HeadArgument", "SitePattern", "discover", "families", "register"),
+    "models": ("Family", "FusedProducer", "HeadArgument", "SitePattern", "families", "register"),
     "report": ("Report", "plot"),
     "selection": ("Costs", "CriterionStatistics", "collect", "flops", "latency"),
     "surgery": ("remove",),
+    "tracing": ("discover", "propose_family"),
     "verdicts": ("Verdict",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -64,6 +66,7 @@ __all__ = [
     "make_standalone",
     "moments",
     "plot",
+    "propose_family",
     "prune",
     "reconstruct",
     "register",

@@ -37,8 +37,9 @@ ORDER = (
     "selection",
     "io",
     "api",
-    "cli",
     "testing",
+    "tracing",
+    "cli",
 )
 # Tensors only: packages of mathematics know neither models nor data, so nothing but what is listed here.
 PURE = {
@@ -74,6 +75,7 @@ PUBLIC = (
     "make_standalone",
     "moments",
     "plot",
+    "propose_family",
     "prune",
     "reconstruct",
     "register",

@@ -4,7 +4,17 @@ from liar.models.family import Family, FusedProducer, SitePattern
 from liar.models.layers import Axis, LayerView, is_plain
 from liar.models.layout import Edge, HeadArgument, Layout, Segment, Site, layer_of
 from liar.models.ownership import check_default_device, check_model, why_unusable
-from liar.models.registry import base_and_prefix, discover, discover_with_weights, families, family_of, register, takes_choices
+from liar.models.registry import (
+    base_and_prefix,
+    discover,
+    discover_with_weights,
+    families,
+    family_of,
+    layout_of,
+    register,
+    registered,
+    takes_choices,
+)
 from liar.models.wrapped import transformer_in
 
 __all__ = [
@@ -27,7 +37,9 @@ __all__ = [
     "family_of",
     "is_plain",
     "layer_of",
+    "layout_of",
     "register",
+    "registered",
     "takes_choices",
     "transformer_in",
     "why_unusable",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from operator import attrgetter
@@ -74,8 +75,8 @@ def family_of(model: nn.Module) -> Family:
     among = f" (among them {near})" if near else ""
     raise ModelError(
         f"expected a model of a known family, got {actual}; `liar families` lists the {len(_FAMILIES)} that are known"
-        f"{among}; add the family with liar.register(liar.Family(...)), "
-        "see docs/extending.md"
+        f"{among}; liar.propose_family(model, batch) looks for the table of another one, liar.register adds it, see "
+        "docs/extending.md"
     )
 
 
@@ -124,7 +125,15 @@ def discover(model: nn.Module) -> Layout:
         ['heads.0', 'neurons.0', 'heads.1', 'neurons.1']
     """
     check_model(model)
-    family = family_of(model)
+    return layout_of(model, family_of(model))
+
+
+def layout_of(model: nn.Module, family: Family) -> Layout:
+    """Find all sites of a model by a table, registered or not.
+
+    Raises:
+        ModelError: as `discover`, if the family is known.
+    """
     _check_configuration(model, family)
     base, prefix = base_and_prefix(model)
     try:
@@ -154,6 +163,18 @@ def discover(model: nn.Module) -> Layout:
         ),
         is_pre_norm=family.is_pre_norm,
     )
+
+
+@contextmanager
+def registered(family: Family) -> Iterator[None]:
+    """Make a family known until the block ends; what was known for its `model_type` before is then known again."""
+    before = dict(_FAMILIES)
+    register(family)
+    try:
+        yield
+    finally:
+        _FAMILIES.clear()
+        _FAMILIES.update(before)
 
 
 def _check_configuration(model: nn.Module, family: Family) -> None:

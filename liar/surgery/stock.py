@@ -98,14 +98,19 @@ def shapes(model: nn.Module) -> Mapping[str, torch.Size]:
 
 
 def build_stock(
-    model: nn.Module, sizes: Mapping[str, int], changed: Callable[[type[nn.Module]], type[nn.Module]] | None = None
+    model: nn.Module,
+    sizes: Mapping[str, Any],
+    changed: Callable[[type[nn.Module]], type[nn.Module]] | None = None,
+    *,
+    device: str = "meta",
 ) -> nn.Module | None:
-    """A model of the same class as its configuration, with `sizes` changed, builds it, on the meta device; None if refused.
+    """A model of the same class as its configuration, with `sizes` changed, builds it; None if refused.
 
     Args:
         model: whose class and configuration.
         sizes: entries of the configuration.
         changed: makes the class that is built from the model's.
+        device: where; on the meta device, only shapes are made.
     """
     config: Any = copy.deepcopy(model.config)
     stock = stock_class(model)
@@ -114,7 +119,7 @@ def build_stock(
         for argument, part in OPTIONAL_PARTS.items()
         if accepts(stock, argument) and getattr(model, part, None) is None
     }
-    with torch.device("meta"):
+    with torch.device(device):
         try:
             for key, value in sizes.items():
                 setattr(config, key, value)

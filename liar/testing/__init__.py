@@ -9,6 +9,6 @@ Example:
 
 from liar.testing.contract import check_family
 from liar.testing.state import assert_same_state, model_state
-from liar.testing.tiny import tiny_batches, tiny_model
+from liar.testing.tiny import randomise, tiny_batches, tiny_model
 
-__all__ = ["assert_same_state", "check_family", "model_state", "tiny_batches", "tiny_model"]
+__all__ = ["assert_same_state", "check_family", "model_state", "randomise", "tiny_batches", "tiny_model"]

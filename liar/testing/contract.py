@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from liar.mask import Mask
 from liar.models import Layout, discover
@@ -18,7 +17,7 @@ from liar.testing.table_checks import cut, shapes, sizes, streams
 from liar.testing.tiny import tiny_batches
 
 
-def check_family(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]] | None = None) -> Layout:
+def check_family(model: nn.Module, batches: Sequence[Mapping[str, Tensor]] | None = None) -> Layout:
     """Check the table of a family on a tiny random model of it; raise an `AssertionError` that says what is wrong.
 
     It checks that the table names layers of consistent shapes in the order of the data; that consumer outputs are added to
@@ -50,7 +49,7 @@ def check_family(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]
     expect(len(batches) >= 2, "expected at least two batches: the last one is held out")
     batches = [dict(batch) for batch in batches]
     model = copy.deepcopy(model).train(False)
-    nn.Module.to(model, torch.float32)
+    model.to(torch.float32)
     layout = discover(model)
     mask = _some_mask(layout)
     with torch.no_grad():

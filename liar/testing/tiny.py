@@ -98,6 +98,14 @@ def tiny_model(
             model: Any = _CLASSES[model_type]._from_config(configuration, attn_implementation=attention)  # type: ignore[no-untyped-call]
         else:
             model = _HEADS[head].from_config(configuration, attn_implementation=attention)  # type: ignore[no-untyped-call]
+    randomise(model, seed)
+    for parameter in model.parameters():  # buffers stay in float32, as in models that are loaded in 16 bits
+        parameter.data = parameter.data.to(dtype)
+    return model.train(False)
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Give all parameters random values, in place: large enough that every layer matters, biases and norms too."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
@@ -105,9 +113,7 @@ def tiny_model(
             values = 1 + 0.2 * values if name.endswith(("weight", "lambda1")) else 0.3 * values
         elif parameter.ndim and "embed" not in name:
             values /= parameter[0].numel() ** 0.5
-        # Buffers stay in float32, as in models that are loaded in 16 bits.
-        parameter.data = values.to(dtype)
-    return model.train(False)
+        parameter.data.copy_(values)
 
 
 def _configuration(model_type: str, changes: Mapping[str, Any]) -> Any:
@@ -115,7 +121,7 @@ def _configuration(model_type: str, changes: Mapping[str, Any]) -> Any:
     kind = transformers.CONFIG_MAPPING[model_type]
     known = {name: value for name, value in _GROUPS.items() if hasattr(kind(), name)}
     entries = {**_SIZES, **known, **_TYPE_SIZES.get(model_type, {}), **changes}
-    if hasattr(kind(), "head_dim"):
+    if "head_dim" in vars(kind()):
         entries.setdefault("head_dim", entries["hidden_size"] // entries["num_attention_heads"])
     return kind(**entries)
 
