@@ -34,6 +34,7 @@ LABELS = {
     "ours": "ours",
     "fine_tuning": "fine-tuning",
     "kwon": "Kwon et al.",
+    "query_heads": "ours, by query head",
     "flap": "FLAP",
     "llm_pruner": "LLM-Pruner",
     "searched": "searched widths",

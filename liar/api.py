@@ -28,10 +28,13 @@ from liar.selection import (
     CriterionStatistics,
     SiteWeights,
     allocate,
+    best_of_groups,
+    by_rank,
     collect,
-    flops,
+    flops_of,
     latency,
-    params,
+    params_of,
+    rank_scores,
     scores,
     stages_of,
 )
@@ -40,10 +43,10 @@ from liar.surgery import stock_counts
 
 logger = logging.getLogger(__name__)
 
-COSTS: Mapping[str, Callable[[nn.Module, Progress], Costs]] = {
-    "params": lambda model, _: params(model),
-    "flops": lambda model, _: flops(model),
-    "latency": lambda model, progress: latency(model, progress=progress),
+COSTS: Mapping[str, Callable[[nn.Module, Layout, Progress], Costs]] = {
+    "params": lambda _model, layout, _: params_of(layout),
+    "flops": lambda model, layout, _: flops_of(model, layout),
+    "latency": lambda model, _, progress: latency(model, progress=progress),
 }
 # The stage of a reconstruction, and about how many forward passes of the dense model it takes; see `Progress`.
 RECONSTRUCT_STAGES = {"reconstruct": 2.4}
@@ -60,6 +63,7 @@ def select(
     round_to: int = SelectOptions.round_to,
     protect: Sequence[str | int] = SelectOptions.protect,
     seed: int = SelectOptions.seed,
+    heads: str = SelectOptions.heads,
     progress: bool = True,
 ) -> Mask:
     """Decide which heads and neurons stay.
@@ -82,6 +86,8 @@ def select(
         round_to: heads and neurons of a layer keep a multiple of so many channels (or all): hardware-friendly widths.
         protect: names of sites (`"heads.0"`) and numbers of layers that stay whole.
         seed: for `"random"`.
+        heads: `"group"`: query heads that share keys and values go together with them; `"query"`: single query heads go,
+            equally many of every group of a layer, and all keys and values stay: for models with few key and value heads.
         progress: show a bar.
 
     Returns:
@@ -95,7 +101,7 @@ def select(
         >>> mask.parameters(liar.discover(model)) <= 0.5 * liar.discover(model).parameters
         True
     """
-    options = SelectOptions(keep, criterion, budget, widths, round_to, protect, seed)
+    options = SelectOptions(keep, criterion, budget, widths, round_to, protect, seed, heads)
     return select_with(model, calib, options, progress=progress)
 
 
@@ -133,10 +139,16 @@ def _select(
     progress: Progress,
 ) -> Mask:
     criterion = CRITERIA[options.criterion]
-    layout = discover_with_weights(model)
-    costs = COSTS[options.budget](model, progress) if isinstance(options.budget, str) else options.budget
-    possible = stock_counts(model) if options.widths == "uniform" else None
-    budget = Budget.of(layout, costs, options, possible=possible)
+    by_group = discover_with_weights(model)
+    layout = by_group.counted_by(options.heads)
+    counted = by_rank(layout)
+    if counted != layout and not (isinstance(options.budget, str) and options.budget in ("params", "flops")):
+        raise OptionError(
+            "heads='query' needs budget='params' or 'flops': other costs are known for whole groups of heads only"
+        )
+    costs = COSTS[options.budget](model, counted, progress) if isinstance(options.budget, str) else options.budget
+    possible = stock_counts(model, options.heads) if options.widths == "uniform" else None
+    budget = Budget.of(counted, costs, options, possible=possible)
     statistics: Mapping[str, Mapping[str, Tensor]] = {site.name: {} for site in layout.sites}
     if criterion.needs:
         if calib is None:
@@ -145,7 +157,7 @@ def _select(
             calib.check(model, layout, options.criterion)
             statistics = calib.sites
         else:
-            statistics = collect(model, calib, criteria=[options.criterion], progress=progress).sites
+            statistics = collect(model, calib, criteria=[options.criterion], heads=options.heads, progress=progress).sites
     by_site = {}
     for number, site in enumerate(layout.sites):
         weights = SiteWeights.of(model.get_submodule(site.block), site, statistics[site.name], seed=options.seed + number)
@@ -153,11 +165,13 @@ def _select(
         # A comparison with NaN is neither true nor false: it would decide at random which units go.
         with at_site(site.name, site.module):
             check_finite(by_site[site.name], what=f"scores of criterion={options.criterion!r}")
-    mask = allocate(by_site, layout, budget, options.widths, comparable=criterion.comparable)
+    ranked = {site.name: rank_scores(by_site[site.name], site) for site in layout.sites if site.groups > 1}
+    mask = allocate({**by_site, **ranked}, counted, budget, options.widths, comparable=criterion.comparable)
     achieved = costs.of({name: mask.kept(name) for name in mask.masks}) / costs.dense
     level = logging.WARNING if achieved < options.keep - TOLERANCE else logging.INFO
     logger.log(level, "requested %.4f of the %s, achieved %.4f", options.keep, costs.name, achieved)
-    return replace(mask, requested=options.keep) if options.budget == "params" else mask
+    mask = best_of_groups(replace(mask, requested=options.keep if options.budget == "params" else None), by_site, layout)
+    return Mask.of(mask, by_group)
 
 
 def reconstruct(
@@ -272,6 +286,7 @@ def prune(
     round_to: int = SelectOptions.round_to,
     protect: Sequence[str | int] = SelectOptions.protect,
     seed: int = SelectOptions.seed,
+    heads: str = SelectOptions.heads,
     target: str = ReconstructOptions.target,
     ridge: float | str = ReconstructOptions.ridge,
     refit: bool = ReconstructOptions.refit,
@@ -286,7 +301,7 @@ def prune(
         >>> report.achieved <= 0.5
         True
     """
-    selection = SelectOptions(keep, criterion, budget, widths, round_to, protect, seed)
+    selection = SelectOptions(keep, criterion, budget, widths, round_to, protect, seed, heads)
     how = ReconstructOptions(target, ridge, refit, solver, bias)
     selection.check()
     how.check()

@@ -170,6 +170,10 @@ WIDTHS: dict[str, str] = {
     "balanced": "every layer keeps the same share, as nearly as the budget allows",
     "uniform": "the same widths in every layer, and only those that the stock class can load",
 }
+HEADS: dict[str, str] = {
+    "group": "query heads that share a key and value head go together with it",
+    "query": "single query heads go, equally many of every group; all key and value heads stay",
+}
 TARGETS: dict[str, str] = {
     "residual_stream": "the dense model's residual stream after the layer, on the pruned model's own activations",
     "layer_output": "the layer's own output, on the dense model's activations (our reading of LIAR)",
@@ -240,6 +244,7 @@ class SelectOptions(OptionGroup):
         "Sites (heads.0) and numbers of layers of which nothing is cut.", default=(), check=_check_names
     )
     seed: int = _option("For the random criterion.", default=0, check=check_integer)
+    heads: str = _option("What goes together where query heads share keys and values.", default="group", choices=HEADS)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def test_key_value_heads_or_query_heads():
 
 
 def test_a_mixed_group_is_named():
-    with pytest.raises(MaskError, match=r"heads\.1 .*the 4 query heads of a group .* together; groups \[0\] are mixed"):
+    with pytest.raises(MaskError, match=r"heads\.1 .*the query heads of a group share .*in all 2 groups, got 3, 0"):
         Mask.of({"heads": torch.tensor([[1] * 8, [1, 0, 1, 1, 0, 0, 0, 0]])}, GROUPED)
 
 

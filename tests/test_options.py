@@ -37,6 +37,7 @@ BAD = {
         ),
         "budget": (["time", None, 5, 1.5], "expected one of 'params', 'flops', 'latency'"),
         "widths": (["any", "layer", None], "expected one of 'free', 'balanced', 'uniform'"),
+        "heads": (["queries", 3, None], "expected one of 'group', 'query'"),
         "round_to": ([*COUNTS, None], "expected a whole number, at least 1"),
         "protect": (
             ["heads.0", b"heads.0", 3, None, np.array(3)],

@@ -26,6 +26,7 @@ CRITERIA_ONLY: dict[str, Select] = {name: partial(select, criterion=name) for na
 # In the order of the tables: what looks at data, of the library and of others; then what does not.
 SELECTIONS: dict[str, Select] = {
     **{name: selection for name, selection in CRITERIA_ONLY.items() if CRITERIA[name].needs},
+    "query_heads": partial(select, criterion="reconstruction", heads="query"),
     "kwon": kwon.select,
     "kprune": kprune.select,
     "flap": flap.select,
@@ -36,6 +37,6 @@ SELECTIONS: dict[str, Select] = {
     **{name: selection for name, selection in CRITERIA_ONLY.items() if not CRITERIA[name].needs},
 }
 # Those that sample labels from the model's own predictions where the batches have none.
-SAMPLE_LABELS = frozenset({"reconstruction", "fisher", "snip", "taylor", "kwon"})
+SAMPLE_LABELS = frozenset({"reconstruction", "fisher", "snip", "taylor", "kwon", "query_heads"})
 
 __all__ = ["SAMPLE_LABELS", "SELECTIONS", "Select"]

@@ -12,8 +12,14 @@ from liar.selection import CRITERIA
 
 
 def select(
-    model: nn.Module, batches: Sequence[Any] | liar.CriterionStatistics, keep: float, seed: int, *, criterion: str
+    model: nn.Module,
+    batches: Sequence[Any] | liar.CriterionStatistics,
+    keep: float,
+    seed: int,
+    *,
+    criterion: str,
+    heads: str = "group",
 ) -> liar.Mask:
     """One budget for all sites where their scores are in one unit; elsewhere every layer keeps the same share."""
     widths = "free" if CRITERIA[criterion].comparable else "balanced"
-    return liar.select(model, batches, keep=keep, criterion=criterion, widths=widths, seed=seed, progress=False)
+    return liar.select(model, batches, keep=keep, criterion=criterion, widths=widths, seed=seed, heads=heads, progress=False)

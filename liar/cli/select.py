@@ -51,7 +51,7 @@ def select(
         loaded = load_model(model, load)
         mask = select_with(loaded, batches, selection)
         mask.save(out)
-        layout = discover(loaded)
+        layout = discover(loaded).matching(mask.masks)
         for site in layout.sites:
             typer.echo(f"{site.name:12} {mask.kept(site.name):6} of {site.units}")
         typer.echo(f"{mask.parameters(layout) / layout.parameters:.1%} of the block parameters kept; written to {out}")

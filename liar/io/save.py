@@ -221,8 +221,9 @@ def _record(model: PreTrainedModel, layout: Layout, mask: Mask | None) -> dict[s
     sites: dict[str, dict[str, Any]] = {site.name: {"units": site.units} for site in layout.sites}
     if mask is not None:
         cut = {name: mask.kept(name) for name in mask.masks}
-        if cut != {name: site["units"] for name, site in sites.items()}:
-            wrong = sorted(name for name in cut.keys() | sites.keys() if cut.get(name) != sites.get(name, {}).get("units"))
+        # Of query heads that share keys and values, a mask may count each.
+        possible = {site.name: (site.units, site.units * site.query_heads) for site in layout.sites}
+        if wrong := sorted(name for name in cut.keys() | possible.keys() if cut.get(name) not in possible.get(name, ())):
             raise CheckpointError(
                 f"the mask is not the one this model was cut by: the units of {', '.join(wrong)} differ; "
                 "pass the mask that was given to liar.reconstruct, or none"

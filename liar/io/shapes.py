@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from transformers.utils.hub import cached_file
 
 from liar.errors import CheckpointError
-from liar.models import Site, base_and_prefix, discover, layer_of
+from liar.models import Edge, Site, base_and_prefix, discover, layer_of
 from liar.surgery import cut_site
 
 # Units of a site; a damaged configuration should not ask for all memory there is.
@@ -128,6 +128,7 @@ def differences(shapes: Shapes, built: nn.Module, *, extra: bool) -> str:
 
 def _fit(model: nn.Module, site: Site, shapes: Shapes, where: str) -> None:
     block = model.get_submodule(site.block)
+    site = _fit_queries(model, block, site, shapes)
     units = _units(model, site, shapes, where)
     if units is None:
         return
@@ -141,16 +142,41 @@ def _fit(model: nn.Module, site: Site, shapes: Shapes, where: str) -> None:
         consumer.add_bias()
 
 
+def _fit_queries(model: nn.Module, block: nn.Module, site: Site, shapes: Shapes) -> Site:
+    """Cut the query heads of every group to as many as are stored; the site as it is then."""
+    by_query = site.by_query
+    if by_query is None:
+        return site
+    queries = {edge.module for edge in by_query.edges}
+    widths = {edge: _stored_width(model, site, edge, shapes) for edge in site.edges}
+    groups = {width / edge.width for edge, width in widths.items() if width and edge.module not in queries}
+    heads = {width * site.query_heads / edge.width for edge, width in widths.items() if width and edge.module in queries}
+    if len(groups) != 1 or len(heads) != 1:
+        return site  # `_units` says what is wrong
+    of_group = heads.pop() / groups.pop()
+    if not of_group.is_integer() or not 1 <= of_group < site.query_heads:
+        return site
+    ranks = torch.arange(site.query_heads, device="cpu").repeat(site.units)
+    cut_site(block, by_query, ranks < of_group)
+    return discover(model)[site.name]
+
+
+def _stored_width(model: nn.Module, site: Site, edge: Edge, shapes: Shapes) -> int | None:
+    """Channels of a site in a layer as it is stored; None where there is no such matrix."""
+    shape = _stored(model, f"{site.block}.{edge.module}.weight", shapes)
+    axes = layer_of(model.get_submodule(site.block), edge).storage.axes
+    return shape[axes.index(edge.axis)] if shape is not None and len(shape) == 2 else None
+
+
 def _units(model: nn.Module, site: Site, shapes: Shapes, where: str) -> int | None:
     """How many units the stored shapes of a site have; None where the file names its tensors in another way."""
     listed: dict[str, tuple[int, ...] | None] = {}
     units: set[float] = set()
     for edge in site.edges:
         name = f"{site.block}.{edge.module}.weight"
-        shape = listed[name] = _stored(model, name, shapes)
-        if shape is not None and len(shape) == 2:
-            axes = layer_of(model.get_submodule(site.block), edge).storage.axes
-            units.add(shape[axes.index(edge.axis)] / edge.width)
+        listed[name] = _stored(model, name, shapes)
+        if (width := _stored_width(model, site, edge, shapes)) is not None:
+            units.add(width / edge.width)
     if not any(listed.values()):
         return None
     count = units.pop() if len(units) == 1 and all(listed.values()) else nan

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from liar.models import Layout, discover, family_of
-from liar.surgery import build_stock, scaled_sizes, uniform_sizes
+from liar.surgery import Width, build_stock, scaled_sizes, uniform_sizes
 
 
 def config_sizes(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
@@ -18,11 +18,11 @@ def config_sizes(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
         return dict(uniform)
     stock = build_stock(model, {})
     assert stock is not None, "a model is built from its configuration"
-    units = {site.name: site.units for site in layout.sites}
+    widths = {site.name: Width.of(site) for site in layout.sites}
     patterns = {pattern.kind: pattern for pattern in family_of(model).patterns}
     layers: dict[str, dict[str, int]] = {}
     for site in discover(stock).sites:
-        sizes = scaled_sizes(model, patterns[site.kind], units[site.name], site.units)
+        sizes = scaled_sizes(model, patterns[site.kind], widths[site.name], Width.of(site))
         layers.setdefault(str(site.layer), {}).update(sizes)
     return {"per_layer_config": _readable(model, layers)}
 

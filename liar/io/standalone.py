@@ -17,7 +17,7 @@ from transformers.models.auto import modeling_auto
 from liar.errors import CheckpointError
 from liar.io import modeling_pruned
 from liar.io.sizes import config_sizes
-from liar.models import Layout, base_and_prefix, discover_with_weights, layer_of, transformer_in
+from liar.models import Layout, base_and_prefix, discover, discover_with_weights, layer_of, transformer_in
 from liar.surgery import build_stock, stock_class
 
 # The file that is saved with a model, and the entries of config.json for it: the sizes, and what auto classes load.
@@ -153,9 +153,12 @@ def _pruned(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
         for edge in site.edges:
             layer = layer_of(block, edge)
             sizes[f"{site.block}.{edge.module}.{layer.storage.sizes[edge.axis]}"] = layer.size(edge.axis)
-        sizes |= {f"{site.block}.{path}": attrgetter(path)(block) for path in site.size_attributes}
     built = build_stock(model, {})
     assert built is not None, "a model is built from its configuration"
+    for site in discover(built).sites:
+        block = model.get_submodule(site.block)
+        paths = site.size_attributes + (site.by_query.size_attributes if site.by_query else ())
+        sizes |= {f"{site.block}.{path}": attrgetter(path)(block) for path in paths}
     consumers = {f"{site.module}.bias" for site in layout.sites}
     biases = consumers & dict(model.named_parameters()).keys() - dict(built.named_parameters()).keys()
     return {

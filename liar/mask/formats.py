@@ -74,7 +74,7 @@ def read_removed(entries: Mapping[str, Sequence[int]], layout: Layout) -> dict[s
                 f"{', '.join(_names(layout.sites[0]))}"
             )
         site, edge = edges[name]
-        row = _without(site, edge, indices, f"removed[{name!r}]")
+        row = _balanced(site, _without(site, edge, indices, f"removed[{name!r}]"), f"removed[{name!r}]")
         _check_not_empty(site, row, f"removed[{name!r}] of {site.name}")
         before = first.setdefault(site.name, name)
         if before != name and not torch.equal(row, masks[site.name]):
@@ -148,7 +148,7 @@ def _row(site: Site, value: Any) -> Tensor:
     """The kept units of one site from a bool or 0/1 tensor or array, a list of bools, or a list of kept indices."""
     where = f"mask of {site.name} ({site.module})"
     if isinstance(value, Sequence) and not (value and all(isinstance(v, (bool, np.bool_)) for v in value)):
-        unit_mask = _from_indices(site, value, where)
+        unit_mask = _balanced(site, _from_indices(site, value, where), where)
     else:
         try:
             row = torch.as_tensor(value).detach().cpu()
@@ -188,14 +188,27 @@ def _as_bool(row: Tensor, where: str) -> Tensor:
 
 def _ungrouped(site: Site, row: Tensor, where: str) -> Tensor:
     if row.ndim == 1 and len(row) == site.units:
-        return row
+        return _balanced(site, row, where)
     if row.ndim != 1 or len(row) != site.units * site.query_heads:
         more = f" (or {site.units * site.query_heads} query heads)" if site.query_heads > 1 else ""
         raise MaskError(f"{where}: expected shape [{site.units}]{more}, got {list(row.shape)}")
     groups = row.view(site.units, site.query_heads)
-    if not bool((groups == groups[:, :1]).all()):
+    if bool((groups == groups[:, :1]).all()):
+        return groups[:, 0]
+    if site.by_query is None:
         raise MaskError(
             f"{where}: the {site.query_heads} query heads of a group share one key and value head and are kept or removed "
             f"together; groups {(groups != groups[:, :1]).any(1).nonzero().flatten().tolist()} are mixed"
         )
-    return groups[:, 0]
+    return _balanced(site.by_query, row, where)
+
+
+def _balanced(site: Site, row: Tensor, where: str) -> Tensor:
+    """The row, after making sure that all groups of its units keep equally many."""
+    kept = row.view(site.groups, -1).sum(1)
+    if not bool((kept == kept[0]).all()):
+        raise MaskError(
+            f"{where}: the query heads of a group share one key and value head; expected whole groups to go, or equally many "
+            f"heads to stay in all {site.groups} groups, got {abridged(kept.tolist())}"
+        )
+    return row

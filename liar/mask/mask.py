@@ -138,7 +138,7 @@ class Mask:
 
     def parameters(self, layout: Layout) -> int:
         """Parameters left in the model's blocks."""
-        return layout.kept_parameters({name: self.kept(name) for name in self.masks})
+        return layout.matching(self.masks).kept_parameters({name: self.kept(name) for name in self.masks})
 
     def to_json(self) -> str:
         """JSON with the kept indices and the number of units per site."""
@@ -177,7 +177,8 @@ class Mask:
         """Check a mask of any accepted form against the sites of a model; sites it does not name stay whole.
 
         `heads` and `neurons` have a row for every layer. For attention with shared key and value heads `heads` may have one
-        column per key/value head, or one per query head if all query heads of a group agree.
+        column per key/value head, or one per query head: whole groups of them go with their key and value head, or equally
+        many stay in every group, and all keys and values.
 
         The `head_mask` [layers, heads] and `neuron_mask` [layers, neurons] of Kwon et al., floats that are 0 or 1, are the
         entries `heads` and `neurons`. Tuned masks hold scales; give `head_mask != 0`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -100,6 +100,9 @@ class Site:
         unit_parameters: paths of further parameters that lose rows with the units.
         head_argument: an argument of the attention that has an entry for each head.
         query_heads: query heads per unit (1 for neurons and for attention without groups).
+        inputs: the layers that the units come from, cut with them or not.
+        groups: into so many groups of equal size the units are divided, of which all keep equally many.
+        by_query: the same site with a query head as its unit, where keys and values are shared and stay; None elsewhere.
         parameters: parameters removed with one unit.
         out: output channels of the consumer.
     """
@@ -122,6 +125,9 @@ class Site:
     query_heads: int
     parameters: int
     out: int
+    inputs: tuple[str, ...]
+    groups: int = 1
+    by_query: Site | None = None
 
     @property
     def module(self) -> str:
@@ -167,6 +173,21 @@ class Layout:
     def of_block(self, block: str) -> tuple[Site, ...]:
         """The sites of one block, in the order of the data."""
         return tuple(site for site in self.sites if site.block == block)
+
+    def counted_by(self, heads: str) -> Layout:
+        """The layout whose units of attention are groups of heads (`"group"`), or single query heads (`"query"`)."""
+        if heads == "group":
+            return self
+        return replace(self, sites=tuple(site.by_query or site for site in self.sites))
+
+    def matching(self, masks: Mapping[str, Tensor]) -> Layout:
+        """The layout whose units are those that a mask counts, site by site: groups of heads, or query heads."""
+
+        def matched(site: Site) -> Site:
+            other = site.by_query
+            return other if other is not None and len(masks.get(site.name, ())) == other.units else site
+
+        return replace(self, sites=tuple(matched(site) for site in self.sites))
 
     def kept_parameters(self, kept: Mapping[str, int]) -> int:
         """Parameters left in the blocks when `kept` units remain per site name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
 from operator import attrgetter
@@ -215,7 +216,8 @@ def _site(model: nn.Module, family: Family, block_name: str, layer: int, number:
     made = dict(block.named_parameters())
     rows = tuple(path for path in pattern.unit_parameters if path in made)
     earlier = tuple(other.output_norm or other.consumer for other in family.patterns[:number])
-    return Site(
+    names = tuple(edge.module for edge in producers)
+    site = Site(
         name=f"{pattern.kind}.{layer}",
         kind=pattern.kind,
         layer=layer,
@@ -235,6 +237,32 @@ def _site(model: nn.Module, family: Family, block_name: str, layer: int, number:
         parameters=sum(_unit_parameters(block, edge) for edge in (*producers, reader))
         + sum(block.get_parameter(path).numel() // units for path in rows),
         out=consumer.size("out"),
+        inputs=names,
+    )
+    return replace(site, by_query=_by_query(block, site, pattern.group_size)) if heads > 1 else site
+
+
+def _by_query(block: nn.Module, site: Site, group_size: str | None) -> Site | None:
+    """A site with a query head as its unit; None where queries have no layer of their own."""
+    units, head = site.units * site.query_heads, site.consumer.width // site.query_heads
+    one_head = (Segment(0, head, head),)
+    queries = tuple(replace(edge, segments=one_head) for edge in site.producers if edge.width == site.consumer.width)
+    if not queries:
+        return None
+    reader = replace(site.consumer, segments=one_head)
+    rows = tuple(path for path in site.unit_parameters if len(block.get_parameter(path)) % units == 0)
+    sizes = (path for path in site.size_attributes if attrgetter(path)(block) % units == 0)
+    return replace(
+        site,
+        units=units,
+        producers=queries,
+        consumer=reader,
+        size_attributes=tuple(filter(None, (group_size, *sizes))),
+        unit_parameters=rows,
+        query_heads=1,
+        parameters=sum(_unit_parameters(block, edge) for edge in (*queries, reader))
+        + sum(block.get_parameter(path).numel() // units for path in rows),
+        groups=site.units,
     )
 
 

@@ -164,8 +164,8 @@ class SiteState:
 
     @property
     def producers(self) -> list[LayerView]:
-        """The producers in the pruned block."""
-        return [layer_of(self.pruned_block, edge) for edge in self.site.producers]
+        """The layers in the pruned block that the units come from, cut with them or not."""
+        return [LayerView.of(self.pruned_block.get_submodule(name), name) for name in self.site.inputs]
 
     def put(self, series: str, batch: int, value: Tensor) -> None:
         """Keep a value of this site for later."""

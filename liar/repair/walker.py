@@ -67,6 +67,8 @@ def walk_blocks(
         CalibrationError: the model does not take a batch.
     """
     has_pruned_stream = has_pruned_stream and mask is not None
+    if mask is not None:
+        layout = layout.matching(mask.masks)
     source, dense_layout = (model, layout) if teacher is None else (teacher, discover(teacher))
     _check_teacher(dense_layout, layout)
     clock = defaultdict(float) if clock is None else clock

@@ -1,9 +1,10 @@
 """Which units stay: a criterion gives every unit a score, and a budget turns scores into a mask."""
 
 from liar.selection.allocate import allocate
-from liar.selection.budget import TOLERANCE, Budget, Costs, flops, latency, params
+from liar.selection.budget import TOLERANCE, Budget, Costs, flops, flops_of, latency, params, params_of
 from liar.selection.collect import CriterionStatistics, collect, stages_of
 from liar.selection.elimination import Elimination, eliminate
+from liar.selection.queries import best_of_groups, by_rank, rank_scores
 from liar.selection.scores import CRITERIA, STATISTICS, Criterion, SiteWeights, register_criterion, scores
 
 __all__ = [
@@ -17,11 +18,16 @@ __all__ = [
     "Elimination",
     "SiteWeights",
     "allocate",
+    "best_of_groups",
+    "by_rank",
     "collect",
     "eliminate",
     "flops",
+    "flops_of",
     "latency",
     "params",
+    "params_of",
+    "rank_scores",
     "register_criterion",
     "scores",
     "stages_of",

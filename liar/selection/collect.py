@@ -19,7 +19,7 @@ from liar.data import Calibration
 from liar.errors import CalibrationError, check_choice
 from liar.files import replacing_file, user_path
 from liar.models import Layout, discover_with_weights, layer_of
-from liar.options import check_list
+from liar.options import HEADS, SelectOptions, check_list
 from liar.progress import Progress, progress_of
 from liar.runtime import exclusive
 from liar.selection.error_curves import error_curves
@@ -121,7 +121,7 @@ class CriterionStatistics:
                 if value is not None and (value.shape != (units,) or not bool(torch.isfinite(value).all())):
                     raise CalibrationError(
                         f"the statistics are damaged: expected {units} finite numbers as {name} of {site.name}, got "
-                        f"{list(value.shape)}: collect them anew"
+                        f"{list(value.shape)}: collect them anew, with the same heads"
                     )
         if needs == "curves" and any(
             not torch.equal(values["order"].sort().values, torch.arange(len(values["order"])))
@@ -157,6 +157,7 @@ def collect(
     calib: Iterable[Any] | Calibration,
     *,
     criteria: Sequence[str] = ("reconstruction",),
+    heads: str = SelectOptions.heads,
     progress: bool | Progress = True,
 ) -> CriterionStatistics:
     """Collect the statistics that `select` needs once, and reuse them for every budget.
@@ -165,6 +166,7 @@ def collect(
         model: a Hugging Face model of a known family; it is not changed.
         calib: calibration batches (see `Calibration.of`).
         criteria: that will be used; what several of them need is collected once.
+        heads: as for `select`.
         progress: show a bar.
 
     Returns:
@@ -181,8 +183,9 @@ def collect(
     check_list("criteria", criteria)
     for criterion in criteria:
         check_choice("criterion", criterion, CRITERIA)
+    check_choice("heads", heads, HEADS)
     with exclusive(model):
-        layout = discover_with_weights(model)
+        layout = discover_with_weights(model).counted_by(heads)
     # Read before the model is locked again: an iterable may need another thread to use the model.
     calibration = Calibration.of(calib, model)
     with exclusive(model), progress_of(progress, "collect", stages_of(criteria)) as shown:

@@ -1,10 +1,20 @@
 """Cutting models: layers to the kept units, and what the stock class can still build."""
 
 from liar.surgery.cut import adopt, all_or_nothing, check_adoptable, copy_block, cut_site, remove, update_config
-from liar.surgery.stock import OPTIONAL_PARTS, accepts, build_stock, scaled_sizes, stock_class, stock_counts, uniform_sizes
+from liar.surgery.stock import (
+    OPTIONAL_PARTS,
+    Width,
+    accepts,
+    build_stock,
+    scaled_sizes,
+    stock_class,
+    stock_counts,
+    uniform_sizes,
+)
 
 __all__ = [
     "OPTIONAL_PARTS",
+    "Width",
     "accepts",
     "adopt",
     "all_or_nothing",

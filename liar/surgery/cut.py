@@ -37,7 +37,7 @@ def cut_site(block: nn.Module, site: Site, unit_mask: Tensor) -> None:
     for path in site.size_attributes:
         owner, _, name = path.rpartition(".")
         module = block.get_submodule(owner)
-        setattr(module, name, getattr(module, name) // site.units * int(unit_mask.sum()))
+        setattr(module, name, getattr(module, name) * int(unit_mask.sum()) // site.units)
 
 
 def copy_block(block: nn.Module) -> nn.Module:
@@ -112,6 +112,7 @@ def remove(model: nn.Module, mask: Mask | Mapping[str, Any]) -> None:
     with exclusive(model):
         layout = discover(model)
         mask = Mask.of(mask, layout)
+        layout = layout.matching(mask.masks)
         with all_or_nothing(model):
             for site in layout.sites:
                 cut_site(model.get_submodule(site.block), site, mask[site.name])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,48 +30,76 @@ def uniform_sizes(model: nn.Module) -> dict[str, int] | None:
     sizes: dict[str, int] = {}
     pruned, built = discover(model), discover(stock)
     for pattern in family_of(model).patterns:
-        units, stock_units = ({site.units for site in layout.of_kind(pattern.kind)} for layout in (pruned, built))
-        if len(units) != 1 or len(stock_units) != 1:
+        widths, stock_widths = ({Width.of(site) for site in layout.of_kind(pattern.kind)} for layout in (pruned, built))
+        if len(widths) != 1 or len(stock_widths) != 1:
             return None
-        sizes |= scaled_sizes(model, pattern, min(units), min(stock_units))
+        sizes |= scaled_sizes(model, pattern, widths.pop(), stock_widths.pop())
     again = build_stock(model, sizes)
     return sizes if again is not None and shapes(again) == shapes(model) else None
 
 
-def scaled_sizes(model: nn.Module, pattern: SitePattern, units: int, of: int) -> dict[str, int]:
-    """Entries of the configuration that go with the units of one kind, for `units` where they stand for `of` now.
+@dataclass(frozen=True)
+class Width:
+    """How wide a site is: units, and for heads the query heads in each of them."""
+
+    units: int
+    query_heads: int = 1
+
+    @classmethod
+    def of(cls, site: Site) -> Width:
+        """Of a site whose units of attention are groups."""
+        return cls(site.units, site.query_heads)
+
+
+def scaled_sizes(model: nn.Module, pattern: SitePattern, width: Width, now: Width) -> dict[str, int]:
+    """Entries of the configuration that go with the units of one kind, for another width where they stand for one now.
 
     An entry that is None (GPT-2's `n_inner`: the class then takes its default) is the number of units itself, and stays None
-    where that is the default.
+    where that is the default. Where keys and values are shared, the entry of that number counts query heads.
     """
+    heads, units = width.units * width.query_heads, width.units
     values = {key: getattr(model.config, key) for key in pattern.config_keys}
-    sizes = {key: units if value is None else value * units // of for key, value in values.items()}
-    return {key: size for key, size in sizes.items() if values[key] is not None or units != of}
+
+    def scaled(value: int | None) -> int:
+        if value is None:
+            return units
+        return heads if value == now.units * now.query_heads else value * units // now.units
+
+    return {key: scaled(value) for key, value in values.items() if value is not None or units != now.units}
 
 
-def stock_counts(model: nn.Module) -> dict[str, list[int]]:
+def stock_counts(model: nn.Module, heads: str = "group") -> dict[str, list[int]]:
     """For each kind, how many units every layer may keep so that the stock class can still build the model.
 
     A class refuses some numbers, and takes others to mean something else (BERT: fewer heads are wider heads). So every number
     of heads is tried; of neurons, if one fewer is possible, so is any number.
+
+    Args:
+        model: of a known family.
+        heads: `"group"`, or `"query"`: units of attention that share keys and values are then query heads of each group.
     """
     layout, counts = discover(model), dict[str, list[int]]()
     for pattern in family_of(model).patterns:
-        units = max(site.units for site in layout.of_kind(pattern.kind))
-        tried = range(1, units + 1) if pattern.unit_width else [max(1, units - 1)]
-        legal = [count for count in tried if _is_stock(model, layout, pattern, count)]
-        counts[pattern.kind] = legal if pattern.unit_width or not legal else list(range(1, units + 1))
+        sites = layout.of_kind(pattern.kind)
+        now = Width(max(site.units for site in sites), sites[0].query_heads)
+        if heads == "query" and sites[0].by_query is not None:
+            widths = [Width(now.units, count) for count in range(1, now.query_heads + 1)]
+            counts[pattern.kind] = [width.query_heads for width in widths if _is_stock(model, layout, pattern, width)]
+            continue
+        tried = range(1, now.units + 1) if pattern.unit_width else [max(1, now.units - 1)]
+        legal = [count for count in tried if _is_stock(model, layout, pattern, replace(now, units=count))]
+        counts[pattern.kind] = legal if pattern.unit_width or not legal else list(range(1, now.units + 1))
     return counts
 
 
-def _is_stock(model: nn.Module, layout: Layout, pattern: SitePattern, count: int) -> bool:
-    """Whether the stock class with `count` units of one kind in every layer has such units, and else what it has now."""
-    built = build_stock(model, scaled_sizes(model, pattern, count, layout.of_kind(pattern.kind)[0].units))
+def _is_stock(model: nn.Module, layout: Layout, pattern: SitePattern, width: Width) -> bool:
+    """Whether the stock class with a width of one kind in every layer has such units, and else what it has now."""
+    built = build_stock(model, scaled_sizes(model, pattern, width, Width.of(layout.of_kind(pattern.kind)[0])))
     if built is None:
         return False
-    expected = [(site.name, count if site.kind == pattern.kind else site.units, _widths(site)) for site in layout.sites]
+    expected = [(site.name, width if site.kind == pattern.kind else Width.of(site), _channels(site)) for site in layout.sites]
     try:
-        found = [(site.name, site.units, _widths(site)) for site in discover(built).sites]
+        found = [(site.name, Width.of(site), _channels(site)) for site in discover(built).sites]
     except ModelError:  # some classes build heads that do not add up to their layers
         return False
     return found == expected and _others(built, layout) == _others(model, layout)
@@ -87,9 +116,9 @@ def _others(model: nn.Module, layout: Layout) -> dict[str, torch.Size]:
     }
 
 
-def _widths(site: Site) -> list[int]:
-    """Channels of one unit in every layer of a site."""
-    return [edge.width for edge in site.edges]
+def _channels(site: Site) -> list[int]:
+    """Channels of one head or neuron in every layer of a site."""
+    return [edge.width // (site.query_heads if edge.width == site.consumer.width else 1) for edge in site.edges]
 
 
 def shapes(model: nn.Module) -> Mapping[str, torch.Size]:

@@ -22,10 +22,10 @@ def check_family(model: nn.Module, batches: Sequence[Mapping[str, Tensor]] | Non
 
     It checks that the table names layers of consistent shapes in the order of the data; that consumer outputs are added to
     the named residual streams, in the declared order (pre-norm or post-norm, sequential or parallel); that cutting equals
-    zeroing, with the right sizes on modules and in the configuration; that keeping everything changes no bit; that
-    reconstruction brings the output nearer to the dense model's on new tokens; that the default criterion runs; that a cut
-    model is saved and loaded, by the stock class where that can build it, and generates text with its cache as without; and
-    that an error in the middle leaves the model as it was.
+    zeroing, with the right sizes on modules and in the configuration, for whole groups of heads and for query heads; that
+    keeping everything changes no bit; that reconstruction brings the output nearer to the dense model's on new tokens; that
+    the default criterion runs; that a cut model is saved and loaded, by the stock class where that can build it, and
+    generates text with its cache as without; and that an error in the middle leaves the model as it was.
 
     Args:
         model: of a registered family; not changed. Several layers, heads and random biases make the check sharp.
@@ -64,8 +64,26 @@ def check_family(model: nn.Module, batches: Sequence[Mapping[str, Tensor]] | Non
         folder(model, mask, batches[0])
         stock_folder(model, layout, batches[0])
         generation(model, mask, batches[0])
+        if any(site.by_query for site in layout.sites):
+            by_query = _some_queries(layout)
+            cut(model, layout, by_query, batches)
+            repair(model, layout, by_query, batches)
+            folder(model, by_query, batches[0])
+            generation(model, by_query, batches[0])
     error(model, mask, batches)
     return layout
+
+
+def _some_queries(layout: Layout) -> Mask:
+    """Removes about half of the query heads of every group in even layers, and keeps one in odd ones; others in every group."""
+    masks = {}
+    for site in layout.counted_by("query").sites:
+        of_group = site.units // site.groups
+        fewer = 1 if site.layer % 2 else max(1, of_group // 2)
+        unit = torch.arange(site.units)
+        if site.groups > 1:
+            masks[site.name] = (unit + unit // of_group) % of_group < fewer
+    return Mask.of(masks, layout)
 
 
 def _some_mask(layout: Layout) -> Mask:

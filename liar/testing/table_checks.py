@@ -32,7 +32,7 @@ from liar.runtime import (
     run_block,
     run_model,
 )
-from liar.surgery import build_stock, remove, scaled_sizes
+from liar.surgery import Width, build_stock, remove, scaled_sizes
 from liar.testing.compare import close, last_hidden
 from liar.testing.state import expect
 
@@ -151,7 +151,7 @@ def _shifted(block: nn.Module, site: Site, beside: Sequence[Site], hidden: Tenso
 
 def cut(model: nn.Module, layout: Layout, mask: Mask, batches: Sequence[Mapping[str, Tensor]]) -> None:
     """Cutting units off equals zeroing the weights that read them, and leaves the right sizes behind."""
-    cut = copy.deepcopy(model)
+    cut, layout = copy.deepcopy(model), layout.matching(mask.masks)
     try:
         remove(cut, mask)
         actual = discover(cut)
@@ -181,8 +181,11 @@ def _noted_sizes(cut: nn.Module) -> None:
 
 def _cut_site(model: nn.Module, cut: nn.Module, old: Site, new: Site, kept: int) -> None:
     """A site of the cut model has the kept units, and everything that goes with them."""
-    expect(new.units == kept, f"{old.name}: {kept} units were kept, the cut model has {new.units}; check unit_width")
-    expect(new.query_heads == old.query_heads, f"{old.name}: {old.query_heads} query heads per unit became another number")
+    by_query = old.groups > 1
+    units = new.units * new.query_heads if by_query else new.units
+    expect(units == kept, f"{old.name}: {kept} units were kept, the cut model has {units}; check unit_width")
+    same = new.units == old.groups if by_query else new.query_heads == old.query_heads
+    expect(same, f"{old.name}: {old.query_heads} query heads per unit became another number; check group_size")
     for path in old.size_attributes:
         before, after = (attrgetter(path)(m.get_submodule(old.block)) for m in (model, cut))
         expect(before * kept == after * old.units, f"{old.name}: {path} went from {before} to {after}, not with the units")
@@ -210,12 +213,12 @@ def sizes(model: nn.Module, layout: Layout) -> None:
     """Every integer on a module that goes with the number of units is in `size_attributes`, so that it is corrected."""
     for pattern in family_of(model).patterns:
         sites = layout.of_kind(pattern.kind)
-        units, fewer = sites[0].units, max(1, sites[0].units // 2)
+        units, fewer, heads = sites[0].units, max(1, sites[0].units // 2), sites[0].query_heads
         for key in pattern.config_keys:
             expect(
                 hasattr(model.config, key), f"{pattern.kind}: the configuration has no {key!r}; check config_keys in the table"
             )
-        stock = build_stock(model, scaled_sizes(model, pattern, fewer, units))
+        stock = build_stock(model, scaled_sizes(model, pattern, Width(fewer, heads), Width(units, heads)))
         # A class may refuse a configuration, in its own way.
         if stock is None or not pattern.config_keys or fewer == units:
             continue

@@ -14,7 +14,7 @@ from liar.errors import ModelError
 from liar.models import Family, Site, layer_of, layout_of
 from liar.models.layers import storage_of
 from liar.runtime import run_block
-from liar.surgery import build_stock, copy_block, cut_site, scaled_sizes
+from liar.surgery import Width, build_stock, copy_block, cut_site, scaled_sizes
 from liar.surgery.stock import shapes
 from liar.tracing.findings import NotFoundError
 from liar.tracing.small import Probe, own_entries
@@ -138,7 +138,9 @@ def _config_keys(small: nn.Module, family: Family, number: int) -> tuple[str, ..
     second_best: tuple[str, ...] = ()
     moving: list[str] = []
     for keys in chain(((key,) for key in entries), _pairs(moving)):
-        stock = build_stock(small, scaled_sizes(small, replace(pattern, config_keys=keys), fewer, site.units))
+        stock = build_stock(
+            small, scaled_sizes(small, replace(pattern, config_keys=keys), Width(fewer, site.query_heads), Width.of(site))
+        )
         if stock is None or shapes(stock) != shapes(small):
             moving += keys
         match _match(stock, small, family, number, fewer):
@@ -176,8 +178,9 @@ def _match(stock: nn.Module | None, small: nn.Module, family: Family, number: in
 def _scaled_attributes(small: nn.Module, family: Family, number: int, integers: dict[str, int]) -> list[str]:
     """Attributes that are smaller in a model of the class with half as many units."""
     layout, pattern = layout_of(small, family), family.patterns[number]
-    units, fewer = layout.sites[number].units, max(1, layout.sites[number].units // 2)
-    stock = build_stock(small, scaled_sizes(small, pattern, fewer, units))
+    site = layout.sites[number]
+    units, fewer = site.units, max(1, site.units // 2)
+    stock = build_stock(small, scaled_sizes(small, pattern, Width(fewer, site.query_heads), Width.of(site)))
     if stock is None or not pattern.config_keys:
         return []
     block = stock.get_submodule(layout.blocks[0])

@@ -12,7 +12,7 @@ from liar.errors import ModelError
 from liar.models import Family, Layout, SitePattern, check_model, families, layout_of, registered
 from liar.models import discover as discover_registered
 from liar.runtime import exclusive
-from liar.surgery import scaled_sizes
+from liar.surgery import Width, scaled_sizes
 from liar.testing import check_family
 from liar.tracing.attributes import unit_attributes, with_sizes
 from liar.tracing.blocks import find_blocks
@@ -182,6 +182,7 @@ def _check(small: nn.Module, family: Family) -> None:
     """
     sizes: dict[str, int] = {}
     for pattern, site in zip(family.patterns, layout_of(small, family).sites, strict=False):  # those of the first block
-        sizes |= scaled_sizes(small, pattern, min(site.units, CHECKED_UNITS[pattern.kind]), site.units)
+        fewer = Width(min(site.units, CHECKED_UNITS[pattern.kind]), site.query_heads)
+        sizes |= scaled_sizes(small, pattern, fewer, Width.of(site))
     with registered(family):
         check_family(random_model(small, sizes) or small)

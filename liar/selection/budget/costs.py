@@ -136,7 +136,11 @@ def _plain(number: Any) -> float:
 
 def params(model: nn.Module) -> Costs:
     """Parameters in the blocks of a model."""
-    layout = discover(model)
+    return params_of(discover(model))
+
+
+def params_of(layout: Layout) -> Costs:
+    """Parameters in the blocks of a model with some layout."""
     fixed = layout.kept_parameters({site.name: 0 for site in layout.sites})
     return _same_for_every_unit("parameters", fixed, layout, lambda site: site.parameters)
 
@@ -159,7 +163,11 @@ def flops(model: nn.Module, *, length: int = LENGTH) -> Costs:
         True
     """
     check_count("length", length)
-    length, layout = int(length), discover(model)
+    return flops_of(model, discover(model), length=int(length))
+
+
+def flops_of(model: nn.Module, layout: Layout, *, length: int = LENGTH) -> Costs:
+    """`flops` of a model with some layout."""
 
     def of_unit(site: Site) -> int:
         block = model.get_submodule(site.block)
@@ -167,7 +175,9 @@ def flops(model: nn.Module, *, length: int = LENGTH) -> Costs:
         layers = producers + site.consumer.width * site.out
         return 2 * length * (layers + (2 * length * site.consumer.width if site.kind == "heads" else 0))
 
-    others = sum(model.get_parameter(f"{name}.weight").numel() for name in layout.uncovered)
+    cut = {f"{site.block}.{edge.module}" for site in layout.sites for edge in site.edges}
+    whole = {f"{site.block}.{name}" for site in layout.sites for name in site.inputs} - cut
+    others = sum(model.get_parameter(f"{name}.weight").numel() for name in (*layout.uncovered, *sorted(whole)))
     return _same_for_every_unit("FLOPs", 2 * length * others, layout, of_unit)
 
 
