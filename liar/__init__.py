@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from liar.io import load, save
     from liar.mask import Mask
     from liar.models import Family, FusedProducer, SitePattern, discover, families, register
+    from liar.progress import ProgressUpdate
     from liar.report import Report, plot
     from liar.selection import Costs, CriterionStatistics, collect, flops, latency
     from liar.surgery import remove
@@ -33,6 +34,7 @@ _MODULES = {
     "io": ("load", "save"),
     "mask": ("Mask",),
     "models": ("Family", "FusedProducer", "SitePattern", "discover", "families", "register"),
+    "progress": ("ProgressUpdate",),
     "report": ("Report", "plot"),
     "selection": ("Costs", "CriterionStatistics", "collect", "flops", "latency"),
     "surgery": ("remove",),
@@ -49,6 +51,7 @@ __all__ = [
     "Interpolation",
     "LiarError",
     "Mask",
+    "ProgressUpdate",
     "Report",
     "SitePattern",
     "Verdict",

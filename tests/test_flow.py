@@ -59,6 +59,7 @@ PUBLIC = (
     "Interpolation",
     "LiarError",
     "Mask",
+    "ProgressUpdate",
     "Report",
     "SitePattern",
     "Verdict",
