@@ -75,7 +75,8 @@ def save(
             _check_loadable(model)
             sizes = _sizes(model, layout)
             with replacing(user_path(folder)) as fresh:
-                model.save_pretrained(fresh)
+                # The names that the model has now; transformers 5.0 would give those of its first files to the norms of a BERT.
+                model.save_pretrained(fresh, save_original_format=False)
                 _check_written(model, fresh)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(fresh)
