@@ -1,10 +1,12 @@
 # make demo: install everything and do the main job on a real model.  make test: every check there is.  make fuzz: odd inputs.
+# make test-ecosystem: with ONNX, PEFT, torchao and GGUF.  make test-oldest, test-newest: with other versions of transformers.
 # make kill: kills, and full disks, at random moments of saving; real full disks need root.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ECOSYSTEM := .venv-ecosystem
 
-.PHONY: demo test fuzz kill install clean
+.PHONY: demo test test-ecosystem test-oldest test-newest fuzz kill install clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.demo --out demo-output
@@ -14,6 +16,13 @@ test: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# Beside what `make test` needs, which is to run without these packages: an environment of its own.
+test-ecosystem: $(ECOSYSTEM)/installed
+	$(ECOSYSTEM)/bin/python -m pytest tests/ecosystem
+
+test-oldest test-newest: test-%: $(VENV)/installed
+	$(BIN)/nox --session $*
 
 # As many inputs as INPUTS says, other ones every time. What failed is kept in .hypothesis, and tried first the next time.
 INPUTS ?= 10000
@@ -26,12 +35,14 @@ kill: $(VENV)/installed
 install: $(VENV)/installed
 
 # torch first and pinned: an unpinned torch brings gigabytes of GPU libraries to machines that have no use for them.
-$(VENV)/installed: setup.cfg constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+$(VENV)/installed: EXTRAS := dev
+$(ECOSYSTEM)/installed: EXTRAS := dev,ecosystem
+$(VENV)/installed $(ECOSYSTEM)/installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) $(ECOSYSTEM) .nox demo-output

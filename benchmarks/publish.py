@@ -28,7 +28,7 @@ from benchmarks.figures import fingerprint, fingerprint_of, published, save
 from benchmarks.language_models import MASKS, PIPELINES, by_share, commonsense, masks, pipelines
 from benchmarks.results import RESULTS, read_records
 from benchmarks.selections import SELECTIONS
-from benchmarks.summary import LABELS, SETTING, common_samples, lined, markdown, runs, with_coordinates_of
+from benchmarks.summary import CHANCE, LABELS, SETTING, common_samples, lined, markdown, runs, with_coordinates_of
 from liar import options
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +49,8 @@ FINE_TUNED = {
 }
 # Of the rules what their authors published, and ours.
 PUBLISHED = ("mask_only", "bias", "mask_tuning", "liar", "grail", "rcpu", "kprune", "osscar", "ours")
+# Of a run of benchmarks/lora.py, in the order of its table.
+SCORES_OF_LORA = ("dense", "pruned", "tuned")
 # Titles of figures.
 ENCODER = "BERT encoder: all-MiniLM-L6-v2 on STS-B"
 STORIES = "LLaMA: stories260K on TinyStories"
@@ -201,6 +203,35 @@ def latency() -> str:
     return lined(["model", "batch", "time requested", "time measured", "parameters left", "faster by"], rows)
 
 
+def onnx() -> str:
+    """Seconds of the dense and the slim model in ONNX Runtime."""
+    rows = []
+    for run in read_records(RESULTS / "onnx_speed.jsonl"):
+        for batch, both in run["seconds"].items():
+            times = [f"{1000 * each:.1f} ms" for each in both]
+            rows.append([run["model"], f"{run['keep']:.0%}", batch, *times, f"{run['faster'][batch]:.2f}x"])
+    return lined(["model", "kept", "batch", "dense", "slim", "faster by"], rows)
+
+
+def lora() -> str:
+    """Scores of fine-tuned models: dense, pruned, and after one epoch of LoRA."""
+    rows = []
+    for run in read_records(RESULTS / "lora.jsonl"):
+        errors = [CHANCE[run["metric"]](run[name], run["examples"]) for name in SCORES_OF_LORA]
+        scores = [f"{run[name]:.3f} ± {error:.3f}" for name, error in zip(SCORES_OF_LORA, errors, strict=True)]
+        rows.append([run["task"], f"{run['keep']:.0%}", LABELS[run["rule"]], *scores, f"{run['changed']} of {run['examples']}"])
+    return lined(["task", "kept", "rule", "dense", "pruned", "after LoRA", "answers that LoRA changed"], rows)
+
+
+def llama_cpp() -> str:
+    """How far llama.cpp is from PyTorch."""
+    rows = [
+        [run["model"], f"{run['keep']:.0%}", run["widths"], f"{run['error']:.0e}", f"{run['same']:.0%}"]
+        for run in read_records(RESULTS / "llama_cpp.jsonl")
+    ]
+    return lined(["model", "kept", "widths", "relative error of the logits", "same largest logit"], rows)
+
+
 def few_tokens() -> str:
     """Whether the repair is ever worse than the mask alone."""
     return lined(list(FEW_TOKENS), few_tokens_rows(read_records(RESULTS / "few_tokens.jsonl")))
@@ -273,6 +304,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "samples": samples_table,
     "latency": latency,
     "few tokens": few_tokens,
+    "onnx": onnx,
+    "lora": lora,
+    "llama cpp": llama_cpp,
     "elimination": elimination,
     "label sampling": label_sampling,
 }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from liar.io import load, make_standalone, save
     from liar.mask import Mask
     from liar.models import Family, FusedProducer, HeadArgument, SitePattern, families, register
+    from liar.progress import ProgressUpdate
     from liar.report import Report, plot
     from liar.selection import Costs, CriterionStatistics, collect, flops, latency
     from liar.surgery import remove
@@ -34,6 +35,7 @@ _MODULES = {
     "io": ("load", "make_standalone", "save"),
     "mask": ("Mask",),
     "models": ("Family", "FusedProducer", "HeadArgument", "SitePattern", "families", "register"),
+    "progress": ("ProgressUpdate",),
     "report": ("Report", "plot"),
     "selection": ("Costs", "CriterionStatistics", "collect", "flops", "latency"),
     "surgery": ("remove",),
@@ -52,6 +54,7 @@ __all__ = [
     "Interpolation",
     "LiarError",
     "Mask",
+    "ProgressUpdate",
     "Report",
     "SitePattern",
     "Verdict",

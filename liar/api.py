@@ -16,7 +16,7 @@ from liar.errors import CalibrationError, OptionError, at_site
 from liar.mask import Mask
 from liar.models import Layout, discover_with_weights, transformer_in
 from liar.options import ReconstructOptions, SelectOptions
-from liar.progress import Progress, progress_of
+from liar.progress import Progress, ProgressOption, progress_of
 from liar.repair import RepairContext, apply_steps, closed_form_steps
 from liar.report import Report
 from liar.runtime import exclusive
@@ -39,7 +39,7 @@ from liar.selection import (
     stages_of,
 )
 from liar.statistics import check_finite
-from liar.surgery import stock_counts
+from liar.surgery import all_or_nothing, stock_counts
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def select(
     protect: Sequence[str | int] = SelectOptions.protect,
     seed: int = SelectOptions.seed,
     heads: str = SelectOptions.heads,
-    progress: bool = True,
+    progress: ProgressOption = True,
 ) -> Mask:
     """Decide which heads and neurons stay.
 
@@ -88,7 +88,7 @@ def select(
         seed: for `"random"`.
         heads: `"group"`: query heads that share keys and values go together with them; `"query"`: single query heads go,
             equally many of every group of a layer, and all keys and values stay: for models with few key and value heads.
-        progress: show a bar.
+        progress: show a bar, or a function that is called in its place (see `ProgressUpdate`).
 
     Returns:
         A `Mask`; `mask.requested` is `keep` if the budget is in parameters.
@@ -110,7 +110,7 @@ def select_with(
     calib: Iterable[Any] | Calibration | CriterionStatistics | None,
     options: SelectOptions,
     *,
-    progress: bool | Progress = True,
+    progress: ProgressOption | Progress = True,
 ) -> Mask:
     """`select` with its options in one object."""
     options = options.checked()
@@ -184,7 +184,7 @@ def reconstruct(
     refit: bool = ReconstructOptions.refit,
     solver: str = ReconstructOptions.solver,
     bias: str = ReconstructOptions.bias,
-    progress: bool = True,
+    progress: ProgressOption = True,
 ) -> Report:
     """Remove what the mask removes, repair the rest by least squares, and leave a smaller model in place.
 
@@ -203,7 +203,7 @@ def reconstruct(
         solver: `"auto"`, `"cholesky"`, `"eigh"` or `"lstsq"`.
         bias: `"preserve"`: a bias is refitted where the consumer has one. `"create"`: consumers without get one, as the
             report says; the stock classes may then be unable to load the model.
-        progress: show a bar.
+        progress: show a bar, or a function that is called in its place (see `ProgressUpdate`).
 
     Returns:
         A `Report`: what was kept, errors before and after, and a verdict for every site.
@@ -226,7 +226,7 @@ def reconstruct_with(
     calib: Iterable[Any] | Calibration,
     options: ReconstructOptions,
     *,
-    progress: bool | Progress = True,
+    progress: ProgressOption | Progress = True,
 ) -> Report:
     """`reconstruct` with its options in one object."""
     options = options.checked()
@@ -242,7 +242,8 @@ def _reconstruct(
     layout = discover_with_weights(model)
     before = _parameters(model)
     clock: defaultdict[str, float] = defaultdict(float)
-    with progress.stage("reconstruct", len(layout.sites)) as advance:
+    # The stage ends when the model has changed, and a function of the caller's may raise there.
+    with all_or_nothing(model), progress.stage("reconstruct", len(layout.sites)) as advance:
         context = RepairContext(options, lambda: advance(1))
         steps, on_stream = closed_form_steps(context), options.target == "residual_stream"
         apply_steps(model, layout, calibration, steps, mask, has_pruned_stream=on_stream, clock=clock)
@@ -292,7 +293,7 @@ def prune(
     refit: bool = ReconstructOptions.refit,
     solver: str = ReconstructOptions.solver,
     bias: str = ReconstructOptions.bias,
-    progress: bool = True,
+    progress: ProgressOption = True,
 ) -> Report:
     """`select` and `reconstruct` in one: the model comes out smaller, in place. Options are theirs.
 
@@ -320,6 +321,6 @@ def with_selection(report: Report, selection: SelectOptions) -> Report:
     return replace(report, options={**chosen, **report.options})
 
 
-def prune_progress(progress: bool | Progress, selection: SelectOptions) -> AbstractContextManager[Progress]:
+def prune_progress(progress: ProgressOption | Progress, selection: SelectOptions) -> AbstractContextManager[Progress]:
     """The progress of a selection and a reconstruction, as one."""
     return progress_of(progress, "prune", {**_stages(selection), **RECONSTRUCT_STAGES})

@@ -1,4 +1,4 @@
-"""One progress bar for all stages of a run, with the time left."""
+"""How far a run is: one bar for all its stages, with the time left, or a function of the caller's."""
 
 from __future__ import annotations
 
@@ -6,10 +6,40 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from tqdm.auto import tqdm
 
 FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+
+
+@dataclass(frozen=True)
+class ProgressUpdate:
+    """How far a run is: what a function given as `progress` is called with.
+
+    The function is called at the beginning and the end of every stage, and as the work goes on, in the thread that does it. An
+    exception that it raises stops the run and reaches the caller as it is; the model is then as it was.
+
+    Attributes:
+        verb: what was called: `"prune"`.
+        stage: what is being done: `"sensitivity"`.
+        fraction: share of the whole run's time that is over, from 0 to 1, as estimated beforehand; it never falls.
+
+    Example:
+        >>> updates = []
+        >>> _ = liar.collect(model, calib, criteria=["wanda"], progress=updates.append)
+        >>> updates[0], updates[-1].fraction
+        (ProgressUpdate(verb='collect', stage='moments', fraction=0.0), 1.0)
+    """
+
+    verb: str
+    stage: str
+    fraction: float
+
+
+# Whether a bar is shown, or the function that is called in its place.
+ProgressOption = bool | Callable[[ProgressUpdate], Any]
 
 
 @contextmanager
@@ -28,7 +58,7 @@ class Progress:
     Args:
         verb: what the user asked for.
         stages: what is done for it, in order: name -> share of the time, in any unit.
-        show: show a bar.
+        show: show a bar, or a function that is called in its place.
 
     Example:
         >>> progress = Progress("prune", {"select": 3, "repair": 2}, show=False)
@@ -38,11 +68,12 @@ class Progress:
         3.0
     """
 
-    def __init__(self, verb: str, stages: Mapping[str, float], *, show: bool) -> None:
+    def __init__(self, verb: str, stages: Mapping[str, float], *, show: ProgressOption) -> None:
         self.done = 0.0
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._verb, self._stages = verb, dict(stages)
-        self._bar = tqdm(total=sum(stages.values()), desc=verb, bar_format=FORMAT, disable=not show)
+        self._verb, self._stages, self._total = verb, dict(stages), sum(stages.values())
+        self._function = show if callable(show) else None
+        self._bar = tqdm(total=self._total, desc=verb, bar_format=FORMAT, disable=callable(show) or not show)
 
     @contextmanager
     def stage(self, name: str, steps: float) -> Iterator[Callable[[float], None]]:
@@ -51,17 +82,20 @@ class Progress:
         self._bar.set_description_str(self._verb if name == self._verb else f"{self._verb}: {name}")
 
         def advance(count: float) -> None:
-            self._move(self.done + count * share / steps)
+            self._move(name, min(self.done + count * share / steps, begun + share))
 
+        self._move(name, begun)
         yield advance
         # Whatever was not counted, or counted twice.
-        self._move(begun + share)
+        self._move(name, begun + share)
 
-    def _move(self, done: float) -> None:
+    def _move(self, stage: str, done: float) -> None:
         # Sums of shares may come out larger by their rounding.
-        done = min(done, sum(self._stages.values()))
+        done = min(done, self._total)
         self._bar.update(done - self.done)
         self.done = done
+        if self._function is not None:
+            self._function(ProgressUpdate(self._verb, stage, done / self._total))
 
     def close(self) -> None:
         """Leave the bar as it is."""
@@ -69,7 +103,7 @@ class Progress:
 
 
 @contextmanager
-def progress_of(progress: bool | Progress, verb: str, stages: Mapping[str, float]) -> Iterator[Progress]:
+def progress_of(progress: ProgressOption | Progress, verb: str, stages: Mapping[str, float]) -> Iterator[Progress]:
     """A run's progress: the caller's, whose run has these stages among others, or one of its own."""
     if isinstance(progress, Progress):
         yield progress

@@ -555,6 +555,9 @@ ELSEWHERE = (
     "gpu common sense",
     "inference",
     "damping",
+    "onnx",
+    "lora",
+    "llama cpp",
 )
 
 

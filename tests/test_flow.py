@@ -61,6 +61,7 @@ PUBLIC = (
     "Interpolation",
     "LiarError",
     "Mask",
+    "ProgressUpdate",
     "Report",
     "SitePattern",
     "Verdict",

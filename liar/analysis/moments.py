@@ -11,13 +11,13 @@ from liar.data import Calibration
 from liar.errors import MaskError, at_site
 from liar.models import Layout, base_and_prefix, discover_with_weights
 from liar.options import check_list
-from liar.progress import Progress, progress_of
+from liar.progress import Progress, ProgressOption, progress_of
 from liar.runtime import Point, capture_activations, exclusive, preserve_model_state, run_model
 from liar.statistics import ChannelMoments, Moments
 
 
 def moments(
-    model: nn.Module, calib: Iterable[Any], *, sites: Sequence[str] | None = None, progress: bool = True
+    model: nn.Module, calib: Iterable[Any], *, sites: Sequence[str] | None = None, progress: ProgressOption = True
 ) -> dict[str, Moments]:
     """Moments of what each site's consumer reads in the dense model: one pass, good for every mask.
 
@@ -25,7 +25,7 @@ def moments(
         model: a Hugging Face model of a known family; it is not changed.
         calib: calibration batches (see `Calibration.of`).
         sites: names of the sites wanted, all by default; memory is 8 bytes times the square of the channels for each.
-        progress: show a bar.
+        progress: show a bar, or a function that is called in its place (see `ProgressUpdate`).
 
     Returns:
         Site name -> `Moments`; `liar.interpolation` turns one into Q and P.

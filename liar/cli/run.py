@@ -108,7 +108,7 @@ class Run:
         """
         self.check(overwrite=overwrite)
         tokenizer = load_tokenizer(self.model)
-        batches = calibration_batches(tokenizer, self.source, self.calibration)
+        batches = calibration_batches(tokenizer, self.source, self.calibration, progress=progress)
         model = load_model(self.model, self.load)
         selection = self._selection()
         if selection is not None:
@@ -195,10 +195,12 @@ def load_model(model: str, options: LoadOptions) -> nn.Module:
     return loaded.to(options.device)
 
 
-def calibration_batches(tokenizer: Any, source: SourceOptions, options: CalibrationOptions) -> list[dict[str, Tensor]]:
+def calibration_batches(
+    tokenizer: Any, source: SourceOptions, options: CalibrationOptions, *, progress: bool = True
+) -> list[dict[str, Tensor]]:
     """The texts of a source as batches."""
     lines: Iterator[Any] = texts(source.calib, config=source.config, split=source.split, column=source.column)
-    return calibration(lines, tokenizer, **asdict(options))
+    return calibration(lines, tokenizer, **asdict(options), progress=progress)
 
 
 def check_source(source: SourceOptions | None, load: LoadOptions) -> None:

@@ -7,17 +7,18 @@ import logging
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import length_hint
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
 from liar.errors import CalibrationError, OptionError
 from liar.options import CalibrationOptions, is_iterable
+from liar.progress import ProgressOption, progress_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def calibration(
     tokens: int | None = CalibrationOptions.tokens,
     pack: bool = CalibrationOptions.pack,
     mixed_lengths: bool = CalibrationOptions.mixed_lengths,
+    progress: ProgressOption = True,
 ) -> list[dict[str, Tensor]]:
     """Tokenise texts into padded batches, sorted by length so that little is padded.
 
@@ -73,6 +75,8 @@ def calibration(
             `max_length`, drawn evenly on a logarithmic scale and the same every time. The first piece of every text comes
             before the second of any, and of no text more than `max_length` tokens are taken. Pairs and packed sequences stay
             as they are.
+        progress: show a bar, or a function that is called in its place (see `ProgressUpdate`). Of texts without a length, such
+            as a generator's, the end is not known: without `tokens` the share stays 0 until it is reached.
 
     Returns:
         Batches with `input_ids`, `attention_mask` and, where the tokenizer makes them, `token_type_ids`, each
@@ -94,7 +98,16 @@ def calibration(
     _check_tokenizer(tokenizer, max_length)
     mixed_lengths = mixed_lengths and getattr(tokenizer, "cls_token", None) is not None
     many = _joined if pack else _in_pieces if mixed_lengths else _encoded
-    rows = list(_cut(many(_checked(texts, tokenizer), tokenizer, max_length), tokens))
+    # What is counted: tokens if so many are asked for, otherwise texts.
+    steps = tokens or length_hint(texts) or math.inf
+    with (
+        progress_of(progress, "calibration", {"tokenise": 1}) as shown,
+        shown.stage("tokenise", steps) as advance,
+    ):
+        if tokens is None:
+            rows = list(many(_checked(texts, tokenizer, advance), tokenizer, max_length))
+        else:
+            rows = list(_cut(many(_checked(texts, tokenizer), tokenizer, max_length), tokens, advance))
     if not rows:
         raise CalibrationError("no calibration text: expected at least one non-empty string, got none")
     given = sum(len(row["input_ids"]) for row in rows)
@@ -122,8 +135,8 @@ def _check_tokenizer(tokenizer: Any, longest: int) -> None:
         raise OptionError(f"max_length={longest}: expected more than the {count} special tokens around every text")
 
 
-def _checked(texts: Iterable[Any], tokenizer: Any = None) -> Iterator[Text]:
-    """The texts that are not empty."""
+def _checked(texts: Iterable[Any], tokenizer: Any, advance: Callable[[int], Any] = lambda _: None) -> Iterator[Text]:
+    """The texts that are not empty; `advance` is called after every text."""
     if isinstance(texts, (str, bytes, Mapping)) or not is_iterable(texts):
         more = "; choose one split of it" if isinstance(texts, Mapping) else ""
         raise CalibrationError(f"expected many texts (a list of strings, a column), got one {type(texts).__name__}{more}")
@@ -131,6 +144,7 @@ def _checked(texts: Iterable[Any], tokenizer: Any = None) -> Iterator[Text]:
         text = _as_text(given, number, tokenizer)
         if any(part.strip() for part in text.parts):
             yield text
+        advance(1)
 
 
 def _as_text(given: Any, number: int, tokenizer: Any) -> Text:
@@ -234,14 +248,13 @@ def _row(ids: list[int]) -> Row:
     return {"input_ids": row, "attention_mask": torch.ones_like(row)}
 
 
-def _cut(rows: Iterator[Row], tokens: int | None) -> Iterator[Row]:
+def _cut(rows: Iterator[Row], tokens: int, advance: Callable[[int], Any]) -> Iterator[Row]:
+    """The first rows with so many tokens, the last of them cut; `advance` is called with the tokens of each."""
     left = tokens
-    with tqdm(desc="tokenise", unit="tok", unit_scale=True, leave=False, total=tokens) as bar:
-        for row in rows:
-            if left is not None:
-                row = {name: value[:left] for name, value in row.items()}
-                left -= len(row["input_ids"])
-            bar.update(len(row["input_ids"]))
-            yield row
-            if left is not None and left <= 0:
-                return
+    for row in rows:
+        row = {name: value[:left] for name, value in row.items()}
+        left -= len(row["input_ids"])
+        advance(len(row["input_ids"]))
+        yield row
+        if left <= 0:
+            return

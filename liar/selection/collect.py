@@ -20,7 +20,7 @@ from liar.errors import CalibrationError, check_choice
 from liar.files import replacing_file, user_path
 from liar.models import Layout, discover_with_weights, layer_of
 from liar.options import HEADS, SelectOptions, check_list
-from liar.progress import Progress, progress_of
+from liar.progress import Progress, ProgressOption, progress_of
 from liar.runtime import exclusive
 from liar.selection.error_curves import error_curves
 from liar.selection.gradients import unit_gradients
@@ -158,7 +158,7 @@ def collect(
     *,
     criteria: Sequence[str] = ("reconstruction",),
     heads: str = SelectOptions.heads,
-    progress: bool | Progress = True,
+    progress: ProgressOption | Progress = True,
 ) -> CriterionStatistics:
     """Collect the statistics that `select` needs once, and reuse them for every budget.
 
@@ -167,7 +167,7 @@ def collect(
         calib: calibration batches (see `Calibration.of`).
         criteria: that will be used; what several of them need is collected once.
         heads: as for `select`.
-        progress: show a bar.
+        progress: show a bar, or a function that is called in its place (see `ProgressUpdate`).
 
     Returns:
         Frozen `CriterionStatistics`, to be given to `select` in place of calibration batches.

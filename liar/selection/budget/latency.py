@@ -19,7 +19,7 @@ from liar.errors import OptionError
 from liar.files import user_path
 from liar.models import Layout, Site, base_and_prefix, discover_with_weights
 from liar.options import LENGTH, check_count
-from liar.progress import Progress, progress_of
+from liar.progress import Progress, ProgressOption, progress_of
 from liar.runtime import ActivationStore, BlockCall, calls_of, exclusive, preserve_model_state, record_block_calls, run_block
 from liar.selection.budget.costs import Costs
 from liar.surgery import adopt, copy_block, cut_site
@@ -40,7 +40,7 @@ def latency(
     batch_size: int = 1,
     length: int = LENGTH,
     cache: str | Path | None = None,
-    progress: bool | Progress = True,
+    progress: ProgressOption | Progress = True,
 ) -> Costs:
     """Time the model and its layers at several widths, as a budget for `select`.
 
@@ -54,7 +54,7 @@ def latency(
         batch_size: sequences in a batch.
         length: tokens in a sequence.
         cache: JSON file; read if it is there and fits model, device and batch, else written.
-        progress: show a bar.
+        progress: show a bar, or a function that is called in its place (see `ProgressUpdate`).
 
     Returns:
         `Costs` in seconds per batch of the whole model. Sites may keep the widths that were timed.
@@ -79,12 +79,13 @@ def latency(
         logger.info("%s was timed with %s, this is %s: timing again", cache, dict(cached.about), about)
     with exclusive(model), preserve_model_state(model):
         try:
-            with progress_of(progress, "latency", {"latency": 1}) as shown:
-                costs = _timed(model, layout, about, shown)
+            timers = _timers(_subjects(model, layout, about))
         except (RuntimeError, MemoryError) as error:
             raise OptionError(
                 f"batch_size={batch_size}, length={length}: such a batch cannot be timed here: {error}"
             ) from error
+        with progress_of(progress, "latency", {"latency": 1}) as shown:
+            costs = _costs(layout, _seconds(timers, shown), about)
     if cache is not None:
         costs.save(cache)
     return costs
@@ -115,7 +116,8 @@ def _about(model: nn.Module, batch_size: int, length: int) -> dict[str, Any]:
     }
 
 
-def _timed(model: nn.Module, layout: Layout, about: Mapping[str, Any], progress: Progress) -> Costs:
+def _subjects(model: nn.Module, layout: Layout, about: Mapping[str, Any]) -> dict[Any, Callable[[], Any]]:
+    """What is timed, by `_layer`, and the model and its half."""
     base, _ = base_and_prefix(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (about["batch_size"], about["length"]), generator=generator)  # type: ignore[union-attr, arg-type]
@@ -138,7 +140,7 @@ def _timed(model: nn.Module, layout: Layout, about: Mapping[str, Any], progress:
                 cut = copy_block(blocks[number])
                 cut_site(cut, site, torch.arange(site.units) < count)
                 subjects[key] = runner(cut, store.get(calls_of(stream, number), 0))
-    return _costs(layout, _seconds(subjects, progress), about)
+    return subjects
 
 
 def _costs(layout: Layout, seconds: Mapping[Any, float], about: Mapping[str, Any]) -> Costs:
@@ -195,21 +197,25 @@ def widths(units: int) -> list[int]:
     return sorted({*grid, units} - {0})
 
 
-def _seconds(subjects: Mapping[Any, Callable[[], Any]], progress: Progress) -> dict[Any, float]:
+def _timers(subjects: Mapping[Any, Callable[[], Any]]) -> dict[Any, tuple[Timer, int]]:
+    """For each, what times it and how often it runs in a round, from a first run."""
+    threads = torch.get_num_threads()
+    timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in subjects.items()}
+    return {name: (timer, max(1, math.ceil(SECONDS / timer.timeit(1).mean))) for name, timer in timers.items()}
+
+
+def _seconds(timers: Mapping[Any, tuple[Timer, int]], progress: Progress) -> dict[Any, float]:
     """How long each takes: the median over rounds of its share in the round's sum, times the median sum.
 
     Shares, since machines are slower in some rounds than in others.
     """
-    threads = torch.get_num_threads()
-    timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in subjects.items()}
-    numbers = {name: max(1, math.ceil(SECONDS / timer.timeit(1).mean)) for name, timer in timers.items()}
     rounds: list[dict[Any, float]] = []
     with progress.stage("latency", ROUNDS * len(timers)) as advance:
         for _ in range(ROUNDS):
             rounds.append({})
-            for name, timer in timers.items():
-                rounds[-1][name] = timer.timeit(numbers[name]).mean
+            for name, (timer, number) in timers.items():
+                rounds[-1][name] = timer.timeit(number).mean
                 advance(1)
     sums = [sum(times.values()) for times in rounds]
-    shares = {name: [times[name] / total for times, total in zip(rounds, sums, strict=True)] for name in subjects}
+    shares = {name: [times[name] / total for times, total in zip(rounds, sums, strict=True)] for name in timers}
     return {name: median(values) * median(sums) for name, values in shares.items()}
