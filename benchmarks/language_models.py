@@ -30,6 +30,7 @@ MASKS = {
     "osscar": "OSSCAR",
     "searched": "searched widths",
     "searched_from_ours": "searched widths, from ours",
+    "query_heads": "ours, by query head",
     "reconstruction": "ours",
 }
 

@@ -165,7 +165,7 @@ def _select(
         # A comparison with NaN is neither true nor false: it would decide at random which units go.
         with at_site(site.name, site.module):
             check_finite(by_site[site.name], what=f"scores of criterion={options.criterion!r}")
-    ranked = {site.name: rank_scores(by_site[site.name], site) for site in layout.sites if site.groups > 1}
+    ranked = {site.name: rank_scores(by_site[site.name], site) for site in layout.sites if site.groups}
     mask = allocate({**by_site, **ranked}, counted, budget, options.widths, comparable=criterion.comparable)
     achieved = costs.of({name: mask.kept(name) for name in mask.masks}) / costs.dense
     level = logging.WARNING if achieved < options.keep - TOLERANCE else logging.INFO

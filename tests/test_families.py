@@ -1,10 +1,14 @@
 """Every family that the library knows passes the contract, on a tiny random model."""
 
+import numpy as np
 import pytest
+import torch
 import transformers
 
 import liar
-from liar.testing import check_family, tiny_model
+from liar.errors import CalibrationError, CheckpointError, ModelError, OptionError
+from liar.models import discover
+from liar.testing import assert_same_state, check_family, model_state, tiny_batches, tiny_model
 
 FAMILIES = {family.model_type: family for family in liar.families()}
 # Of some families a part is not cut; their notes say why.
@@ -33,3 +37,123 @@ def test_every_family_passes_the_contract(model_type):
 
 def test_there_are_the_families_that_people_have():
     assert len(FAMILIES) >= 25
+
+
+# What the contract on tiny models that were never loaded does not see
+
+
+@pytest.mark.parametrize("model_type", ["vit", "nomic_bert", "gpt_neox"])
+def test_a_loaded_model_whose_tensors_had_other_names_is_saved_standalone(model_type, tmp_path):
+    """Their first releases named tensors in another way; `save_pretrained` of a loaded model goes back to that."""
+    tiny_model(model_type, head=head_of(model_type)).save_pretrained(tmp_path / "dense")
+    model = liar.load(tmp_path / "dense")
+    liar.remove(model, {"heads.0": [0, 1], "neurons.1": list(range(20))})
+    liar.make_standalone(model)
+    model.save_pretrained(tmp_path / "slim")
+    automatic = transformers.AutoModelForCausalLM if head_of(model_type) else transformers.AutoModel
+    again = automatic.from_pretrained(tmp_path / "slim", trust_remote_code=True).train(False)
+    batch = tiny_batches(model)[0]
+    assert torch.equal(again(**batch)[0], model(**batch)[0])
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "dinov2", "mpnet", "nomic_bert", "opt", "vit", "wav2vec2"])
+def test_the_stock_class_never_fills_cut_heads_at_random(model_type, tmp_path):
+    model = tiny_model(model_type)
+    liar.remove(model, {"heads.0": [0, 1]})
+    liar.save(model, tmp_path / "slim")
+    with pytest.raises((ValueError, RuntimeError, AttributeError)):
+        type(model).from_pretrained(tmp_path / "slim", ignore_mismatched_sizes=True)
+    assert [site.units for site in discover(liar.load(tmp_path / "slim")).of_kind("heads")] == [2, 4]
+
+
+def test_loading_does_not_fill_cut_layers_at_random_either(tmp_path):
+    tiny_model("vit").save_pretrained(tmp_path / "dense")
+    model = liar.load(tmp_path / "dense")
+    liar.remove(model, {"heads.0": [0, 1]})
+    model.save_pretrained(tmp_path / "slim")
+    with pytest.raises(CheckpointError, match="expected the shapes of the model's layers"):
+        liar.load(tmp_path / "slim", ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "entries"), [("deberta-v2", {"conv_kernel_size": 3}), ("stablelm", {"use_parallel_residual": True})]
+)
+def test_other_versions_of_a_family_are_refused(model_type, entries):
+    with pytest.raises(ModelError, match="which builds other blocks"):
+        discover(tiny_model(model_type, **entries))
+
+
+def test_a_scale_of_zero_does_no_harm():
+    model = tiny_model("dinov2")
+    with torch.no_grad():
+        model.encoder.layer[0].layer_scale1.lambda1[3] = 0
+    report = liar.prune(model, tiny_batches(model), keep=0.6, progress=False)
+    assert all(site.after <= site.before for site in report.sites)
+
+
+# Images and sound
+
+
+def test_images_leave_the_model_and_the_random_state_alone():
+    model = tiny_model("wav2vec2", layerdrop=0.9).train()
+    batches = tiny_batches(model)
+    before, numbers = model_state(model), np.random.get_state()[1].copy()
+    for _ in range(5):
+        liar.Calibration.of(batches, model)
+    assert_same_state(model, before)
+    assert (np.random.get_state()[1] == numbers).all()
+
+
+def test_padded_sound_counts_as_its_frames():
+    model = tiny_model("wav2vec2")
+    (batch,) = tiny_batches(model, batches=1, sequences=3)
+    lengths = (640, 320, 480)
+    mask = (torch.arange(640) < torch.tensor(lengths)[:, None]).long()
+    (frames,) = liar.Calibration.of([{**batch, "attention_mask": mask}], model).token_masks
+    alone = [
+        liar.Calibration.of([{"input_values": batch["input_values"][i : i + 1, :length]}], model).tokens
+        for i, length in enumerate(lengths)
+    ]
+    assert frames.sum(1).tolist() == alone
+    for wrong in (mask[:, :300], mask * 0.5):
+        with pytest.raises(CalibrationError, match=r"expected (an )?attention_mask"):
+            liar.Calibration.of([{**batch, "attention_mask": wrong}], model)
+
+
+@pytest.mark.parametrize("pixels", [torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "a path", torch.zeros(3)])
+def test_other_images_are_refused(pixels):
+    with pytest.raises(CalibrationError, match="expected pixel_values, a tensor of floats"):
+        liar.Calibration.of([{"pixel_values": pixels}], tiny_model("vit"))
+
+
+def test_repeated_images_are_in_one_fold():
+    model = tiny_model("vit", image_size=32)
+    (batch,) = tiny_batches(model, batches=1, sequences=6)
+    pixels = torch.cat([batch["pixel_values"], batch["pixel_values"]])
+    calibration = liar.Calibration.of([{"pixel_values": pixels}], model)
+    (fold,) = calibration.folds
+    first, second = fold.view(2, 6, -1)
+    assert torch.equal(first, second)
+    assert calibration.distinct_tokens < calibration.tokens
+
+
+@pytest.mark.parametrize("criterion", ["reconstruction", "fisher"])
+def test_a_vector_for_every_sequence_is_an_output(criterion):
+    config = tiny_model("clip_text_model").config
+    config.projection_dim = 8
+    model = transformers.CLIPTextModelWithProjection(config).train(False)
+    mask = liar.select(model, tiny_batches(model), keep=0.6, criterion=criterion, progress=False)
+    assert mask.parameters(discover(model)) <= 0.6 * discover(model).parameters
+
+
+def test_outputs_that_are_nothing_known_are_refused():
+    config = tiny_model("vit").config
+    model = transformers.ViTForMaskedImageModeling(config).train(False)
+    with pytest.raises(ModelError, match=r"the model's first output is .* expected logits, a vector for each sequence"):
+        liar.select(model, tiny_batches(model), keep=0.6, progress=False)
+    liar.select(model, tiny_batches(model), keep=0.6, criterion="wanda", progress=False)
+
+
+def test_a_budget_in_time_is_for_models_of_texts():
+    with pytest.raises(OptionError, match=r"expected a model of texts, .* got a ViTModel: choose a budget in parameters"):
+        liar.select(tiny_model("vit"), keep=0.6, criterion="magnitude", budget="latency")

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import liar
 from liar.cli import app
 from liar.errors import ModelError
+from liar.models import registered
 from liar.models.tables.bert import BERT
 from liar.models.tables.gpt2 import GPT2
 from liar.models.tables.llama import LLAMA
@@ -329,6 +330,23 @@ def test_the_table_can_be_pasted():
     assert names["family"] == HOUSE
 
 
+@pytest.mark.parametrize("change", [{"scale": 0.3}, {"crossed": True}])
+def test_blocks_that_differ_further_down_are_refused(change):
+    """The contract runs on two blocks; the model itself says whether the table holds for the others."""
+    model, other = house(stages=4), house(stages=4, **change)
+    for stage, changed in zip(model.stages[2:], other.stages[2:], strict=True):
+        stage.scale, stage.crossed = changed.scale, changed.crossed
+    with pytest.raises(ModelError, match=r"not found: .*(heads|neurons)\.2: what comes out of the block"):
+        proposed(model)
+
+
+def test_registrations_of_others_outlive_a_proposal(registry):
+    with registered(replace(HOUSE, model_type="mine")):
+        liar.register(replace(HOUSE, model_type="theirs"))
+    assert "theirs" in registry
+    assert "mine" not in registry
+
+
 def test_the_command_line_prints_a_table(tmp_path, registry):
     tiny_model("mistral", head="causal-lm", num_key_value_heads=2).save_pretrained(tmp_path / "model")
     done = CliRunner().invoke(app, ["families", "--propose", str(tmp_path / "model")])
@@ -365,7 +383,7 @@ REFUSED = {
     ),
     "images": (
         with_pixels,
-        r"ResNetModel \(model_type 'resnet'\)\n- not found: blocks: .*encoder.stages: its modules get a tensor \[1, 8, 8, 8\]",
+        r"ResNetModel \(model_type 'resnet'\)\n- not found: blocks: .*expected a batch with input_ids",
     ),
     "two stacks": (
         lambda: two_stacks("bart"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from liar.errors import CalibrationError
-from liar.models import base_and_prefix, discover, takes_choices
+from liar.errors import CalibrationError, ModelError
+from liar.models import base_and_prefix, family_of, takes_choices
 from liar.options import is_iterable
 
 logger = logging.getLogger(__name__)
@@ -58,16 +59,20 @@ def main_input(batch: Batch) -> Tensor:
     return value
 
 
-def token_mask(batch: Batch, model: nn.Module) -> Tensor:
-    """Which positions are real tokens: bool [sequences, length]. A signal has those of the stream that enters the blocks."""
+def token_mask(batch: Batch, model: nn.Module, skeleton: nn.Module | None) -> Tensor:
+    """Which positions are real tokens: bool [sequences, length].
+
+    Args:
+        batch: arguments of the bare model's forward.
+        model: that takes them.
+        skeleton: of it; where it is a model of images or sound, whose tokens are those of the stream that enters the blocks.
+    """
     main, mask = main_input(batch), batch.get("attention_mask")
-    shape = main.shape[:2]
-    if is_signal(batch):
-        shape = stream_shape(model, batch)
-        if mask is not None and mask.shape != shape:
-            # Models of sound shorten it; transformers' method for that has been there since the first of them.
-            base: Any = base_and_prefix(model)[0]
-            mask = base._get_feature_vector_attention_mask(shape[1], mask)
+    shape = main.shape[:2] if skeleton is None else stream_shape(skeleton, batch)
+    if mask is not None and mask.shape != shape:
+        # Models of sound shorten it; transformers' method for that has been there since the first of them.
+        base: Any = base_and_prefix(model)[0]
+        mask = base._get_feature_vector_attention_mask(shape[1], mask)
     return torch.ones(shape, dtype=torch.bool, device=main.device) if mask is None else mask.bool()
 
 
@@ -80,31 +85,50 @@ class _Entered(Exception):
     """Ends a forward pass at the first block."""
 
 
-def stream_shape(model: nn.Module, batch: Batch) -> torch.Size:
-    """[sequences, length] of what enters the blocks of a model.
+def skeleton_of(model: nn.Module) -> nn.Module:
+    """The bare model on the meta device, in evaluation mode, whose first block ends a pass: it tells shapes alone."""
+    base, _ = base_and_prefix(model)
+    tensors = (*base.named_parameters(remove_duplicate=False), *base.named_buffers(remove_duplicate=False))
+    skeleton = copy.deepcopy(base, {id(tensor): _without_values(tensor) for _, tensor in tensors}).train(False)
+
+    def enter(*args: Any, **kwargs: Any) -> None:
+        raise _Entered((args[0] if args else kwargs["hidden_states"]).shape[:2])
+
+    blocks: Any = skeleton.get_submodule(family_of(model).blocks)
+    blocks[0].forward = enter
+    return skeleton
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    value = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+
+
+def stream_shape(skeleton: nn.Module, batch: Batch) -> torch.Size:
+    """[sequences, length] of what enters the blocks.
 
     Raises:
         CalibrationError: the model does not take the batch.
     """
-    base, _ = base_and_prefix(model)
-    shapes: list[torch.Size] = []
-
-    def note(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        shapes.append((args[0] if args else kwargs["hidden_states"]).shape[:2])
-        raise _Entered
-
-    handle = model.get_submodule(discover(model).blocks[0]).register_forward_pre_hook(note, with_kwargs=True)
+    # How long a sequence is depends on the signal alone.
+    arguments = {
+        name: value.to("meta") if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+        if name != "attention_mask"
+    }
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            base(**batch)
-    except _Entered:
-        pass
+        with torch.no_grad():
+            skeleton(**arguments)
+    except _Entered as entered:
+        shape: torch.Size = entered.args[0]
+        return shape
     except Exception as error:
         actual = {name: list(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
-        raise CalibrationError(f"{type(base).__name__} does not take a calibration batch with {actual}: {error}") from error
-    finally:
-        handle.remove()
-    return shapes[0]
+        raise CalibrationError(
+            f"{type(skeleton).__name__} does not take a calibration batch with {actual}: {error}. Expected [sequences, *], as "
+            "the model's processor gives it"
+        ) from error
+    raise ModelError(f"{type(skeleton).__name__} did not call its first block; the family's table names the wrong blocks")
 
 
 def _accepted(base: nn.Module) -> set[str]:
@@ -238,6 +262,7 @@ def _check_batch(batch: Batch, number: int, model: nn.Module, unused: list[str])
     where = f"calibration batch {number}"
     if (signal := getattr(model, "main_input_name", None)) in SIGNALS:
         _check_signal(batch.get(signal), f"{where}: expected {signal}")
+        _check_mask(batch.get("attention_mask"), batch[signal].shape[:2], where)
         return
     ids, embeds, mask = (batch.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
     main = ids if ids is not None else embeds
@@ -261,12 +286,18 @@ def _check_batch(batch: Batch, number: int, model: nn.Module, unused: list[str])
             )
     elif not main.is_floating_point():
         raise CalibrationError(f"{where}: expected inputs_embeds of a float type, got {main.dtype}")
-    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != main.shape[:2]):
+    _check_mask(mask, main.shape[:2], where)
+
+
+def _check_mask(mask: Any, shape: torch.Size, where: str) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.shape != shape:
         actual = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        raise CalibrationError(f"{where}: expected attention_mask, a tensor of shape {list(main.shape[:2])}, got {actual}")
-    if mask is not None and mask.layout is not torch.strided:
+        raise CalibrationError(f"{where}: expected attention_mask, a tensor of shape {list(shape)}, got {actual}")
+    if mask.layout is not torch.strided:
         raise CalibrationError(f"{where}: expected a dense attention_mask, got {mask.layout}")
-    if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
+    if not bool(((mask == 0) | (mask == 1)).all()):
         raise CalibrationError(f"{where}: expected an attention_mask of 1 for real tokens and 0 for padding, got other values")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from liar.data.batches import Batch, is_signal, main_input, read_batches, token_mask
+from liar.data.batches import Batch, is_signal, main_input, read_batches, skeleton_of, token_mask
 from liar.data.copies import find_copies
 from liar.errors import CalibrationError
 from liar.models import check_default_device, check_model
@@ -99,7 +99,8 @@ class Calibration:
             raise CalibrationError(
                 "the calibration data is empty: expected at least one batch, got none (a used-up generator?)"
             )
-        token_masks = [token_mask(batch, model) for batch in batches]
+        skeleton = skeleton_of(model) if is_signal(batches[0]) else None
+        token_masks = [token_mask(batch, model, skeleton) for batch in batches]
         tokens = sum(int(mask.sum()) for mask in token_masks)
         if not tokens:
             raise CalibrationError(

@@ -83,13 +83,13 @@ def _numbers(report: Report) -> list[str]:
         f"parameters of the transformer blocks: {report.achieved:.1%} kept{requested}",
         *(f"{name} of the selection: `{options[name]}`" for name in ("criterion", "budget", "widths") if name in options),
         f"repair: target `{options['target']}`, ridge `{options['ridge']}`",
-        f"calibration: {report.tokens:,} tokens of text in {report.sequences:,} sequences",
+        f"calibration: {report.tokens:,} tokens in {report.sequences:,} sequences",
     ]
     errors = [(site.before, site.after) for site in report.sites if isfinite(site.before) and isfinite(site.after)]
     if errors:
         first, last = (median(column) for column in zip(*errors, strict=True))
         facts.append(
-            f"relative error of a layer's output on held-out text, median of {len(errors)} layers: {last:.3g} "
+            f"relative error of a layer's output on held-out data, median of {len(errors)} layers: {last:.3g} "
             f"(without the repair: {first:.3g})"
         )
     return [

@@ -249,6 +249,9 @@ def _check_complete(
     missing, left_over = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     parts = tuple(f"{prefix}{part}." for part in OPTIONAL_PARTS.values())
     new = [name for name in missing if another_head and prefix and (not name.startswith(prefix) or name.startswith(parts))]
+    cut = {f"{site.block}.{edge.module}" for site in discover(model).sites for edge in site.edges}
+    if wrong := sorted(name for name, *_ in info["mismatched_keys"] if name.rpartition(".")[0] in cut):
+        raise CheckpointError(f"{where}: expected the shapes of the model's layers, {_listed(wrong)} have others. {DAMAGED}")
     if lost := [name for name in missing if name not in new]:
         raise CheckpointError(f"{where}: expected a tensor for every weight, {_listed(lost)} missing. {DAMAGED}")
     unread = [name for name in left_over if blocks in f".{name}" and name.endswith((".weight", ".bias"))]

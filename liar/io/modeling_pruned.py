@@ -80,7 +80,8 @@ class Pruned:
         type(self)._auto_class = auto_class(type(self), self.config.auto_map)
         self.config.per_layer_config = self.per_layer_config
         try:
-            super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+            # Under the names that the tensors have here; some models had others once, which only classes of transformers know.
+            super().save_pretrained(*args, **{"save_original_format": False, **kwargs})  # type: ignore[misc]
         finally:
             take_layers(self.config)
 

@@ -74,7 +74,8 @@ class Form:
                 f"{stock.__name__}: save the bare model (model.base_model), or leave standalone out and use liar.load"
             )
         auto_map = {name: f"{CODE.stem}.{kind.__name__}" for name, kind in loaded_by.items()}
-        entries = {"pruned": _pruned(model, layout), "auto_map": auto_map}
+        others = {name: value for name, value in (vars(model.config).get("auto_map") or {}).items() if name not in loaded_by}
+        entries = {"pruned": _pruned(model, layout), "auto_map": {**others, **auto_map}}
         return cls(getattr(modeling_pruned, stock.__name__), entries, layers)
 
     @property

@@ -205,6 +205,8 @@ def _ungrouped(site: Site, row: Tensor, where: str) -> Tensor:
 
 def _balanced(site: Site, row: Tensor, where: str) -> Tensor:
     """The row, after making sure that all groups of its units keep equally many."""
+    if not site.groups:
+        return row
     kept = row.view(site.groups, -1).sum(1)
     if not bool((kept == kept[0]).all()):
         raise MaskError(

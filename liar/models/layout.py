@@ -101,7 +101,8 @@ class Site:
         head_argument: an argument of the attention that has an entry for each head.
         query_heads: query heads per unit (1 for neurons and for attention without groups).
         inputs: the layers that the units come from, cut with them or not.
-        groups: into so many groups of equal size the units are divided, of which all keep equally many.
+        groups: query heads that share keys and values are in so many groups of equal size, of which all keep equally many;
+            0 for other units.
         by_query: the same site with a query head as its unit, where keys and values are shared and stay; None elsewhere.
         parameters: parameters removed with one unit.
         out: output channels of the consumer.
@@ -126,7 +127,7 @@ class Site:
     parameters: int
     out: int
     inputs: tuple[str, ...]
-    groups: int = 1
+    groups: int = 0
     by_query: Site | None = None
 
     @property

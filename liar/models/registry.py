@@ -169,13 +169,15 @@ def layout_of(model: nn.Module, family: Family) -> Layout:
 @contextmanager
 def registered(family: Family) -> Iterator[None]:
     """Make a family known until the block ends; what was known for its `model_type` before is then known again."""
-    before = dict(_FAMILIES)
+    before = _FAMILIES.get(family.model_type)
     register(family)
     try:
         yield
     finally:
-        _FAMILIES.clear()
-        _FAMILIES.update(before)
+        if before is None:
+            _FAMILIES.pop(family.model_type, None)
+        else:
+            register(before)
 
 
 def _check_configuration(model: nn.Module, family: Family) -> None:
@@ -246,7 +248,11 @@ def _by_query(block: nn.Module, site: Site, group_size: str | None) -> Site | No
     """A site with a query head as its unit; None where queries have no layer of their own."""
     units, head = site.units * site.query_heads, site.consumer.width // site.query_heads
     one_head = (Segment(0, head, head),)
-    queries = tuple(replace(edge, segments=one_head) for edge in site.producers if edge.width == site.consumer.width)
+    queries = tuple(
+        replace(edge, segments=one_head)
+        for edge in site.producers
+        if len(edge.segments) == 1 and edge.width == site.consumer.width
+    )
     if not queries:
         return None
     reader = replace(site.consumer, segments=one_head)

@@ -137,7 +137,9 @@ class FitToResidualStream(RepairStep):
                 if "residual" in pruned:
                     target = target - pruned["residual"]
                 if site.site.output_scale is not None:
-                    target = target / output_scale(site.pruned_block, site.site)
+                    # What is multiplied by zero may be anything.
+                    scale = torch.as_tensor(output_scale(site.pruned_block, site.site))
+                    target = target / scale.where(scale != 0, 1)
                 folds.update(pruned["consumer_input"], target, site.walk.tokens[batch])
             site.keep_for_replay(batch, pruned["consumer_input"])
         site.discard("target")

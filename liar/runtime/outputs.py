@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from liar.errors import ModelError
 from liar.runtime.stream import widen
 
 # Question answering: every position of a sequence is a class, for the beginning and for the end of the answer.
@@ -19,7 +20,7 @@ class Output:
     """One output of a model for one batch, in float32 or wider.
 
     Attributes:
-        name: as the model calls it; `"hidden"` for mean hidden states.
+        name: as the model calls it; `"hidden"` for mean hidden states, `"embeddings"` for a vector of each sequence.
         rows: [rows, *]: log-probabilities, logits, numbers, or mean hidden states.
         kind: `"classes"`: log-probabilities of classes that exclude each other; `"labels"`: logits of labels of which each may
             be there or not; `"numbers"`.
@@ -45,8 +46,18 @@ def model_outputs(returned: Any, token_mask: Tensor, *, several_labels: bool = F
     """
     logits = {name: value for name, value in returned.items() if name.endswith("logits") and isinstance(value, Tensor)}
     if not logits:
+        hidden = returned[0]
+        if isinstance(hidden, Tensor) and hidden.shape[:-1] == (len(token_mask),):
+            return [Output("embeddings", widen(hidden), "numbers", by_token=False)]
+        if not isinstance(hidden, Tensor) or hidden.shape[:-1] != token_mask.shape:
+            shown = list(hidden.shape) if isinstance(hidden, Tensor) else f"a {type(hidden).__name__}"
+            raise ModelError(
+                f"the model's first output is {shown}, expected logits, a vector for each sequence, or hidden states "
+                f"{[*token_mask.shape, 'channels']}: choose a criterion that needs no outputs, such as 'fluctuation', or give "
+                "the bare model (model.base_model)"
+            )
         mask = token_mask[..., None]
-        mean = (widen(returned[0]) * mask).sum(1) / mask.sum(1).clamp_min(1)
+        mean = (widen(hidden) * mask).sum(1) / mask.sum(1).clamp_min(1)
         return [Output("hidden", mean, "numbers", by_token=False)]
     outputs = []
     for name, value in logits.items():

@@ -17,7 +17,7 @@ from liar.models import Edge, Layout, Segment, Site
 
 def by_rank(layout: Layout) -> Layout:
     """The layout in which the query heads of one rank, one of every group, are a unit; other sites as they are."""
-    return replace(layout, sites=tuple(_ranked(site) if site.groups > 1 else site for site in layout.sites))
+    return replace(layout, sites=tuple(_ranked(site) if site.groups else site for site in layout.sites))
 
 
 def rank_scores(scores: Tensor, site: Site) -> Tensor:
@@ -28,7 +28,7 @@ def rank_scores(scores: Tensor, site: Site) -> Tensor:
 def best_of_groups(mask: Mask, scores: Mapping[str, Tensor], layout: Layout) -> Mask:
     """The units that stay, from how many ranks of each site do."""
     masks = {
-        site.name: _best(scores[site.name].view(site.groups, -1), mask.kept(site.name)) if site.groups > 1 else mask[site.name]
+        site.name: _best(scores[site.name].view(site.groups, -1), mask.kept(site.name)) if site.groups else mask[site.name]
         for site in layout.sites
     }
     return replace(mask, masks=masks)
@@ -42,7 +42,7 @@ def _ranked(site: Site) -> Site:
         producers=tuple(_of_all_groups(edge, ranks, site.groups) for edge in site.producers),
         consumer=_of_all_groups(site.consumer, ranks, site.groups),
         parameters=site.parameters * site.groups,
-        groups=1,
+        groups=0,
     )
 
 

@@ -118,7 +118,8 @@ def _others(model: nn.Module, layout: Layout) -> dict[str, torch.Size]:
 
 def _channels(site: Site) -> list[int]:
     """Channels of one head or neuron in every layer of a site."""
-    return [edge.width // (site.query_heads if edge.width == site.consumer.width else 1) for edge in site.edges]
+    of_queries = {edge.module for edge in site.by_query.edges} if site.by_query else set()
+    return [edge.width // (site.query_heads if edge.module in of_queries else 1) for edge in site.edges]
 
 
 def shapes(model: nn.Module) -> Mapping[str, torch.Size]:
@@ -148,7 +149,8 @@ def build_stock(
         for argument, part in OPTIONAL_PARTS.items()
         if accepts(stock, argument) and getattr(model, part, None) is None
     }
-    with torch.device(device):
+    # Some classes draw random numbers on the CPU, wherever their parameters are.
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         try:
             for key, value in sizes.items():
                 setattr(config, key, value)

@@ -78,11 +78,9 @@ def _some_queries(layout: Layout) -> Mask:
     """Removes about half of the query heads of every group in even layers, and keeps one in odd ones; others in every group."""
     masks = {}
     for site in layout.counted_by("query").sites:
-        of_group = site.units // site.groups
-        fewer = 1 if site.layer % 2 else max(1, of_group // 2)
-        unit = torch.arange(site.units)
-        if site.groups > 1:
-            masks[site.name] = (unit + unit // of_group) % of_group < fewer
+        if site.groups:
+            unit, of_group = torch.arange(site.units), site.units // site.groups
+            masks[site.name] = (unit + unit // of_group) % of_group < (1 if site.layer % 2 else max(1, of_group // 2))
     return Mask.of(masks, layout)
 
 

@@ -181,7 +181,7 @@ def _noted_sizes(cut: nn.Module) -> None:
 
 def _cut_site(model: nn.Module, cut: nn.Module, old: Site, new: Site, kept: int) -> None:
     """A site of the cut model has the kept units, and everything that goes with them."""
-    by_query = old.groups > 1
+    by_query = bool(old.groups)
     units = new.units * new.query_heads if by_query else new.units
     expect(units == kept, f"{old.name}: {kept} units were kept, the cut model has {units}; check unit_width")
     same = new.units == old.groups if by_query else new.query_heads == old.query_heads

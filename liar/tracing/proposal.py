@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, product
 
+import torch
 from torch import Tensor, nn
 
 from liar.errors import ModelError
 from liar.models import Family, Layout, SitePattern, check_model, families, layout_of, registered
 from liar.models import discover as discover_registered
-from liar.runtime import exclusive
+from liar.runtime import exclusive, preserve_model_state
 from liar.surgery import Width, scaled_sizes
 from liar.testing import check_family
+from liar.testing.table_checks import streams
 from liar.tracing.attributes import unit_attributes, with_sizes
 from liar.tracing.blocks import find_blocks
 from liar.tracing.findings import Findings, NotFoundError
@@ -101,11 +104,11 @@ def _propose(model: nn.Module, batch: Mapping[str, Tensor], findings: Findings) 
     for family in islice(_tables(observed, findings), TRIES):
         try:
             _check(observed.small, family)
+            _check_all_blocks(model, family, batch)
         except (AssertionError, ModelError) as error:
             reason, *_ = str(error).split("\n")
             findings.missing.append(f"a table that passes liar.testing.check_family: {reason}")
         else:
-            layout_of(model, family)
             return replace(family, note=f"proposed from {type(model).__name__}")
     raise findings.error(model)
 
@@ -114,6 +117,8 @@ def _observe(model: nn.Module, batch: Mapping[str, Tensor], findings: Findings) 
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if not isinstance(model_type, str) or not model_type:
         raise NotFoundError("model_type", "the model has no config.model_type")
+    if "input_ids" not in batch:
+        raise NotFoundError("blocks", f"expected a batch with input_ids, got one with {', '.join(batch) or 'nothing'}")
     blocks = find_blocks(model, batch)
     findings.found.append(f"blocks={blocks!r}")
     small = small_model(model, blocks)
@@ -172,6 +177,21 @@ def _sublayers(trace: Trace, units: Units, streams: Streams) -> list[tuple[str |
     places, sublayers = streams.residuals[units.consumer], dict.fromkeys([find_sublayer(trace, units), None])
     found = [(sublayer, residual_of(places, units.consumer, sublayer)) for sublayer in sublayers]
     return [(sublayer, residual) for sublayer, residual in found if residual is not None]
+
+
+def _check_all_blocks(model: nn.Module, family: Family, batch: Mapping[str, Tensor]) -> None:
+    """What the contract says of streams, on every block of the model itself: blocks may differ.
+
+    Raises:
+        AssertionError: the table does not hold for one of them.
+        ModelError: it does not fit the model.
+    """
+    layout = layout_of(model, family)
+    wide = model
+    if next(model.parameters()).dtype not in (torch.float32, torch.float64):
+        wide = nn.Module.to(copy.deepcopy(model), torch.float32)
+    with torch.no_grad(), preserve_model_state(wide):
+        streams(wide, layout, [batch])
 
 
 def _check(small: nn.Module, family: Family) -> None:

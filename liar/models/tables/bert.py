@@ -45,6 +45,7 @@ NAMESAKES = (
 DEBERTA = replace(
     BERT,
     model_type="deberta-v2",
+    requires=(("conv_kernel_size", 0),),
     patterns=BERT.patterns[1:],
     note="neurons only: its query and key layers read the relative positions as well",
 )

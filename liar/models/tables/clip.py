@@ -17,6 +17,7 @@ CLIP_TEXT = Family(
             sublayer="self_attn",
             unit_width="self_attn.head_dim",
             size_attributes=("self_attn.num_heads", "self_attn.embed_dim"),
+            config_keys=("num_attention_heads",),
         ),
         SitePattern(
             "neurons", ("mlp.fc1",), "mlp.fc2", residual=("layer_norm2", 0), sublayer="mlp", config_keys=("intermediate_size",)

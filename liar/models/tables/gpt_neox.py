@@ -16,6 +16,7 @@ GPT_NEOX = Family(
             residual=("input_layernorm", 0),
             sublayer="attention",
             unit_width="attention.head_size",
+            config_keys=("num_attention_heads",),
         ),
         SitePattern(
             "neurons",
@@ -41,6 +42,7 @@ BLOOM = Family(
             residual=("input_layernorm", 0),
             unit_width="self_attention.head_dim",
             size_attributes=("self_attention.num_heads", "self_attention.hidden_size", "self_attention.split_size"),
+            config_keys=("n_head",),
             head_argument=HeadArgument("self_attention", "alibi", position=2, dim=0, with_sequences=True),
         ),
         SitePattern("neurons", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", residual=("post_attention_layernorm", 0)),

@@ -63,8 +63,7 @@ SEED_OSS = replace(
 STABLELM = replace(
     LLAMA,
     model_type="stablelm",
-    is_parallel="use_parallel_residual",
-    requires=(("qk_layernorm", False),),
+    requires=(("qk_layernorm", False), ("use_parallel_residual", False)),
     patterns=(
         replace(HEADS, size_attributes=("self_attn.num_heads", "self_attn.num_key_value_heads")),
         NEURONS,

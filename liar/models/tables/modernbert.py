@@ -14,6 +14,7 @@ MODERNBERT = Family(
             residual=("attn_norm", 0),
             sublayer="attn",
             unit_width="attn.head_dim",
+            config_keys=("num_attention_heads",),
         ),
         SitePattern(
             kind="neurons",

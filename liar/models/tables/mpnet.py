@@ -1,7 +1,5 @@
 """MPNet: BERT whose encoder makes one bias by position for the heads of all layers."""
 
-from dataclasses import replace
-
 from liar.models.family import Family, SitePattern
 from liar.models.layout import HeadArgument
 from liar.models.tables.bert import BERT
@@ -20,8 +18,9 @@ MPNET = Family(
             unit_width="attention.attn.attention_head_size",
             size_attributes=("attention.attn.num_attention_heads", "attention.attn.all_head_size"),
             head_argument=HeadArgument("attention.attn", "position_bias", position=2, dim=1),
+            config_keys=("num_attention_heads",),
         ),
-        replace(BERT.patterns[1]),
+        BERT.patterns[1],
     ),
     note="a unit of attention is a head; stock classes cannot load fewer heads",
 )

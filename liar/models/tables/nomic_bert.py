@@ -14,6 +14,7 @@ NOMIC_BERT = Family(
             residual=("self_attn.q_proj", 0),
             sublayer="self_attn",
             unit_width="self_attn.head_dim",
+            config_keys=("num_attention_heads",),
         ),
         SitePattern(
             kind="neurons",

@@ -16,6 +16,7 @@ OPT = Family(
             sublayer="self_attn",
             unit_width="self_attn.head_dim",
             size_attributes=("self_attn.num_heads", "self_attn.embed_dim"),
+            config_keys=("num_attention_heads",),
         ),
     ),
     note="heads only: its feed-forward part reads tokens without their sequences",

@@ -17,6 +17,7 @@ VIT = Family(
             sublayer="attention",
             unit_width="attention.head_dim",
             size_attributes=("attention.num_attention_heads",),
+            config_keys=("num_attention_heads",),
         ),
         SitePattern(
             "neurons",

@@ -18,6 +18,7 @@ WAV2VEC2 = Family(
             sublayer="attention",
             unit_width="attention.head_dim",
             size_attributes=("attention.num_heads", "attention.embed_dim"),
+            config_keys=("num_attention_heads",),
         ),
         SitePattern(
             kind="neurons",

@@ -68,6 +68,11 @@ def latency(
         ('seconds', 16)
     """
     layout = discover_with_weights(model)
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise OptionError(
+            f"latency: expected a model of texts, which is timed with token ids, got a {type(model).__name__}: choose a "
+            "budget in parameters (budget='params')"
+        )
     _check_batch(model, batch_size, length)
     about = _about(model, batch_size, length)
     cache = None if cache is None else user_path(cache)
