@@ -72,7 +72,7 @@ def write_gguf(model: Any, file: Path) -> None:
 
 
 def _name(names: TensorNameMap, name: str) -> str:
-    found = names.get_name(name, try_suffixes=(".weight",))
+    found: str | None = names.get_name(name, try_suffixes=(".weight",))
     if found is None:
         raise SystemExit(f"{name}: a GGUF file has no place for it; expected a LLaMA without biases")
     return found
