@@ -266,7 +266,15 @@ def test_replay_gives_the_same_bits(home, tmp_path):
     )  # fmt: skip
     run = json.loads((first / "run.json").read_text())["run"]
     assert run["source"] == {"calib": str(home / "texts.jsonl.gz"), "config": None, "split": "train", "column": "body"}
-    selection = {"keep": 0.5, "criterion": "random", "budget": "params", "widths": "free", "round_to": 1, "seed": 3}
+    selection = {
+        "keep": 0.5,
+        "criterion": "random",
+        "budget": "params",
+        "widths": "free",
+        "round_to": 1,
+        "seed": 3,
+        "heads": "group",
+    }
     assert run["select"] == {**selection, "protect": ["heads.0"]}
     assert (run["calibration"]["max_length"], run["calibration"]["pack"]) == (7, True)
     assert (run["reconstruct"]["refit"], run["reconstruct"]["ridge"]) == (False, 0.01)
@@ -489,6 +497,7 @@ WRONG = {
     "criterion": ["luck"],
     "budget": ["time"],
     "widths": ["any"],
+    "heads": ["queries"],
     "round_to": ["0", "x"],
     "seed": ["x"],
     "target": ["dense"],

@@ -127,7 +127,7 @@ def test_options_are_frozen_and_explained(kind):
         (liar.select, [SelectOptions], {"model", "calib", "progress"}),
         (liar.reconstruct, [ReconstructOptions], {"model", "mask", "calib", "progress"}),
         (liar.prune, [SelectOptions, ReconstructOptions], {"model", "calib", "progress"}),
-        (liar.calibration, [CalibrationOptions], {"texts", "tokenizer"}),
+        (liar.calibration, [CalibrationOptions], {"texts", "tokenizer", "progress"}),
     ],
 )
 def test_keywords_and_defaults_are_those_of_the_classes(verb, kinds, own):
