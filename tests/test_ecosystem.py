@@ -522,7 +522,7 @@ def test_the_card_says_what_the_model_is_and_how_to_load_it(name, standalone, wi
         "`residual_stream`",
     ):
         assert fact in card.text
-    assert f"{report.tokens:,} tokens of text in {report.sequences:,} sequences" in card.text
+    assert f"{report.tokens:,} tokens in {report.sequences:,} sequences" in card.text
     assert str(tmp_path) not in card.content
     assert "README.md" in json.loads(Path("slim/liar.json").read_text())["files"]
     names = {}
