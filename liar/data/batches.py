@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from liar.errors import CalibrationError, ModelError
-from liar.models import base_and_prefix, family_of, takes_choices
+from liar.data.signals import SIGNALS, check_signal
+from liar.errors import CalibrationError
+from liar.models import base_and_prefix, takes_choices
 from liar.options import is_iterable
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 ROWS = 32
 # What a forward that only says *args and **kwargs is given.
 INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
-# What models of images and of sound read in place of ids.
-SIGNALS = ("pixel_values", "input_values", "input_features")
 IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # As in transformers: a label that does not count.
 IGNORED = -100
@@ -57,78 +55,6 @@ def main_input(batch: Batch) -> Tensor:
     """The ids [sequences, length], or in place of them embeddings [sequences, length, channels], or a signal [sequences, *]."""
     value: Tensor = next(batch[name] for name in ("input_ids", "inputs_embeds", *SIGNALS) if name in batch)
     return value
-
-
-def token_mask(batch: Batch, model: nn.Module, skeleton: nn.Module | None) -> Tensor:
-    """Which positions are real tokens: bool [sequences, length].
-
-    Args:
-        batch: arguments of the bare model's forward.
-        model: that takes them.
-        skeleton: of it; where it is a model of images or sound, whose tokens are those of the stream that enters the blocks.
-    """
-    main, mask = main_input(batch), batch.get("attention_mask")
-    shape = main.shape[:2] if skeleton is None else stream_shape(skeleton, batch)
-    if mask is not None and mask.shape != shape:
-        # Models of sound shorten it; transformers' method for that has been there since the first of them.
-        base: Any = base_and_prefix(model)[0]
-        mask = base._get_feature_vector_attention_mask(shape[1], mask)
-    return torch.ones(shape, dtype=torch.bool, device=main.device) if mask is None else mask.bool()
-
-
-def is_signal(batch: Batch) -> bool:
-    """Whether the model reads an image or a sound, and makes tokens of it itself."""
-    return batch.keys().isdisjoint(("input_ids", "inputs_embeds"))
-
-
-class _Entered(Exception):
-    """Ends a forward pass at the first block."""
-
-
-def skeleton_of(model: nn.Module) -> nn.Module:
-    """The bare model on the meta device, in evaluation mode, whose first block ends a pass: it tells shapes alone."""
-    base, _ = base_and_prefix(model)
-    tensors = (*base.named_parameters(remove_duplicate=False), *base.named_buffers(remove_duplicate=False))
-    skeleton = copy.deepcopy(base, {id(tensor): _without_values(tensor) for _, tensor in tensors}).train(False)
-
-    def enter(*args: Any, **kwargs: Any) -> None:
-        raise _Entered((args[0] if args else kwargs["hidden_states"]).shape[:2])
-
-    blocks: Any = skeleton.get_submodule(family_of(model).blocks)
-    blocks[0].forward = enter
-    return skeleton
-
-
-def _without_values(tensor: Tensor) -> Tensor:
-    value = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
-
-
-def stream_shape(skeleton: nn.Module, batch: Batch) -> torch.Size:
-    """[sequences, length] of what enters the blocks.
-
-    Raises:
-        CalibrationError: the model does not take the batch.
-    """
-    # How long a sequence is depends on the signal alone.
-    arguments = {
-        name: value.to("meta") if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-        if name != "attention_mask"
-    }
-    try:
-        with torch.no_grad():
-            skeleton(**arguments)
-    except _Entered as entered:
-        shape: torch.Size = entered.args[0]
-        return shape
-    except Exception as error:
-        actual = {name: list(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
-        raise CalibrationError(
-            f"{type(skeleton).__name__} does not take a calibration batch with {actual}: {error}. Expected [sequences, *], as "
-            "the model's processor gives it"
-        ) from error
-    raise ModelError(f"{type(skeleton).__name__} did not call its first block; the family's table names the wrong blocks")
 
 
 def _accepted(base: nn.Module) -> set[str]:
@@ -261,7 +187,7 @@ def _labels(batch: Any, device: torch.device) -> Any:
 def _check_batch(batch: Batch, number: int, model: nn.Module, unused: list[str]) -> None:
     where = f"calibration batch {number}"
     if (signal := getattr(model, "main_input_name", None)) in SIGNALS:
-        _check_signal(batch.get(signal), f"{where}: expected {signal}")
+        check_signal(batch.get(signal), f"{where}: expected {signal}")
         _check_mask(batch.get("attention_mask"), batch[signal].shape[:2], where)
         return
     ids, embeds, mask = (batch.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
@@ -299,15 +225,6 @@ def _check_mask(mask: Any, shape: torch.Size, where: str) -> None:
         raise CalibrationError(f"{where}: expected a dense attention_mask, got {mask.layout}")
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise CalibrationError(f"{where}: expected an attention_mask of 1 for real tokens and 0 for padding, got other values")
-
-
-def _check_signal(signal: Any, expected: str) -> None:
-    if not isinstance(signal, Tensor) or not signal.is_floating_point() or signal.ndim < 2:
-        actual = f"{signal.dtype} {list(signal.shape)}" if isinstance(signal, Tensor) else f"a {type(signal).__name__}"
-        raise CalibrationError(
-            f"{expected}, a tensor of floats with a row for each image or sound, got {actual}; call the model's processor with "
-            "return_tensors='pt'"
-        )
 
 
 def _derived_mask(batch: Batch, number: int, model: nn.Module) -> Batch:

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from liar.data.batches import Batch, is_signal, main_input, read_batches, skeleton_of, token_mask
+from liar.data.batches import Batch, main_input, read_batches
 from liar.data.copies import find_copies
+from liar.data.signals import is_signal, skeleton_of, stream_shape
 from liar.errors import CalibrationError
-from liar.models import check_default_device, check_model
+from liar.models import base_and_prefix, check_default_device, check_model
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class Calibration:
                 "the calibration data is empty: expected at least one batch, got none (a used-up generator?)"
             )
         skeleton = skeleton_of(model) if is_signal(batches[0]) else None
-        token_masks = [token_mask(batch, model, skeleton) for batch in batches]
+        token_masks = [_token_mask(batch, model, skeleton) for batch in batches]
         tokens = sum(int(mask.sum()) for mask in token_masks)
         if not tokens:
             raise CalibrationError(
@@ -125,6 +126,23 @@ class Calibration:
         """Per batch the global number of its first sequence."""
         lengths = (len(mask) for mask in self.token_masks[:-1])
         return tuple(itertools.accumulate(lengths, initial=self.first_sequence))
+
+
+def _token_mask(batch: Batch, model: nn.Module, skeleton: nn.Module | None) -> Tensor:
+    """Which positions are real tokens: bool [sequences, length].
+
+    Args:
+        batch: arguments of the bare model's forward.
+        model: that takes them.
+        skeleton: of it; where it is a model of images or sound, whose tokens are those of the stream that enters the blocks.
+    """
+    main, mask = main_input(batch), batch.get("attention_mask")
+    shape = main.shape[:2] if skeleton is None else stream_shape(skeleton, batch)
+    if mask is not None and mask.shape != shape:
+        # Models of sound shorten it; transformers' method for that has been there since the first of them.
+        base: Any = base_and_prefix(model)[0]
+        mask = base._get_feature_vector_attention_mask(shape[1], mask)
+    return torch.ones(shape, dtype=torch.bool, device=main.device) if mask is None else mask.bool()
 
 
 def _folds(
