@@ -1,8 +1,9 @@
 """Loading models, pruned or not, from Hugging Face folders.
 
 Loading looks at the shapes of the tensors in the file, so folders that a Trainer or `model.save_pretrained` wrote load as
-well. The model that comes back is an instance of the stock class. What the file holds, what the class needs and what
-`liar.json` says are compared: nothing is left at random values without a word. No code of a folder runs (docs/security.md).
+well, unless it named tensors as the first releases of the model did (ViT, NomicBERT). The model that comes back is an
+instance of the stock class. What the file holds, what the class needs and what `liar.json` says are compared: nothing is left
+at random values without a word. No code of a folder runs (docs/security.md).
 """
 
 from __future__ import annotations
