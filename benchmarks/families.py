@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from benchmarks.summary import lined
-from liar import discover, families
+from liar import Family, discover, families
 from liar.models import Layout
 from liar.surgery import stock_counts
 from liar.testing import tiny_model
@@ -15,21 +15,21 @@ HEADINGS = ("family", "a unit of attention", "feed-forward part", "fewer in ever
 
 def table() -> str:
     """A Markdown table with a line for every family."""
-    return lined(HEADINGS, [line(family.model_type) for family in sorted(families(), key=lambda each: each.model_type)])
+    return lined(HEADINGS, [line(family) for family in sorted(families(), key=lambda each: each.model_type)])
 
 
-def line(model_type: str) -> list[str]:
+def line(family: Family) -> list[str]:
     """Of one family."""
-    model = tiny_model(model_type)
+    model = tiny_model(family.model_type)
     layout, counts = discover(model), stock_counts(model)
     heads, neurons = (layout.of_kind(kind)[:1] for kind in ("heads", "neurons"))
     units = [("query heads with their key and value head" if site.query_heads > 1 else "head") for site in heads]
     return [
-        f"`{model_type}`",
+        f"`{family.model_type}`",
         units[0] if units else "—",
         "neurons" if neurons else "—",
         _loadable(layout, counts),
-        "" if heads and neurons else next(family.note for family in families() if family.model_type == model_type),
+        "" if heads and neurons else family.note,
     ]
 
 

@@ -7,10 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from liar.data.batches import ROWS
 from liar.errors import CalibrationError
-
-# Texts of one batch.
-ROWS = 32
 
 
 def read_by(model: Any, calib: Any) -> Any:

@@ -14,7 +14,7 @@ from liar.errors import CheckpointError, LiarError, ModelError
 from liar.files import user_path
 from liar.io.card import model_card
 from liar.io.folders import check_target, files_in, replacing
-from liar.io.shapes import differences, fitted, stored_shapes
+from liar.io.shapes import Shapes, differences, fitted, stored_shapes
 from liar.io.sizes import config_sizes
 from liar.io.standalone import Form, in_form
 from liar.mask import Mask
@@ -121,7 +121,7 @@ def _write(model: Any, inner: PreTrainedModel, folder: Path, *, is_stock: bool) 
     """Let a model write its files, and check them."""
     if model is inner:
         model.save_pretrained(folder)
-        if not is_stock and _renamed(model, folder):
+        if not is_stock and _renamed(model, stored_shapes(str(folder), None, {})):
             model.save_pretrained(folder, save_original_format=False)
     else:
         model.save_pretrained(str(folder), create_model_card=False)
@@ -191,25 +191,26 @@ def _check_loadable(model: PreTrainedModel) -> None:
         )
 
 
-def _renamed(model: PreTrainedModel, folder: Path) -> list[str]:
+def _renamed(model: PreTrainedModel, stored: Shapes) -> list[str]:
     """Tensors that are written in the format of the first releases of a model, which named them in another way, or joined some.
 
     What the stock class loads may have that format; of what it cannot load, `load` needs the tensors themselves.
     """
-    return sorted(stored_shapes(str(folder), None, {}).keys() - model.state_dict().keys())
+    return sorted(stored.keys() - model.state_dict().keys())
 
 
 def _check_written(model: PreTrainedModel, folder: Path, *, is_stock: bool) -> None:
     """Check that every parameter is in the weight files, or is tied to one that is when the model is loaded."""
-    if renamed := _renamed(model, folder):
+    stored = stored_shapes(str(folder), None, {})
+    if renamed := _renamed(model, stored):
         if is_stock:
             return
         raise CheckpointError(
             f"a tensor is written as {renamed[0]}, a name of the first releases of this model, by which the sizes of a pruned "
             "layer are not found again: save the transformer alone, liar.save(model[0].auto_model, folder)"
         )
-    parameters, stored = dict(model.named_parameters(remove_duplicate=False)), stored_shapes(str(folder), None, {}).keys()
-    lost = sorted(parameters.keys() - stored - model.all_tied_weights_keys.keys())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    lost = sorted(parameters.keys() - stored.keys() - model.all_tied_weights_keys.keys())
     if lost:
         raise CheckpointError(
             f"{lost[0]} is not written by save_pretrained, since it shares its memory with another parameter, and would be "

@@ -52,24 +52,21 @@ def check_family(model: nn.Module, batches: Sequence[Mapping[str, Tensor]] | Non
     model.to(torch.float32)
     layout = discover(model)
     mask = _some_mask(layout)
+    masks = [mask, *([_some_queries(layout)] if any(site.by_query for site in layout.sites) else [])]
     with torch.no_grad():
         shapes(model, layout)
         streams(model, layout, batches)
-        cut(model, layout, mask, batches)
+        for each in masks:
+            cut(model, layout, each, batches)
         sizes(model, layout)
         keep_all(model, layout, batches)
         replay(model, layout, mask, batches)
-        repair(model, layout, mask, batches)
         selection(model, layout, mask, batches)
-        folder(model, mask, batches[0])
+        for each in masks:
+            repair(model, layout, each, batches)
+            folder(model, each, batches[0])
+            generation(model, each, batches[0])
         stock_folder(model, layout, batches[0])
-        generation(model, mask, batches[0])
-        if any(site.by_query for site in layout.sites):
-            by_query = _some_queries(layout)
-            cut(model, layout, by_query, batches)
-            repair(model, layout, by_query, batches)
-            folder(model, by_query, batches[0])
-            generation(model, by_query, batches[0])
     error(model, mask, batches)
     return layout
 

@@ -63,8 +63,7 @@ def small_model(model: nn.Module, blocks: str) -> nn.Module:
 
 def random_model(model: nn.Module, entries: Mapping[str, Any]) -> nn.Module | None:
     """A model of the same class with other entries of the configuration and random weights; None if the class refuses."""
-    with torch.random.fork_rng(devices=[]):
-        built = build_stock(model, entries, device="cpu")
+    built = build_stock(model, entries, device="cpu")
     if built is not None:
         randomise(built)
         built = built.float().eval()
