@@ -83,7 +83,7 @@ def __getattr__(name: str) -> Any:
     """A public name, or a package of the library, imported now (PEP 562)."""
     if name in _HOME:
         value = getattr(import_module(f"liar.{_HOME[name]}"), name)
-    elif name in {*_MODULES, "options", "repair", "runtime", "solve", "statistics", "files"}:
+    elif name in {*_MODULES, "options", "repair", "runtime", "solve", "statistics", "files", "unstructured"}:
         value = import_module(f"liar.{name}")
     else:
         raise AttributeError(f"module 'liar' has no attribute {name!r}")

@@ -53,6 +53,8 @@ LENGTH = 128
 # Larger counts do not fit where numbers of tokens and sequences are kept.
 LARGEST_COUNT = 2**31 - 1
 LARGEST_SEED = 2**62
+# Of neighbouring inputs, for patterns such as 2:4.
+LARGEST_GROUP = 64
 # A larger ridge changes nothing, but for overflows.
 LARGEST_RIDGE = 1e12
 
@@ -120,6 +122,20 @@ def check_ridge(name: str, value: Any) -> None:
         raise OptionError(f"{name}={_shown(value)}: expected {expected}")
 
 
+def check_sparsity(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is a share above 0 and below 1, or a pattern such as "2:4"."""
+    if isinstance(value, str):
+        kept, _, group = value.partition(":")
+        if kept.isdecimal() and group.isdecimal() and 0 < int(kept) < int(group) <= LARGEST_GROUP:
+            return
+    elif _is_number(value, Real) and 0 < value < 1:
+        return
+    raise OptionError(
+        f"{name}={_shown(value)}: expected the share of weights that is removed, above 0 and below 1, or a pattern such as "
+        f'"2:4" (2 of 4 neighbouring inputs stay; groups of at most {LARGEST_GROUP})'
+    )
+
+
 def _check_budget(name: str, value: Any) -> None:
     # `Costs`, which cannot be imported here, or their content in a run.json.
     if not isinstance(value, Mapping) and not hasattr(type(value), "unit_costs"):
@@ -159,6 +175,11 @@ CRITERIA: dict[str, str] = {
     "snip": "absolute weights times their gradients",
     "magnitude": "root mean square of the weights; needs no data",
     "random": "uniform scores; needs no data",
+}
+WEIGHT_CRITERIA: dict[str, str] = {
+    "magnitude": "absolute weights, compared within a layer; needs no data",
+    "wanda": "absolute weights times the norm of their input, compared within an output (Wanda)",
+    "sparsegpt": "what the layer's output loses, column by column, with an update of the columns that follow (SparseGPT)",
 }
 BUDGETS: dict[str, str] = {
     "params": "parameters in the transformer blocks",
@@ -261,6 +282,18 @@ class ReconstructOptions(OptionGroup):
     refit: bool = _option("First fit the layers before the kept units to their dense output.", default=True, check=check_flag)
     solver: str = _option("How the least squares are solved.", default="auto", choices=SOLVERS)
     bias: str = _option("What happens to biases.", default="preserve", choices=BIASES)
+
+
+@dataclass(frozen=True)
+class UnstructuredOptions(OptionGroup):
+    """Which single weights are removed; see `liar.unstructured.prune`."""
+
+    sparsity: float | str = _option(
+        "Share of the weights that is removed from every layer, or a pattern: 2:4 keeps 2 of 4 neighbouring inputs.",
+        default=0.5,
+        check=check_sparsity,
+    )
+    criterion: str = _option("What makes a single weight worth keeping.", default="wanda", choices=WEIGHT_CRITERIA)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ ORDER = (
     "analysis",
     "report",
     "repair",
+    "unstructured",
     "selection",
     "io",
     "api",

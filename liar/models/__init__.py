@@ -1,7 +1,7 @@
 """What the library knows about models: one table per family, the layout of a model's sites, and one view of every layer."""
 
 from liar.models.family import Family, FusedProducer, SitePattern
-from liar.models.layers import Axis, LayerView, is_plain
+from liar.models.layers import Axis, LayerView, is_plain, linear_layers
 from liar.models.layout import Edge, HeadArgument, Layout, Segment, Site, layer_of
 from liar.models.ownership import check_default_device, check_model, why_unusable
 from liar.models.registry import (
@@ -38,6 +38,7 @@ __all__ = [
     "is_plain",
     "layer_of",
     "layout_of",
+    "linear_layers",
     "register",
     "registered",
     "takes_choices",

@@ -197,6 +197,11 @@ class SiteState:
             run_block(self.pruned_block, *self.walk.arguments(PRUNED, self.block.number, batch))
         return read_captures(activations, self.pruned_block, self.site, captures)
 
+    def run_block(self, batch: int) -> None:
+        """Run the whole pruned block on a batch, for a step that has hooks of its own."""
+        with self.walk.timed("pruned forward"), self.walk.replays(self.block, batch):
+            run_block(self.pruned_block, *self.walk.arguments(PRUNED, self.block.number, batch))
+
     def keep_for_replay(self, batch: int, consumer_input: Tensor) -> None:
         """Note what the consumer read, so that the site's sublayer need not run again while later sites are repaired.
 

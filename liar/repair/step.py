@@ -15,9 +15,11 @@ class RepairStep:
 
     Attributes:
         captures: what `observe` gets of the dense block.
+        changes_all: whether it repairs sites too of which everything is kept and before which nothing has changed.
     """
 
     captures: frozenset[Capture] = frozenset()
+    changes_all: bool = False
 
     def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
         """See one batch at a site of the dense block, [sequences, length, channels] by capture, before any site is cut.

@@ -178,7 +178,8 @@ def _dense_batch(
 def _visit(state: SiteState, steps: Sequence[RepairStep]) -> None:
     """Cut one site and let the steps repair it."""
     walk = state.walk
-    if walk.mask is not None and state.keeps_all and not walk.drifted:
+    changes = walk.drifted or any(step.changes_all for step in steps)
+    if walk.mask is not None and state.keeps_all and not changes:
         for step in steps:
             step.skip(state)
         return
