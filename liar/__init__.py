@@ -2,7 +2,7 @@
 
 The three verbs are `select`, `reconstruct` and `prune`; `calibration` makes batches from texts, `save` and `load` keep pruned
 models, `collect` reuses statistics for many budgets, `discover` shows where a model can be cut, `remove` cuts without repair,
-`moments` and `interpolation` let you look inside.
+`moments` and `interpolation` let you look inside, `self_generate` lets a model write its calibration texts.
 
 What a name stands for is imported when it is first used: torch and transformers take seconds, and `liar --help` needs neither.
 """
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from liar.api import prune, reconstruct, select
     from liar.data import Calibration, calibration
     from liar.errors import LiarError
+    from liar.generation import SelfGenerated, self_generate
     from liar.io import load, make_standalone, save
     from liar.mask import Mask
     from liar.models import Family, FusedProducer, HeadArgument, SitePattern, families, register
@@ -32,6 +33,7 @@ _MODULES = {
     "api": ("prune", "reconstruct", "select"),
     "data": ("Calibration", "calibration"),
     "errors": ("LiarError",),
+    "generation": ("SelfGenerated", "self_generate"),
     "io": ("load", "make_standalone", "save"),
     "mask": ("Mask",),
     "models": ("Family", "FusedProducer", "HeadArgument", "SitePattern", "families", "register"),
@@ -56,6 +58,7 @@ __all__ = [
     "Mask",
     "ProgressUpdate",
     "Report",
+    "SelfGenerated",
     "SitePattern",
     "Verdict",
     "calibration",
@@ -76,6 +79,7 @@ __all__ = [
     "remove",
     "save",
     "select",
+    "self_generate",
 ]
 
 

@@ -52,6 +52,8 @@ def _option(
 LENGTH = 128
 # Larger counts do not fit where numbers of tokens and sequences are kept.
 LARGEST_COUNT = 2**31 - 1
+# Tokens of a text that a model writes: one at random, the next four greedily, and at least one that is sampled.
+SHORTEST_GENERATED = 6
 LARGEST_SEED = 2**62
 # Of neighbouring inputs, for patterns such as 2:4.
 LARGEST_GROUP = 64
@@ -82,6 +84,16 @@ def check_count(name: str, value: Any) -> None:
     """Raise an `OptionError` unless the value is an integer from 1 to `LARGEST_COUNT`."""
     if not _is_number(value, Integral) or not 1 <= int(value) <= LARGEST_COUNT:
         raise OptionError(f"{name}={_shown(value)}: expected a whole number, at least 1 and at most {LARGEST_COUNT:,}")
+
+
+def check_generated_length(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is a count that leaves a token to be sampled."""
+    check_count(name, value)
+    if value < SHORTEST_GENERATED:
+        raise OptionError(
+            f"{name}={_shown(value)}: expected at least {SHORTEST_GENERATED}: one random token, the next "
+            f"{SHORTEST_GENERATED - 2} greedily, and one that is sampled"
+        )
 
 
 def check_optional_count(name: str, value: Any) -> None:
@@ -294,6 +306,21 @@ class UnstructuredOptions(OptionGroup):
         check=check_sparsity,
     )
     criterion: str = _option("What makes a single weight worth keeping.", default="wanda", choices=WEIGHT_CRITERIA)
+
+
+@dataclass(frozen=True)
+class GenerateOptions(OptionGroup):
+    """How a model writes calibration texts; see `liar.self_generate`."""
+
+    tokens: int = _option("Tokens to generate, at least; the last text is not cut.", check=check_count)
+    max_length: int = _option("Tokens per text, at most.", default=256, check=check_generated_length)
+    batch_size: int = _option("Texts that are generated at a time.", default=32, check=check_count)
+    language: str = _option(
+        "Texts that are kept: any (in some natural language), the code of one (en, de, …), or off (all texts).",
+        default="any",
+        check=check_text,
+    )
+    seed: int = _option("For the tokens that are drawn.", default=0, check=check_integer)
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,8 @@ def test_api_page_has_the_signatures(public):
 
 
 @pytest.mark.parametrize(
-    "public", ["Calibration", "Costs", "CriterionStatistics", "Interpolation", "Mask", "ProgressUpdate", "Report"]
+    "public",
+    ["Calibration", "Costs", "CriterionStatistics", "Interpolation", "Mask", "ProgressUpdate", "Report", "SelfGenerated"],
 )
 def test_api_page_has_the_members(public):
     thing = getattr(liar, public)

@@ -29,6 +29,7 @@ ORDER = (
     "statistics",
     "solve",
     "runtime",
+    "generation",
     "mask",
     "surgery",
     "analysis",
@@ -64,6 +65,7 @@ PUBLIC = (
     "Mask",
     "ProgressUpdate",
     "Report",
+    "SelfGenerated",
     "SitePattern",
     "Verdict",
     "calibration",
@@ -84,6 +86,7 @@ PUBLIC = (
     "remove",
     "save",
     "select",
+    "self_generate",
 )
 ROOT = Path(liar.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
