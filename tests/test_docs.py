@@ -213,10 +213,10 @@ def test_api_page_has_the_signatures(public):
     assert as_written(sections()[public]) == as_it_is(getattr(liar, public))
 
 
-@pytest.mark.parametrize(
-    "public",
-    ["Calibration", "Costs", "CriterionStatistics", "Interpolation", "Mask", "ProgressUpdate", "Report", "SelfGenerated"],
-)
+MEMBERS = ("Calibration", "Costs", "CriterionStatistics", "Interpolation", "Mask", "ProgressUpdate", "Report", "SelfGenerated")
+
+
+@pytest.mark.parametrize("public", MEMBERS)
 def test_api_page_has_the_members(public):
     thing = getattr(liar, public)
     members = {n for n in [*vars(thing), *thing.__dataclass_fields__] if not n.startswith("_")}
