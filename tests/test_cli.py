@@ -33,6 +33,7 @@ from liar.cli import app
 from liar.cli.run import Run
 from liar.options import (
     CalibrationOptions,
+    GenerateOptions,
     LoadOptions,
     ReconstructOptions,
     SaveOptions,
@@ -490,6 +491,7 @@ GROUPS = {
     "reconstruct": (ReconstructOptions, *SOURCE, SaveOptions),
     "select": (SelectOptions, *SOURCE),
     "latency": (LoadOptions,),
+    "calibrate": (GenerateOptions, LoadOptions),
 }
 # A value of every option that is refused as wrong usage ...
 WRONG = {
@@ -511,7 +513,7 @@ WRONG = {
 }
 # ... but for switches, which have no value, and for what only the model or the data can refuse.
 SWITCHES = {"refit", "pack", "mixed_lengths", "standalone"}
-UNCHECKED = {"protect", "calib", "config", "split", "column", "device"}
+UNCHECKED = {"protect", "calib", "config", "split", "column", "device", "language"}
 
 
 def flag(name):
@@ -537,7 +539,7 @@ def test_options_of_a_command_are_those_of_the_library(command):
 
 
 def test_every_option_is_refused_somewhere():
-    names = {each.name for each, _ in options_in(*GROUPS["prune"])}
+    names = {each.name for each, _ in options_in(*GROUPS["prune"], *GROUPS["calibrate"])}
     assert names == WRONG.keys() | SWITCHES | UNCHECKED
 
 
@@ -549,11 +551,13 @@ def test_a_bad_value_is_wrong_usage(home, tmp_path, command, name):
     needed = {"prune": {"--keep": 0.5}, "select": {"--keep": 0.5}, "reconstruct": {"--mask": home / "texts.txt"}}.get(
         command, {}
     )
-    needed |= {"--calib": home / "texts.txt"} if command != "latency" else {}
+    needed |= {"--calib": home / "texts.txt"} if command not in ("latency", "calibrate") else {}
+    needed |= {"--tokens": 9} if command == "calibrate" else {}
+    out = [tmp_path / "out"] if command != "calibrate" else ["--out", tmp_path / "out"]
     bad = [[flag(name), value] for value in WRONG[name]] if name in WRONG else [[f"{flag(name)}=maybe"]]
     for wrong in bad:
         rest = [part for option, value in needed.items() if option != flag(name) for part in (option, value)]
-        done = call(command, home / "bert", tmp_path / "out", *rest, *wrong, code=2)
+        done = call(command, home / "bert", *out, *rest, *wrong, code=2)
         assert flag(name) in plain(done.stderr)
         assert not (tmp_path / "out").exists()
 
@@ -579,6 +583,46 @@ def test_report_of_something_else(home, tmp_path):
     )
     (tmp_path / "report.json").write_text('{"sites": 3}')
     assert "expected a report.json that liar wrote, got TypeError" in refused("report", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def writer(home, tmp_path_factory):
+    """The folder of a model whose tokenizer has an end token."""
+    folder = tmp_path_factory.mktemp("writer")
+    liar.load(home / "llama").save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(home / "llama")
+    tokenizer.eos_token = "[EOS]"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_calibrate_writes_texts_that_prune_reads(home, writer, tmp_path):
+    own, how = tmp_path / "own.jsonl", ("--max-length", 12, "--language", "off", "--seed", 3)
+    done = call("calibrate", writer, "--tokens", 600, "--out", own, *how)
+    lines = own.read_text().splitlines()
+    assert re.search(rf"^{len(lines)} texts with 6\d\d tokens; 0 of {len(lines)} rejected$", done.stdout, re.M)
+    assert f"written to {own}" in done.stdout
+    # Called again, it goes on with a file that was cut, and leaves one that is complete.
+    for size in (own.stat().st_size // 2, own.stat().st_size):
+        content = own.read_bytes()
+        own.write_bytes(content[:size])
+        call("calibrate", writer, "--tokens", 600, "--out", own, *how)
+        assert own.read_bytes() == content
+    call("prune", writer, tmp_path / "slim", "--keep", 0.5, "--calib", own, "--criterion", "wanda")
+    assert liar.Report.load(tmp_path / "slim" / "report.json").sequences == len(lines)
+    # A pruned model writes, too.
+    call("calibrate", tmp_path / "slim", "--tokens", 100, "--out", tmp_path / "slim.jsonl", *how)
+
+
+def test_what_calibrate_refuses(home, writer, tmp_path):
+    own, how = tmp_path / "own.jsonl", ("--tokens", 100, "--language", "off")
+    assert "cannot write texts: expected a causal language model" in refused("calibrate", home / "bert", "--out", own, *how)
+    assert "the tokenizer has no end token" in refused("calibrate", home / "llama", "--out", own, *how)
+    assert "there is no folder" in refused("calibrate", writer, "--out", tmp_path / "none" / "own.jsonl", *how)
+    assert not own.exists()
+    own.write_text("notes\n")
+    assert "expected texts as liar.self_generate writes them" in refused("calibrate", writer, "--out", own, *how)
+    assert own.read_text() == "notes\n"
 
 
 def test_families():

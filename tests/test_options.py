@@ -13,16 +13,32 @@ import torch
 import liar
 from liar import options
 from liar.errors import LiarError, OptionError
-from liar.options import CalibrationOptions, LoadOptions, ReconstructOptions, SelectOptions, SourceOptions
+from liar.options import (
+    CalibrationOptions,
+    GenerateOptions,
+    LoadOptions,
+    ReconstructOptions,
+    SelectOptions,
+    SourceOptions,
+    UnstructuredOptions,
+)
 from liar.repair import RepairContext, closed_form_steps
 from liar.selection import CRITERIA
 from liar.solve import solvers
 from liar.statistics import Factor
 from liar.testing import tiny_batches, tiny_model
 
-CLASSES = (SelectOptions, ReconstructOptions, CalibrationOptions, SourceOptions, LoadOptions)
+CLASSES = (
+    SelectOptions,
+    ReconstructOptions,
+    CalibrationOptions,
+    SourceOptions,
+    LoadOptions,
+    GenerateOptions,
+    UnstructuredOptions,
+)
 # What an option without a default is given here.
-REQUIRED = {SelectOptions: {"keep": 0.5}, SourceOptions: {"calib": "texts.txt"}}
+REQUIRED = {SelectOptions: {"keep": 0.5}, SourceOptions: {"calib": "texts.txt"}, GenerateOptions: {"tokens": 1000}}
 COUNTS = [0, -1, 1.5, "3", True, np.float32(2), np.True_, 2**31, 10**400, b"3", [3], {}]
 # class -> option -> bad values, and what the error says was expected
 BAD = {
@@ -55,6 +71,20 @@ BAD = {
         "batch_size": ([*COUNTS, None], "expected a whole number, at least 1"),
         "tokens": (COUNTS, "expected a whole number, at least 1"),
     },
+    GenerateOptions: {
+        "tokens": ([*COUNTS, None], "expected a whole number, at least 1"),
+        "max_length": ([5, 1], "expected at least 6: one random token, the next 4 greedily, and one that is sampled"),
+        "batch_size": ([*COUNTS, None], "expected a whole number, at least 1"),
+        "language": (["", None, 5, ["en"]], "expected a text"),
+        "seed": ([0.5, None, "x"], "expected a whole number"),
+    },
+    UnstructuredOptions: {
+        "sparsity": (
+            [0, 1, -0.1, 1.5, nan, inf, None, True, "0.5", "4:2", "2:2", "0:4", "2:", ":4", "2:4:8", "1:65", [0.5], "²:4"],
+            "expected the share of weights that is removed, above 0 and below 1, or a pattern",
+        ),
+        "criterion": (["taylor", None], "expected one of 'magnitude', 'wanda', 'sparsegpt'"),
+    },
     LoadOptions: {"dtype": (["int8", None], "expected one of 'auto', 'float32', 'bfloat16', 'float16'")},
 }
 # Any text, switch or number will do, as far as can be said before the model and the data are there.
@@ -70,6 +100,9 @@ GOOD = [
     SelectOptions(np.float32(0.5), round_to=np.int64(8), seed=np.int32(3)),
     ReconstructOptions(ridge=np.float64(0.1), refit=np.True_),
     CalibrationOptions(tokens=np.int64(10)),
+    GenerateOptions(np.int64(10), max_length=6, language="off"),
+    UnstructuredOptions(np.float32(0.3)),
+    UnstructuredOptions("1:64", criterion="sparsegpt"),
 ]
 
 
@@ -128,6 +161,8 @@ def test_options_are_frozen_and_explained(kind):
         (liar.reconstruct, [ReconstructOptions], {"model", "mask", "calib", "progress"}),
         (liar.prune, [SelectOptions, ReconstructOptions], {"model", "calib", "progress"}),
         (liar.calibration, [CalibrationOptions], {"texts", "tokenizer", "progress"}),
+        (liar.self_generate, [GenerateOptions], {"model", "tokenizer", "file", "progress"}),
+        (liar.unstructured.prune, [UnstructuredOptions], {"model", "calib", "progress"}),
     ],
 )
 def test_keywords_and_defaults_are_those_of_the_classes(verb, kinds, own):
@@ -157,6 +192,10 @@ def test_verbs_check_options_before_they_look_at_anything(kind, name):
 
 def test_criteria_are_those_that_have_a_score():
     assert list(options.CRITERIA) == list(CRITERIA)
+
+
+def test_criteria_of_weights_are_those_that_are_known():
+    assert list(options.WEIGHT_CRITERIA) == list(liar.unstructured.CRITERIA)
 
 
 def test_widths_and_budgets_are_those_that_selection_knows():

@@ -6,6 +6,8 @@ It is small (5 MB, with its model inside), needs nothing but NumPy, asks no serv
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 from liar.errors import CalibrationError, OptionError
 
@@ -33,20 +35,27 @@ def language_check(language: str) -> Callable[[str], bool]:
     if language == "off":
         return lambda text: bool(text.strip())
     try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier  # noqa: PLC0415 (an extra)
+        detector = _detector()
     except ImportError as error:
         raise CalibrationError(
             f"language={language!r}: telling languages needs the package py3langid, which is not installed: "
             'pip install "liar-prune[language]", or take all texts with language="off"'
         ) from error
-    detector = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    if language != "any" and language not in detector.labels:
-        raise OptionError(f"language={language!r}: expected any, off, or one of {', '.join(sorted(detector.labels))}")
-
-    wanted = {*detector.labels} - {NO_LANGUAGE} if language == "any" else {language}
+    languages = {*detector.labels} - {NO_LANGUAGE}
+    if language != "any" and language not in languages:
+        raise OptionError(f"language={language!r}: expected any, off, or one of {', '.join(sorted(languages))}")
+    wanted = languages if language == "any" else {language}
 
     def is_kept(text: str) -> bool:
         detected, probability = detector.classify(text)
         return detected in wanted and probability >= SURE
 
     return is_kept
+
+
+@cache
+def _detector() -> Any:
+    """It takes seconds to load."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # noqa: PLC0415 (an extra)
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

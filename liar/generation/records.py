@@ -64,7 +64,7 @@ class TextFile:
             self._check_order(texts)
         self.batch = texts[-1].number // batch_size if texts else 0
         self.texts = [text for text in texts if text.number < self.batch * batch_size]
-        # Of the last batch: what is there, to be compared with what comes.
+        # Of the last batch, and perhaps half a line of the next one: what is there, to be compared with what comes.
         self._rest = b"".join(lines[len(self.texts) :])
 
     @staticmethod
@@ -80,14 +80,15 @@ class TextFile:
             CheckpointError: the file already has others in this place, or cannot be written.
         """
         lines = b"".join(text.to_line() for text in texts)
-        rest, self._rest = self._rest, b""
-        if not lines.startswith(rest) and not rest.startswith(lines):
+        known = self._rest[: len(lines)]
+        if not lines.startswith(known):
             raise CheckpointError(
                 f"{self.path} holds other texts than this model writes with these settings on this machine: give the settings "
                 "that it was written with, or choose another file"
             )
         try:
             with self.path.open("ab") as file:
-                file.write(lines[len(rest) :])
+                file.write(lines[len(known) :])
         except OSError as error:
             raise CheckpointError(f"cannot write {self.path}: {error.strerror}; free space, or choose another file") from error
+        self._rest = self._rest[len(known) :]

@@ -49,17 +49,21 @@ class Vocabulary:
                 "the tokenizer has no end token, so no text would end: set tokenizer.eos_token to the one that the model was "
                 "trained with"
             )
-        ordinary = sorted(set(range(min(len(tokenizer), words))) - set(tokenizer.all_special_ids))
-        if end >= words or not ordinary:
+        ends = {end, *_recommended_ends(model)}
+        first = sorted(set(range(min(len(tokenizer), words))) - ends - set(tokenizer.all_special_ids))
+        if end >= words or not first:
             raise CalibrationError(
                 f"the tokenizer has {len(tokenizer)} tokens (its end token is number {end}), the model {words}: expected the "
                 "model's own tokenizer"
             )
-        others = getattr(model.generation_config, "eos_token_id", None)
-        more = others if isinstance(others, list) else [] if others is None else [others]
-        padding = tokenizer.pad_token_id
-        ends = tuple(sorted({end, *(each for each in more if each < words)}))
-        return cls(torch.tensor(ordinary), ends, padding if padding is not None and padding < words else end)
+        # Any token will do: what comes after an end is cut off.
+        return cls(torch.tensor(first), tuple(sorted(ends)), padding=end)
+
+
+def _recommended_ends(model: Any) -> list[int]:
+    """The end tokens that the model's folder names: of a chat model, further ones."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [int(ends)]
 
 
 def check_generator(model: Any, max_length: int) -> None:
