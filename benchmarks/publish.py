@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas
 from matplotlib.figure import Figure
 
-from benchmarks import damping, families, growth, inference, samples, speed, squad, standing
+from benchmarks import damping, families, growth, inference, samples, self_generation, speed, squad, standing
 from benchmarks.baselines import CLOSED_FORM
 from benchmarks.elimination import rows as above_best
 from benchmarks.few_tokens import HEADINGS as FEW_TOKENS
@@ -223,6 +223,13 @@ def lora() -> str:
     return lined(["task", "kept", "rule", "dense", "pruned", "after LoRA", "answers that LoRA changed"], rows)
 
 
+def self_generation_table() -> str:
+    """How long a model takes to write calibration texts."""
+    return lined(
+        self_generation.HEADINGS, [self_generation.row(run) for run in read_records(RESULTS / "self_generation.jsonl")]
+    )
+
+
 def llama_cpp() -> str:
     """How far llama.cpp is from PyTorch."""
     rows = [
@@ -307,6 +314,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "onnx": onnx,
     "lora": lora,
     "llama cpp": llama_cpp,
+    "self generation": self_generation_table,
     "elimination": elimination,
     "label sampling": label_sampling,
 }

@@ -559,6 +559,7 @@ ELSEWHERE = (
     "onnx",
     "lora",
     "llama cpp",
+    "self generation",
 )
 
 

@@ -364,6 +364,17 @@ def test_something_that_is_no_model(words):
         liar.self_generate(torch.nn.Linear(2, 2), words, **HOW)
 
 
+def test_models_that_cannot_run(words):
+    model = tiny_model("llama", head="causal-lm")
+    model.lm_head.weight.data[5] = torch.nan
+    recommended = model.generation_config
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM stops while it writes 8 texts of 12 tokens: .* Is the"):
+        liar.self_generate(model, words, **HOW)
+    assert model.generation_config is recommended
+    with pytest.raises(ModelError, match="the model is on the meta device"):
+        liar.self_generate(model.to("meta"), words, **HOW)
+
+
 def test_tokenizers(model, words):
     with pytest.raises(CalibrationError, match="expected a Hugging Face tokenizer, got a NoneType"):
         liar.self_generate(model, None, **HOW)

@@ -80,6 +80,8 @@ def check_generator(model: Any, max_length: int) -> None:
             f"{type(model).__name__} cannot write texts: expected a causal language model with its head, as "
             "liar.load(folder) or AutoModelForCausalLM gives it; encoders need real texts"
         )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError("the model is on the meta device: its weights are not there; load it with real weights")
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and max_length > longest:
         raise OptionError(f"max_length={max_length}: expected at most {longest}, the positions of this {type(model).__name__}")
@@ -121,7 +123,13 @@ def _continued(model: Any, vocabulary: Vocabulary, ids: Tensor, length: int, *, 
         **sampling,
     )
     ids = ids.to(model.device)
-    continued: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
+    try:
+        continued: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
+    except Exception as error:  # models raise whatever they raise
+        raise ModelError(
+            f"{type(model).__name__} stops while it writes {len(ids)} texts of {length} tokens: {error}. Is the model damaged "
+            "(NaN in its weights), or the memory too small (give a smaller batch_size)?"
+        ) from error
     return continued
 
 
