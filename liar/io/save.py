@@ -70,9 +70,11 @@ def save(
         ModelError: the model is of no known family, or quantised.
 
     Example:
-        >>> report = liar.prune(model, calib, keep=0.5)  # doctest: +SKIP
-        >>> liar.save(model, "slim", report=report)  # doctest: +SKIP
-        >>> model = liar.load("slim")  # doctest: +SKIP
+        >>> report = liar.prune(model, calib, keep=0.5, progress=False)
+        >>> liar.save(model, "slim", report=report)
+        >>> again = liar.load("slim")
+        >>> torch.equal(again(**calib[0]).last_hidden_state, model(**calib[0]).last_hidden_state)
+        True
     """
     inner: PreTrainedModel = transformer_in(model)
     layout = discover_with_weights(inner)
