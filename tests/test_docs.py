@@ -5,6 +5,7 @@ command line in between. All of it in an empty folder and without a network.
 """
 
 import ast
+import doctest
 import importlib
 import inspect
 import re
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 import liar
 from benchmarks import publish
-from liar import options
+from liar import options, testing
 from liar.cli import app
 from liar.models import registry
 
@@ -220,6 +221,59 @@ def test_api_page_has_the_members(public):
     thing = getattr(liar, public)
     members = {n for n in [*vars(thing), *thing.__dataclass_fields__] if not n.startswith("_")}
     assert sorted(described(sections()[public])) == sorted(members)
+
+
+def entries():
+    """Name -> the file of the reference that describes it, from its docstring."""
+    files = sorted((ROOT / "docs" / "reference").glob("*.md"))
+    return {
+        entry: file for file in files for entry in re.findall(r"^::: (\S+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+
+
+def thing_of(path):
+    """What a dotted name stands for."""
+    module, _, attribute = path.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def named_on(page):
+    """Functions and classes of packages of the library that a page imports or mentions: dotted names."""
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"`(liar\.\w+\.\w+)`", text))
+    for block in blocks(text):
+        if block.info == "python":
+            for node in ast.walk(ast.parse(block.text)):
+                if isinstance(node, ast.ImportFrom) and re.fullmatch(r"liar\.\w+", node.module or ""):
+                    named |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {path for path in named if inspect.isclass(thing_of(path)) or inspect.isfunction(thing_of(path))}
+
+
+def public_names():
+    """All that users are told of: names of the library, of its tests for families, and what pages name beside them."""
+    return {
+        *(f"liar.{name}" for name in liar.__all__),
+        *(f"liar.testing.{name}" for name in testing.__all__),
+        *(f"liar.errors.{kind.__name__}" for kind in liar.LiarError.__subclasses__()),
+        *(path for page in PAGES for path in named_on(page)),
+    }
+
+
+def test_the_reference_has_every_public_name():
+    assert public_names() - set(entries()) == set()
+
+
+@pytest.mark.parametrize("path", entries())
+def test_every_entry_has_an_example_that_runs(path):
+    """`test_flow.py` runs the examples of all docstrings; those marked as skipped do not count."""
+    examples = doctest.DocTestParser().get_examples(inspect.getdoc(thing_of(path)) or "")
+    assert [example for example in examples if not example.options.get(doctest.SKIP)], path
+
+
+def test_what_pages_name_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("`liar.solve.fit`, `liar.selection.STATISTICS`\n```python\nfrom liar.repair import SiteState\n```\n")
+    assert named_on(page) == {"liar.solve.fit", "liar.repair.SiteState"}
 
 
 def test_api_page_has_the_options():
