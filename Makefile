@@ -1,6 +1,7 @@
 # make demo: install everything and do the main job on a real model.  make test: every check there is.  make fuzz: odd inputs.
 # make test-ecosystem: with ONNX, PEFT, torchao and GGUF.  make test-oldest, test-newest: with other versions of transformers.
 # make docs: the documentation as a site, built strictly, links checked.
+# make tutorials: run those whose models are there.  make test-package: the wheel and the sdist, each in a fresh environment.
 # make kill: kills, and full disks, at random moments of saving; real full disks need root.
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 ECOSYSTEM := .venv-ecosystem
 DOCS := .venv-docs
 
-.PHONY: demo test docs test-ecosystem test-oldest test-newest fuzz kill install clean
+.PHONY: demo test docs tutorials test-package test-ecosystem test-oldest test-newest fuzz kill install clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.demo --out demo-output
@@ -23,6 +24,12 @@ test: $(VENV)/installed
 docs: $(DOCS)/installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 	$(DOCS)/bin/linkchecker --config docs/linkcheckerrc --no-status site/index.html
+
+tutorials: $(VENV)/installed
+	$(BIN)/python -m pytest tests/tutorials
+
+test-package: $(VENV)/installed
+	$(BIN)/nox --session package install
 
 # Beside what `make test` needs, which is to run without these packages: an environment of its own.
 test-ecosystem: $(ECOSYSTEM)/installed
@@ -53,4 +60,4 @@ $(VENV)/installed $(ECOSYSTEM)/installed $(DOCS)/installed: setup.cfg constraint
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ECOSYSTEM) $(DOCS) .nox demo-output site
+	rm -rf $(VENV) $(ECOSYSTEM) $(DOCS) .nox demo-output dist site

@@ -19,7 +19,7 @@ import typer
 from typer.testing import CliRunner
 
 import liar
-from benchmarks import publish
+from benchmarks import publish, tutorials
 from liar import options, testing
 from liar.cli import app
 from liar.models import registry
@@ -27,11 +27,16 @@ from liar.models import registry
 ROOT = Path(__file__).resolve().parents[1]
 API = ROOT / "docs" / "api.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+# They take longer: `make tutorials`.
+TUTORIALS = set((ROOT / "docs" / "tutorials").glob("*.md"))
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 HUB = ("sentence-transformers/all-MiniLM-L6-v2",)
 NOT_OURS = ("pip", "make", "git")
 # An absolute path: a slash in front of a name, after a blank, a quote, a bracket or at the start of a line; or a drive.
 ABSOLUTE = re.compile(r"(?:^|[\s\"'`(=\[])(?:file://|~/|/(?=[A-Za-z_.]))[\w./-]+|\b[A-Z]:\\", re.MULTILINE)
+
+
+RUN_HERE = [page for page in PAGES if page not in TUTORIALS and FENCE.search(page.read_text(encoding="utf-8"))]
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,9 @@ def _isolated(tmp_path, tmp_path_factory, monkeypatch, criteria):
 
 
 @pytest.mark.usefixtures("_isolated")
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page.read_text(encoding="utf-8"))], ids=name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page not in TUTORIALS and blocks(page.read_text("utf-8"))], ids=name
+)
 def test_blocks_run(page, request):
     text = page.read_text(encoding="utf-8")
     local = str(request.getfixturevalue("minilm_folder")) if any(hub in text for hub in HUB) else ""
@@ -155,6 +162,14 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_no_absolute_paths(page):
     assert ABSOLUTE.findall(page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("page", sorted(TUTORIALS), ids=name)
+def test_tutorials_show_the_output_of_their_code(page):
+    """`python -m benchmarks.tutorials` writes it."""
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"^<!-- run: (\w+) -->$", text, re.MULTILINE) == [tutorials.fingerprint(text)]
+    assert tutorials.fingerprint(text.replace("import liar\n", "import liar  # changed\n", 1)) != tutorials.fingerprint(text)
 
 
 def test_every_page_is_on_the_map():
