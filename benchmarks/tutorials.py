@@ -51,7 +51,7 @@ def run(page: Path, links: Mapping[str, Path]) -> str:
     Returns:
         Its text with the output of this run.
     """
-    text = page.read_text(encoding="utf-8")
+    text, beside = page.read_text(encoding="utf-8"), page.parent.resolve()
     namespace = {"__name__": "__main__"}
 
     def with_output(match: re.Match[str]) -> str:
@@ -67,7 +67,7 @@ def run(page: Path, links: Mapping[str, Path]) -> str:
         text = CODE.sub(with_output, text)
         seconds = time.perf_counter() - began
         for name in IMAGE.findall(text):
-            shutil.copyfile(folder / name, page.parent / name)
+            shutil.copyfile(folder / name, beside / name)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
     threads = torch.get_num_threads()
     took = f"This page ran in {seconds:.0f} seconds on {threads} CPU thread{'s'[: threads > 1]}, with {versions}."
