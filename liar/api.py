@@ -1,4 +1,4 @@
-"""The three verbs: `select`, `reconstruct`, `prune`. They read like the drawing in docs/theory.md."""
+"""The three main functions: `select`, `reconstruct`, `prune`; docs/theory.md draws what they do."""
 
 from __future__ import annotations
 
