@@ -43,7 +43,7 @@ def save(
     Beside the usual files there is `liar.json` (class of the model, units of every site, versions, names of the files).
     Where all layers keep equally many units and the stock class can express the number, plain transformers loads the folder.
     Otherwise `config.json` gets a `per_layer_config`, and `from_pretrained` of the stock class raises an error; use
-    `liar.load`, or write a standalone folder. Auto classes that do not build the model (`AutoConfig`, `AutoTokenizer`) read both.
+    `liar.load`, or write a standalone folder. Auto classes that build no model (`AutoConfig`, `AutoTokenizer`) read both.
 
     `README.md` is a model card, with the licence of the model that this one was made from and the numbers of the report.
 

@@ -98,9 +98,9 @@ def make_standalone(model: nn.Module) -> None:
     """Change a pruned model so that its own `save_pretrained` also saves the code that builds it.
 
     From now on everything that saves the model (`save_pretrained`, `push_to_hub`, a Trainer, `SentenceTransformer`) writes a
-    folder that loads without this library, by `AutoModel….from_pretrained(folder, trust_remote_code=True)`. The model's class becomes
-    a subclass of what it was, with the same name; outputs do not change. A model that plain transformers can load stays as it
-    is. After another cut, call it again.
+    folder that loads without this library, by `AutoModel….from_pretrained(folder, trust_remote_code=True)`. The model's class
+    becomes a subclass of what it was, with the same name; outputs do not change. A model that plain transformers can load
+    stays as it is. After another cut, call it again.
 
     Args:
         model: of a known family, or a model of sentence-transformers with one inside; changed in place.
