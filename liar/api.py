@@ -74,7 +74,7 @@ def select(
             need weights only. For a model of sentence-transformers also strings, or pairs of strings.
         keep: share of the budget that stays, in (0, 1]. The costs of the mask never exceed it, and meet it within 1 % where
             widths are free. (A share of measured time is met as far as the measured times add up.)
-        criterion: `"reconstruction"`: what the output loses without the unit once the rest is reconstructed;
+        criterion: `"reconstruction"`: change of the output when the unit is removed and the rest reconstructed;
             `"fluctuation"`, `"wanda"`, `"magnitude"`, `"random"`; from gradients of the loss, of the batches' `labels` if they
             have any: `"taylor"`, `"fisher"`, `"snip"`.
         budget: what `keep` is a share of: `"params"`, parameters in the transformer blocks; `"flops"`, matrix products in the
