@@ -1,4 +1,4 @@
-"""The three verbs: `select`, `reconstruct`, `prune`. They read like the drawing in docs/theory.md."""
+"""The three main functions: `select`, `reconstruct`, `prune`; docs/theory.md draws what they do."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def select(
 
     Args:
         model: a Hugging Face model of a known family, or a model of sentence-transformers; it is not changed.
-        calib: calibration batches (see `Calibration.of`), or what `collect` made of them; may be left out for criteria
-            that look at weights only. For a model of sentence-transformers also strings, or pairs of strings.
+        calib: calibration batches (see `Calibration.of`), or the result of `collect`; may be left out for criteria that
+            need weights only. For a model of sentence-transformers also strings, or pairs of strings.
         keep: share of the budget that stays, in (0, 1]. The costs of the mask never exceed it, and meet it within 1 % where
             widths are free. (A share of measured time is met as far as the measured times add up.)
-        criterion: `"reconstruction"`: what the output loses without the unit once the rest is reconstructed;
+        criterion: `"reconstruction"`: change of the output when the unit is removed and the rest reconstructed;
             `"fluctuation"`, `"wanda"`, `"magnitude"`, `"random"`; from gradients of the loss, of the batches' `labels` if they
             have any: `"taylor"`, `"fisher"`, `"snip"`.
         budget: what `keep` is a share of: `"params"`, parameters in the transformer blocks; `"flops"`, matrix products in the
@@ -94,7 +94,7 @@ def select(
         A `Mask`; `mask.requested` is `keep` if the budget is in parameters.
 
     Raises:
-        OptionError, BudgetError, CalibrationError, ModelError: with what was expected, what came, and what to do.
+        OptionError, BudgetError, CalibrationError, ModelError: the message says what was expected and given, and what to do.
 
     Example:
         >>> mask = liar.select(model, calib, keep=0.5)
@@ -186,7 +186,7 @@ def reconstruct(
     bias: str = ReconstructOptions.bias,
     progress: ProgressOption = True,
 ) -> Report:
-    """Remove what the mask removes, repair the rest by least squares, and leave a smaller model in place.
+    """Remove the units that a mask does not keep and repair the rest by least squares, in place.
 
     Args:
         model: a Hugging Face model of a known family, or a model of sentence-transformers; changed in place at the very end,
@@ -194,8 +194,8 @@ def reconstruct(
         mask: a `Mask`, or one made elsewhere (see `Mask.of`).
         calib: calibration batches (see `Calibration.of`); for a model of sentence-transformers also strings, or pairs of them.
         target: what the kept channels are fitted to. `"layer_output"`: the consumer's own output on the dense model's
-            activations (our reading of LIAR). `"residual_stream"`: what the dense model's residual stream is after the layer,
-            less what the pruned model's stream is before it, on the pruned model's activations.
+            activations (our reading of LIAR). `"residual_stream"`: the dense model's residual stream after the layer
+            minus the pruned model's stream before it, on the pruned model's activations.
         ridge: pull toward the kept weights, relative to the mean diagonal of the Gram matrix; 0 is none. `"auto"` chooses
             it per site on held-out sequences, and keeps the weights as they are where no update is better.
         refit: with `"residual_stream"`, first fit the layers that feed the kept units (query, key and value; the first
@@ -209,7 +209,7 @@ def reconstruct(
         A `Report`: what was kept, errors before and after, and a verdict for every site.
 
     Raises:
-        OptionError, MaskError, CalibrationError, ModelError: with what was expected, what came, and what to do; the
+        OptionError, MaskError, CalibrationError, ModelError: the message says what was expected and given, and what to do; the
             model is then as it was.
 
     Example:
@@ -295,7 +295,7 @@ def prune(
     bias: str = ReconstructOptions.bias,
     progress: ProgressOption = True,
 ) -> Report:
-    """`select` and `reconstruct` in one: the model comes out smaller, in place. Options are theirs.
+    """`select` and `reconstruct` in one call: the model becomes smaller, in place. The options are those of both.
 
     Example:
         >>> report = liar.prune(model, calib, keep=0.5)

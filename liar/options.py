@@ -179,7 +179,7 @@ def _check_names(name: str, value: Any) -> None:
 
 # The criteria of the library; `liar.selection.register_criterion` adds to them.
 CRITERIA: dict[str, str] = {
-    "reconstruction": "what the output loses without the unit once the rest is reconstructed",
+    "reconstruction": "change of the output when the unit is removed and the rest reconstructed",
     "fluctuation": "variance of the unit's activations times the weights that read them (FLAP)",
     "wanda": "absolute weights times the norm of their input (Wanda)",
     "taylor": "change of the loss to first order, from gradients",
@@ -204,8 +204,8 @@ WIDTHS: dict[str, str] = {
     "uniform": "the same widths in every layer, and only those that the stock class can load",
 }
 HEADS: dict[str, str] = {
-    "group": "query heads that share a key and value head go together with it",
-    "query": "single query heads go, equally many of every group; all key and value heads stay",
+    "group": "a key and value head with its query heads",
+    "query": "a single query head, equally many of every group; all key and value heads stay",
 }
 TARGETS: dict[str, str] = {
     "residual_stream": "the dense model's residual stream after the layer, on the pruned model's own activations",
@@ -260,7 +260,7 @@ class CalibrationOptions(OptionGroup):
         "Join the texts and cut full sequences, as language models are trained.", default=False, check=check_flag
     )
     mixed_lengths: bool = _option(
-        "Take an encoder's long texts in pieces, from short to the longest length.", default=True, check=check_flag
+        "Split an encoder's long texts into pieces of mixed lengths.", default=True, check=check_flag
     )
 
 
@@ -268,16 +268,16 @@ class CalibrationOptions(OptionGroup):
 class SelectOptions(OptionGroup):
     """Which units stay; see `liar.select`."""
 
-    keep: float = _option("Share that stays of what the budget counts, above 0, at most 1.", check=check_share)
+    keep: float = _option("Share to keep of what the budget counts, above 0 and at most 1.", check=check_share)
     criterion: str = _option("What makes a head or neuron worth keeping.", default="reconstruction", choices=CRITERIA)
-    budget: Any = _option("What the kept share is a share of.", default="params", choices=BUDGETS, check=_check_budget)
+    budget: Any = _option("What the share is counted in.", default="params", choices=BUDGETS, check=_check_budget)
     widths: str = _option("How widths may differ between layers.", default="free", choices=WIDTHS)
     round_to: int = _option("Kept channels of a layer are a multiple of this number, or all.", default=1, check=check_count)
     protect: Sequence[str | int] = _option(
-        "Sites (heads.0) and numbers of layers of which nothing is cut.", default=(), check=_check_names
+        "Sites (heads.0) and layers (by number) that are not cut.", default=(), check=_check_names
     )
     seed: int = _option("For the random criterion.", default=0, check=check_integer)
-    heads: str = _option("What goes together where query heads share keys and values.", default="group", choices=HEADS)
+    heads: str = _option("What is removed as one unit where query heads share keys and values.", default="group", choices=HEADS)
 
 
 @dataclass(frozen=True)

@@ -256,11 +256,6 @@ def test_examples_run(name, tmp_path, monkeypatch, tokenizer, criteria, registry
     assert not told, "".join(told)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_every_public_name_shows_an_example(name):
-    assert ">>> " in inspect.getdoc(getattr(liar, name))
-
-
 def test_a_wrong_example_is_seen():
     test = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "wrong", None, 0)
     told = []

@@ -250,7 +250,7 @@ def test_the_table_for_the_docs():
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
     assert [row[0] for row in rows] == [f"`{each.name}`" for each, _ in options.options_in(SelectOptions, LoadOptions)]
     table = {row[0]: row[1:] for row in rows}
-    assert table["`keep`"] == ["required", "Share that stays of what the budget counts, above 0, at most 1."]
+    assert table["`keep`"] == ["required", "Share to keep of what the budget counts, above 0 and at most 1."]
     assert table["`round_to`"][0] == "`1`"
     assert table["`widths`"][0] == "`'free'`"
     for name, meaning in options.WIDTHS.items():

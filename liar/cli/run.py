@@ -79,7 +79,7 @@ class Run:
         """Check everything that can be checked before anything is loaded.
 
         Raises:
-            LiarError: of the kind that fits, with what was expected, what came, and what to do.
+            LiarError: of the kind that fits, the message says what was expected and given, and what to do.
         """
         check_choice("command", self.command, COMMANDS)
         check_text("model", self.model)
@@ -104,7 +104,7 @@ class Run:
         """Check, load, prune or reconstruct, and write `out`: model, tokenizer, mask, report and `run.json`, in one step.
 
         Raises:
-            LiarError: with what was expected, what came, and what to do; `out` is then as it was.
+            LiarError: the message says what was expected and given, and what to do; `out` is then as it was.
         """
         self.check(overwrite=overwrite)
         tokenizer = load_tokenizer(self.model)

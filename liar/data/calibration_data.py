@@ -40,7 +40,7 @@ class Calibration:
         token_masks: per batch bool [sequences, length]: True for real tokens.
         folds: per batch int64 [tokens]: the cross-validation fold (0 to `FOLDS` - 1) of each real token.
         tokens: real tokens in all batches.
-        distinct_tokens: those that are not copies: a text that comes again, cut elsewhere or not, counts once.
+        distinct_tokens: real tokens without copies: a repeated text counts once, even if it is cut at other places.
         sequences: sequences in all batches.
         labels: per batch its `labels`, or None: only criteria that need gradients look at them.
         numbers: per batch its place in what the user gave, for messages.

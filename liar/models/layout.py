@@ -106,6 +106,11 @@ class Site:
         by_query: the same site with a query head as its unit, where keys and values are shared and stay; None elsewhere.
         parameters: parameters removed with one unit.
         out: output channels of the consumer.
+
+    Example:
+        >>> site = liar.discover(model)["neurons.0"]
+        >>> site.module, site.units, [edge.module for edge in site.producers]
+        ('encoder.layer.0.output.dense', 64, ['intermediate.dense'])
     """
 
     name: str
@@ -156,6 +161,13 @@ class Layout:
         parameters: parameters in all blocks together (the base that budgets refer to).
         uncovered: linear layers inside the blocks that belong to no site, so are never cut.
         is_pre_norm: whether a block outputs its last residual sum as it is (see `Family`).
+
+    Example:
+        >>> layout = liar.discover(model)
+        >>> layout.blocks
+        ('encoder.layer.0', 'encoder.layer.1')
+        >>> [site.name for site in layout.of_kind("neurons")], layout["heads.1"].units
+        (['neurons.0', 'neurons.1'], 4)
     """
 
     sites: tuple[Site, ...]

@@ -65,6 +65,15 @@ def walk_blocks(
     Raises:
         ModelError: the teacher has other blocks than the model.
         CalibrationError: the model does not take a batch.
+
+    Example:
+        >>> from liar.repair import RepairStep, walk_blocks
+        >>> layout, batches = liar.discover(model), liar.Calibration.of(calib, model)
+        >>> pruned = walk_blocks(model, layout, batches, [RepairStep()], mask=mask)  # only cuts
+        >>> pruned[0].intermediate.dense.out_features == mask.kept("neurons.0")
+        True
+        >>> liar.discover(model) == layout  # the model itself is not changed
+        True
     """
     has_pruned_stream = has_pruned_stream and mask is not None
     if mask is not None:

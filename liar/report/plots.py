@@ -47,7 +47,8 @@ def plot(source: Report | Mask | str | Path, file: str | Path | None = None) -> 
         MaskError: a mask without sites, or with names that are not `kind.layer`.
 
     Example:
-        >>> figure = liar.plot("slim/report.json", "slim.png")  # doctest: +SKIP
+        >>> report = liar.prune(model, calib, keep=0.5, progress=False)
+        >>> figure = liar.plot(report, "report.png")
         >>> figure = liar.plot(mask, "mask.png")
     """
     figure_class = _figure_class()

@@ -39,6 +39,12 @@ class SiteReport:
         condition: of the system solved.
         seconds: of the solve for the weights of the consumer, without passes and without the refit of the producers.
         bias_created: whether the layer got a bias it did not have.
+
+    Example:
+        >>> report = liar.reconstruct(model, {"neurons.1": range(32)}, calib, progress=False)
+        >>> site = report.sites[-1]
+        >>> site.site, site.module, site.kept, site.after < site.before
+        ('neurons.1', 'encoder.layer.1.output.dense', 32, True)
     """
 
     site: str

@@ -101,7 +101,7 @@ def remove(model: nn.Module, mask: Mask | Mapping[str, Any]) -> None:
         mask: a `Mask`, or one made elsewhere (see `Mask.of`).
 
     Raises:
-        MaskError, ModelError: with what was expected, what came, and what to do; the model is then as it was.
+        MaskError, ModelError: the message says what was expected and given, and what to do; the model is then as it was.
 
     Example:
         >>> liar.remove(model, mask)
