@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from liar.data import Calibration, read_by
-from liar.errors import CalibrationError, OptionError, at_site
-from liar.mask import Mask
+from liar.errors import CalibrationError, MaskError, OptionError, at_site
+from liar.mask import Mask, keep_all
 from liar.models import Layout, discover_with_weights, transformer_in
 from liar.options import ReconstructOptions, SelectOptions
 from liar.progress import Progress, ProgressOption, progress_of
-from liar.repair import RepairContext, apply_steps, closed_form_steps
+from liar.repair import RepairContext, apply_steps, check_teacher, closed_form_steps
 from liar.report import Report
 from liar.runtime import exclusive
 from liar.selection import (
@@ -116,7 +116,7 @@ def select_with(
     options = options.checked()
     if isinstance(options.budget, Mapping):
         raise OptionError("budget: expected liar.Costs, got a mapping; liar.Costs.from_json reads what they were saved as")
-    model, calib = _inside(model, calib)
+    model, calib = transformer_and_data(model, calib)
     # Read before the model is locked: an iterable may need another thread, or this one, to use the model.
     if CRITERIA[options.criterion].needs and calib is not None and not isinstance(calib, CriterionStatistics):
         _layout(model)
@@ -176,9 +176,10 @@ def _select(
 
 def reconstruct(
     model: nn.Module,
-    mask: Mask | Mapping[str, Any],
+    mask: Mask | Mapping[str, Any] | None,
     calib: Iterable[Any],
     *,
+    teacher: nn.Module | None = None,
     target: str = ReconstructOptions.target,
     ridge: float | str = ReconstructOptions.ridge,
     refit: bool = ReconstructOptions.refit,
@@ -191,8 +192,11 @@ def reconstruct(
     Args:
         model: a Hugging Face model of a known family, or a model of sentence-transformers; changed in place at the very end,
             or not at all on an error.
-        mask: a `Mask`, or one made elsewhere (see `Mask.of`).
+        mask: a `Mask`, or one made elsewhere (see `Mask.of`); None cuts nothing, and needs a teacher.
         calib: calibration batches (see `Calibration.of`); for a model of sentence-transformers also strings, or pairs of them.
+        teacher: the dense model that the repair is fitted to, where it is not `model` itself: so a model that another tool has
+            cut, whose removed weights are gone, is repaired. Heads and neurons may differ from those of `model`; blocks,
+            residual stream and vocabulary may not. It needs `target="residual_stream"`, and is not changed.
         target: what the kept channels are fitted to. `"layer_output"`: the consumer's own output on the dense model's
             activations (our reading of LIAR). `"residual_stream"`: what the dense model's residual stream is after the layer,
             less what the pruned model's stream is before it, on the pruned model's activations.
@@ -217,41 +221,73 @@ def reconstruct(
         >>> report.sites[0].verdict.value
         'ridged'
     """
-    return reconstruct_with(model, mask, calib, ReconstructOptions(target, ridge, refit, solver, bias), progress=progress)
+    options = ReconstructOptions(target, ridge, refit, solver, bias)
+    return reconstruct_with(model, mask, calib, options, teacher=teacher, progress=progress)
 
 
 def reconstruct_with(
     model: nn.Module,
-    mask: Mask | Mapping[str, Any],
+    mask: Mask | Mapping[str, Any] | None,
     calib: Iterable[Any] | Calibration,
     options: ReconstructOptions,
     *,
+    teacher: nn.Module | None = None,
     progress: ProgressOption | Progress = True,
 ) -> Report:
     """`reconstruct` with its options in one object."""
     options = options.checked()
-    model, calib = _inside(model, calib)
-    mask, calibration = Mask.of(mask, _layout(model)), Calibration.of(calib, model)
-    with exclusive(model), progress_of(progress, "reconstruct", RECONSTRUCT_STAGES) as shown:
-        return _reconstruct(model, mask, calibration, options, shown)
+    model, calib = transformer_and_data(model, calib)
+    layout = _layout(model)
+    if teacher is not None:
+        teacher = _checked_teacher(transformer_in(teacher), model, layout, options)
+    elif mask is None:
+        raise MaskError(
+            "mask=None cuts nothing, so there is nothing to repair: pass a mask, or the dense model that this one was cut from "
+            "as teacher="
+        )
+    chosen = keep_all(layout) if mask is None else Mask.of(mask, layout)
+    calibration = Calibration.of(calib, model)
+    with ExitStack() as stack:
+        for each in (teacher, model):
+            if each is not None:
+                stack.enter_context(exclusive(each))
+        shown = stack.enter_context(progress_of(progress, "reconstruct", RECONSTRUCT_STAGES))
+        return _reconstruct(model, chosen, calibration, options, shown, teacher)
+
+
+def _checked_teacher(teacher: nn.Module, model: nn.Module, layout: Layout, options: ReconstructOptions) -> nn.Module:
+    """A teacher that fits the model and the options."""
+    if options.target != "residual_stream":
+        raise OptionError(
+            f"target={options.target!r} fits a layer to its own output in the model that is cut, so it takes no teacher: use "
+            "target='residual_stream'"
+        )
+    check_teacher(teacher, _layout(teacher), model, layout)
+    return teacher
 
 
 def _reconstruct(
-    model: nn.Module, mask: Mask, calibration: Calibration, options: ReconstructOptions, progress: Progress
+    model: nn.Module,
+    mask: Mask,
+    calibration: Calibration,
+    options: ReconstructOptions,
+    progress: Progress,
+    teacher: nn.Module | None,
 ) -> Report:
     layout = discover_with_weights(model)
-    before = _parameters(model)
+    dense = layout if teacher is None else discover_with_weights(teacher)
+    before = count_parameters(model)
     clock: defaultdict[str, float] = defaultdict(float)
     # The stage ends when the model has changed, and a function of the caller's may raise there.
     with all_or_nothing(model), progress.stage("reconstruct", len(layout.sites)) as advance:
         context = RepairContext(options, lambda: advance(1))
         steps, on_stream = closed_form_steps(context), options.target == "residual_stream"
-        apply_steps(model, layout, calibration, steps, mask, has_pruned_stream=on_stream, clock=clock)
+        apply_steps(model, layout, calibration, steps, mask, teacher=teacher, has_pruned_stream=on_stream, clock=clock)
     return Report(
         sites=tuple(context.reports),
         requested=mask.requested,
-        achieved=mask.parameters(layout) / layout.parameters,
-        parameters=(before, _parameters(model)),
+        achieved=mask.parameters(layout) / dense.parameters,
+        parameters=(before, count_parameters(model)),
         tokens=calibration.tokens,
         sequences=calibration.sequences,
         options=asdict(options),
@@ -260,7 +296,7 @@ def _reconstruct(
     )
 
 
-def _inside(model: nn.Module, calib: Any) -> tuple[nn.Module, Any]:
+def transformer_and_data(model: nn.Module, calib: Any) -> tuple[nn.Module, Any]:
     """The transformer inside a model of sentence-transformers, and texts as that model reads them; others as they are."""
     inner = transformer_in(model)
     return (model, calib) if inner is model else (inner, read_by(model, calib))
@@ -272,7 +308,8 @@ def _layout(model: nn.Module) -> Layout:
         return discover_with_weights(model)
 
 
-def _parameters(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a whole model."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -306,7 +343,7 @@ def prune(
     how = ReconstructOptions(target, ridge, refit, solver, bias)
     selection.check()
     how.check()
-    model, calib = _inside(model, calib)
+    model, calib = transformer_and_data(model, calib)
     _layout(model)
     calibration = Calibration.of(calib, model)
     with exclusive(model), prune_progress(progress, selection) as shown:
