@@ -38,6 +38,8 @@ def train(
     held_out: Callable[[], float],
     options: RefineOptions,
     advance: Callable[[float], object],
+    *,
+    select: bool = True,
 ) -> Training:
     """Train, and leave the values with the smallest error on held-out batches in place.
 
@@ -50,6 +52,7 @@ def train(
         held_out: the error on the held-out batches.
         options: learning rate, epochs and the like.
         advance: called with the share of the epochs that is over since.
+        select: False trains for all epochs and keeps the last values, whatever is held out.
 
     Raises:
         CalibrationError: the error on the held-out batches is not finite before the first step.
@@ -80,10 +83,10 @@ def train(
             course.losses.append(float(value))
         error, before = held_out(), course.best
         course.held_out.append((len(course.losses), error))
-        if error < before:
+        if error < before or not select:
             best = [each.detach().clone() for each in parameters]
         advance(1 / options.epochs)
-        if not math.isfinite(error) or _since_best(course) >= options.patience:
+        if not math.isfinite(error) or (select and _since_best(course) >= options.patience):
             break
     for parameter, value in zip(parameters, best, strict=True):
         parameter.data.copy_(value)

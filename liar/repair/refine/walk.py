@@ -70,6 +70,8 @@ def refine_windows(
     data: HeldOut,
     options: RefineOptions,
     advance: Callable[[float], object] = lambda _: None,
+    *,
+    select: bool = True,
 ) -> Refinement:
     """Train window after window, in the order of the data; neither model is changed.
 
@@ -84,6 +86,7 @@ def refine_windows(
         data: what is trained on and held out.
         options: how.
         advance: called with the share of a window that is done since.
+        select: False trains for all epochs and keeps the last values, as the studies do, whatever is held out.
 
     Raises:
         OptionError: windows are longer than the model.
@@ -104,7 +107,7 @@ def refine_windows(
             at = window.start
             for side in sides:
                 side.drop(at)
-            result.outcomes.append(_refine(window, sides, data, options, result.values, advance))
+            result.outcomes.append(_refine(window, sides, data, options, result.values, advance, select=select))
     return result
 
 
@@ -123,6 +126,8 @@ def _refine(
     options: RefineOptions,
     values: dict[str, Values],
     advance: Callable[[float], object],
+    *,
+    select: bool,
 ) -> Outcome:
     """Train one window; its new values are added where they are better on what is held out."""
     began, (teacher, student) = time.perf_counter(), sides
@@ -131,12 +136,12 @@ def _refine(
         fit.prepare(batch)
     initial = {layer: _values(student, *layer) for layer in window.layers}
     with at_site(window.name, window.module):
-        course = _trained(fit, data, options, advance)
+        course = _trained(fit, data, options, advance, select=select)
     for layer, values_before in initial.items():
         _round(student, *layer, zeros=values_before[0] == 0)
     before, energy = course.held_out[0][1], fit.energy(data.held_out)
     after = fit.error(data.held_out)
-    better = after < before
+    better = after < before or not select
     for (number, name), value in initial.items():
         if better:
             values[f"{student.layout.blocks[number]}.{name}"] = _values(student, number, name)
@@ -148,7 +153,7 @@ def _refine(
     return Outcome(window, before / scale, (after if better else before) / scale, verdict, course, time.perf_counter() - began)
 
 
-def _trained(fit: Fit, data: HeldOut, options: RefineOptions, advance: Callable[[float], object]) -> Training:
+def _trained(fit: Fit, data: HeldOut, options: RefineOptions, advance: Callable[[float], object], *, select: bool) -> Training:
     """Train the layers of a window, or low-rank updates of them."""
     window, student = fit.window, fit.student
     blocks: dict[nn.Module, list[str]] = {}
@@ -161,7 +166,8 @@ def _trained(fit: Fit, data: HeldOut, options: RefineOptions, advance: Callable[
         for each in parameters:
             each.requires_grad_(True)
         try:
-            return train(parameters, data.training, fit.loss, lambda: fit.error(data.held_out), options, advance)
+            error = lambda: fit.error(data.held_out)  # noqa: E731
+            return train(parameters, data.training, fit.loss, error, options, advance, select=select)
         finally:
             for each in parameters:
                 each.requires_grad_(False)
