@@ -107,6 +107,7 @@ class Study:
     def __init__(self, folder: str | None, data_dir: Path | None, scale: Scale, texts: Path | None = None) -> None:
         self.bench, self.scale, self.self_generated = Bench(TASKS[scale.task], folder, data_dir), scale, texts
         self._pruned: dict[tuple[Any, ...], nn.Module] = {}
+        self._batches: dict[tuple[int, str], list[dict[str, Tensor]]] = {}
 
     @property
     def dense(self) -> nn.Module:
@@ -123,14 +124,16 @@ class Study:
 
     def calibration(self, seed: int, texts: str = "own") -> list[dict[str, Tensor]]:
         """What is calibrated on."""
-        own = self.batches(self.bench.task.texts(self.bench.data_dir, "own", seed), self.scale.tokens)
-        return own if texts == "own" else own + self.batches(self._written(seed), self.scale.tokens)
+        if (seed, texts) not in self._batches:
+            own = texts == "own"
+            found = self.bench.task.texts(self.bench.data_dir, "own", seed) if own else self._written(seed)
+            part = self.batches(found, self.scale.tokens)
+            self._batches[seed, texts] = part if own else self.calibration(seed) + part
+        return self._batches[seed, texts]
 
     def _written(self, seed: int) -> Sequence[str]:
         """Texts that the dense model wrote."""
-        from benchmarks.self_generated import written  # noqa: PLC0415 (only where they are used)
-
-        return written(self.bench, self.self_generated, self.scale, seed)
+        raise NotImplementedError(seed)
 
     @cached_property
     def unseen(self) -> HeldOut:

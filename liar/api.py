@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from liar.data import Calibration, read_by
 from liar.errors import CalibrationError, MaskError, OptionError, at_site
-from liar.mask import Mask, keep_all
+from liar.mask import Mask, compose, keep_all
 from liar.models import Layout, discover_with_weights, transformer_in
-from liar.options import ReconstructOptions, SelectOptions
+from liar.options import PruneOptions, ReconstructOptions, SelectOptions
 from liar.progress import Progress, ProgressOption, progress_of
 from liar.repair import RepairContext, apply_steps, check_teacher, closed_form_steps
 from liar.report import Report
@@ -39,7 +39,7 @@ from liar.selection import (
     stages_of,
 )
 from liar.statistics import check_finite
-from liar.surgery import all_or_nothing, stock_counts
+from liar.surgery import all_or_nothing, copy_dense, stock_counts
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,11 @@ COSTS: Mapping[str, Callable[[nn.Module, Layout, Progress], Costs]] = {
     "params": lambda _model, layout, _: params_of(layout),
     "flops": lambda model, layout, _: flops_of(model, layout),
     "latency": lambda model, _, progress: latency(model, progress=progress),
+}
+# What is left of a budget that can be computed after every step.
+STEPPED: Mapping[str, Callable[[nn.Module, Layout], float]] = {
+    "params": lambda _, layout: float(layout.parameters),
+    "flops": lambda model, layout: flops_of(model, layout).dense,
 }
 # The stage of a reconstruction, and about how many forward passes of the dense model it takes; see `Progress`.
 RECONSTRUCT_STAGES = {"reconstruct": 2.4}
@@ -318,6 +323,7 @@ def prune(
     calib: Iterable[Any],
     *,
     keep: float,
+    steps: int = PruneOptions.steps,
     criterion: str = SelectOptions.criterion,
     budget: str | Costs = SelectOptions.budget,
     widths: str = SelectOptions.widths,
@@ -332,7 +338,11 @@ def prune(
     bias: str = ReconstructOptions.bias,
     progress: ProgressOption = True,
 ) -> Report:
-    """`select` and `reconstruct` in one: the model comes out smaller, in place. Options are theirs.
+    """`select` and `reconstruct` in one: the model comes out smaller, in place. Options are theirs, but for `steps`.
+
+    `steps` is how often to prune and repair: with 2 and `keep=0.25` first to a half, then to a quarter. Units are measured anew
+    on the repaired model, which is always fitted to the dense one. More than 1 needs a budget in `"params"` or `"flops"`, and
+    the target `"residual_stream"`.
 
     Example:
         >>> report = liar.prune(model, calib, keep=0.5)
@@ -341,23 +351,86 @@ def prune(
     """
     selection = SelectOptions(keep, criterion, budget, widths, round_to, protect, seed, heads)
     how = ReconstructOptions(target, ridge, refit, solver, bias)
+    return prune_with(model, calib, selection, how, PruneOptions(steps), progress=progress)[1]
+
+
+def prune_with(
+    model: nn.Module,
+    calib: Iterable[Any] | Calibration,
+    selection: SelectOptions,
+    how: ReconstructOptions,
+    stepping: PruneOptions,
+    *,
+    progress: ProgressOption = True,
+) -> tuple[Mask, Report]:
+    """`prune` with its options in objects: what stays of the model as it was, and the report."""
     selection.check()
     how.check()
+    steps = stepping.checked().steps
+    _check_steps(steps, selection, how)
     model, calib = transformer_and_data(model, calib)
-    _layout(model)
+    dense = _layout(model)
     calibration = Calibration.of(calib, model)
-    with exclusive(model), prune_progress(progress, selection) as shown:
-        mask = select_with(model, calibration, selection, progress=shown)
-        return with_selection(reconstruct_with(model, mask, calibration, how, progress=shown), selection)
+    stages = {**_stages(selection), **RECONSTRUCT_STAGES}
+    with exclusive(model), progress_of(progress, "prune", stages, rounds=steps) as shown, all_or_nothing(model):
+        if steps == 1:
+            mask = select_with(model, calibration, selection, progress=shown)
+            report = reconstruct_with(model, mask, calibration, how, progress=shown)
+        else:
+            mask, report = _prune_in_steps(model, dense, calibration, selection, how, steps, shown)
+    return mask, _with_selection(report, selection, steps)
 
 
-def with_selection(report: Report, selection: SelectOptions) -> Report:
-    """A report that names the criterion by which units were selected, the budget and the rule for widths too."""
+def _check_steps(steps: int, selection: SelectOptions, how: ReconstructOptions) -> None:
+    """Check that a model can be pruned in so many steps."""
+    if steps == 1:
+        return
+    if selection.budget not in STEPPED:
+        raise OptionError(
+            f"steps={steps} needs a budget that is computed anew after every step: budget='params' or 'flops', by its name"
+        )
+    if how.target != "residual_stream":
+        raise OptionError(f"steps={steps} fits to the dense model: it needs target='residual_stream', not {how.target!r}")
+
+
+def _prune_in_steps(
+    model: nn.Module,
+    dense: Layout,
+    calibration: Calibration,
+    selection: SelectOptions,
+    how: ReconstructOptions,
+    steps: int,
+    progress: Progress,
+) -> tuple[Mask, Report]:
+    """Select and reconstruct, again and again, to shares that fall by one ratio; the dense model stays the target."""
+    teacher, before = copy_dense(model), count_parameters(model)
+    whole = STEPPED[str(selection.budget)](model, dense)
+    mask, report = None, None
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for number in range(1, steps + 1):
+        left = STEPPED[str(selection.budget)](model, discover_with_weights(model))
+        share = min(1.0, selection.keep ** (number / steps) * whole / left)
+        chosen = select_with(model, calibration, replace(selection, keep=share), progress=progress)
+        report = reconstruct_with(model, chosen, calibration, how, teacher=None if number == 1 else teacher, progress=progress)
+        mask = chosen if mask is None else compose(mask, chosen)
+        for name, value in report.seconds.items():
+            # What the progress counts is counted over all steps.
+            seconds[name] = value if name in progress.seconds else seconds[name] + value
+    assert mask is not None
+    assert report is not None
+    requested = selection.keep if selection.budget == "params" else None
+    return replace(mask, requested=requested), replace(
+        report,
+        sites=tuple(replace(site, total=len(mask[site.site])) for site in report.sites),
+        requested=requested,
+        achieved=discover_with_weights(model).parameters / dense.parameters,
+        parameters=(before, count_parameters(model)),
+        seconds=dict(seconds),
+    )
+
+
+def _with_selection(report: Report, selection: SelectOptions, steps: int) -> Report:
+    """A report that names the criterion by which units were selected, the budget, the rule for widths and the steps too."""
     budget = selection.budget if isinstance(selection.budget, str) else selection.budget.name
     chosen = {"criterion": selection.criterion, "budget": budget, "widths": selection.widths}
-    return replace(report, options={**chosen, **report.options})
-
-
-def prune_progress(progress: ProgressOption | Progress, selection: SelectOptions) -> AbstractContextManager[Progress]:
-    """The progress of a selection and a reconstruction, as one."""
-    return progress_of(progress, "prune", {**_stages(selection), **RECONSTRUCT_STAGES})
+    return replace(report, options={**chosen, **({"steps": steps} if steps > 1 else {}), **report.options})

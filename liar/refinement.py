@@ -11,7 +11,7 @@ from torch import nn
 
 from liar.api import count_parameters, transformer_and_data
 from liar.data import Calibration
-from liar.models import Layout, discover_with_weights
+from liar.models import Layout, Site, discover_with_weights, transformer_in
 from liar.options import RefineOptions
 from liar.progress import Progress, ProgressOption, progress_of
 from liar.repair import check_teacher
@@ -107,7 +107,7 @@ def refine_with(
     options = options.checked()
     check_lora(options.lora)
     model, calib = transformer_and_data(model, calib)
-    teacher, _ = transformer_and_data(teacher, None)
+    teacher = transformer_in(teacher)
     with exclusive(teacher), exclusive(model):
         layout, dense = discover_with_weights(model), discover_with_weights(teacher)
         check_teacher(teacher, dense, model, layout)
@@ -158,7 +158,7 @@ def _line(outcome: Outcome, layout: Layout, dense: Layout, *, undone: bool) -> S
     )
 
 
-def _sites(window: Window, layout: Layout) -> list[Any]:
+def _sites(window: Window, layout: Layout) -> list[Site]:
     """The sites that a window is about."""
     sites = [site for number in range(window.start, window.stop) for site in layout.of_block(layout.blocks[number])]
     return sites if window.site is None else [sites[window.site]]

@@ -2,28 +2,24 @@
 
 import copy
 from dataclasses import replace
-from functools import partial
-from math import inf
 
 import pytest
 import torch
-from reference import BLOCKS, blocks
+from reference import blocks
 
 import liar
 from liar.data import FOLDS, Calibration
-from liar.errors import CalibrationError, LiarError, ModelError, OptionError
 from liar.models import discover
 from liar.options import RefineOptions
-from liar.repair.refine import hold_out, last_hidden_error, refine_windows, windows_of
-from liar.testing import assert_same_state, model_state, tiny_batches, tiny_model
-from liar.verdicts import Verdict
+from liar.repair.refine import hold_out, refine_windows
+from liar.testing import tiny_batches, tiny_model
 
 FAMILIES = ("llama", "bert")
 GRANULARITIES = ("matrix", "sublayer", "block", 2)
 PROPAGATIONS = ("dense", "pruned", "global")
 RATE = 1e-3
 
-# By hand, and not from the library's tables: layers of attention and feed-forward part in their order, and the consumer of each.
+# By hand, not from the library's tables: layers of attention and feed-forward part in their order, by the consumer of each.
 LAYERS = {
     "llama": {
         "self_attn.o_proj": [f"self_attn.{name}_proj" for name in "qkvo"],
@@ -47,7 +43,7 @@ def data_of(model, seed=0):
 
 
 def pair(name, keep=None):
-    """A dense model and a student: single weights pruned, or cut to a share; in float64, so that orders of sums do not matter."""
+    """A dense model and a student: single weights pruned, or cut to a share; in float64: orders of sums do not matter."""
     dense = tiny_model(name, dtype=torch.float64)
     student = copy.deepcopy(dense)
     if keep is None:
@@ -69,8 +65,8 @@ class Naive:
         self.name, self.dense, self.student, self.batches, self.propagation = name, dense, student, batches, propagation
 
     def observed(self, model, batch, number, points, replaced=()):
-        """Run a full model; activations at points (name -> (module of block `number`, "in" or "out")); modules that are replaced
-        by known tensors."""
+        """Run a full model: activations at points (name -> (module of block `number`, "in" or "out")); some modules give known
+        tensors."""
         block, result, handles = blocks(model)[number], {}, []
         for module, value in replaced:
             handles.append(module.register_forward_hook(lambda _m, _a, _o, value=value: value))

@@ -44,7 +44,7 @@ def hold_out(calibration: Calibration, sequences: int) -> HeldOut:
         held = _held_out(calibration, number)
         for side, batches in sides.items():
             rows = (held == side).nonzero().squeeze(1)
-            batches += [(number, part) for part in rows.split(sequences) if len(part)]
+            batches += [(number, part) for part in torch.split(rows, sequences) if len(part)]
     training, held_out = (take(calibration, sides[side]).sequences if sides[side] else 0 for side in (False, True))
     if not training or not held_out:
         raise CalibrationError(

@@ -173,25 +173,29 @@ def _trained(fit: Fit, data: HeldOut, options: RefineOptions, advance: Callable[
                 each.requires_grad_(False)
 
 
+def _layer(student: Side, number: int, name: str) -> LayerView:
+    """A layer of the copies."""
+    return LayerView.of(student.block(number).get_submodule(name), name)
+
+
 def _values(student: Side, number: int, name: str) -> Values:
     """Weight and bias of a layer of the copies."""
-    layer = student.block(number).get_submodule(name)
-    bias = layer.bias
-    return layer.weight.detach().clone(), None if bias is None else bias.detach().clone()  # type: ignore[operator, union-attr]
+    layer = _layer(student, number, name)
+    return layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone()
 
 
 def _restore(student: Side, number: int, name: str, values: Values) -> None:
-    layer = student.block(number).get_submodule(name)
-    for parameter, value in zip((layer.weight, layer.bias), values, strict=True):
-        if value is not None:
-            parameter.data.copy_(value)  # type: ignore[union-attr, operator]
+    layer = _layer(student, number, name)
+    layer.weight.data.copy_(values[0])
+    if layer.bias is not None and values[1] is not None:
+        layer.bias.data.copy_(values[1])
 
 
 def _round(student: Side, number: int, name: str, *, zeros: Tensor) -> None:
     """Let a trained layer have the values that the model can store, and zeros where its weight had some."""
-    stored = student.model.get_submodule(f"{student.layout.blocks[number]}.{name}")
-    layer = student.block(number).get_submodule(name)
-    layer.weight.data.masked_fill_(zeros, 0)  # type: ignore[union-attr, operator]
+    stored = LayerView.of(student.model.get_submodule(f"{student.layout.blocks[number]}.{name}"), name)
+    layer = _layer(student, number, name)
+    layer.weight.data.masked_fill_(zeros, 0)
     for own, other in ((layer.weight, stored.weight), (layer.bias, stored.bias)):
-        if own is not None:
-            own.data.copy_(own.data.to(other.dtype))  # type: ignore[union-attr, operator]
+        if own is not None and other is not None:
+            own.data.copy_(own.data.to(other.dtype))
