@@ -22,7 +22,7 @@ from benchmarks.summary import lined, spread
 
 FILE = RESULTS / "free_lunch.jsonl"
 SCALES = {
-    "stories260K": Scale("tinystories", length=256, tokens=8_192, evaluated=16_384, seeds=(0, 1, 2)),
+    "stories260K": Scale("tinystories", length=256, tokens=8_192, evaluated=8_192, seeds=(0, 1, 2)),
     "smollm2": Scale("wikitext-512-first-16384", length=128, tokens=2_048, evaluated=2_048, seeds=(0,)),
 }
 GRANULARITIES = ("matrix", "sublayer", "block", 2)
@@ -31,14 +31,15 @@ PROPAGATIONS = ("global", "pruned", "dense")
 TRAINING = {"epochs": 1, "sequences": 2, "warmup": 0.1}
 # Larger than in `rethinking.py`: one epoch has few steps.
 RATES = {"stories260K": 1e-3, "smollm2": 2e-4}
-WEIGHTS = [("weights", criterion, keep) for keep in (0.5, "2:4") for criterion in ("wanda", "sparsegpt", "magnitude")]
 UNITS = [("units", criterion, 0.8) for criterion in ("reconstruction", "fluctuation", "magnitude")]
+WEIGHTS = [("weights", criterion, 0.5) for criterion in ("wanda", "sparsegpt", "magnitude")]
+PATTERNS = [("weights", criterion, "2:4") for criterion in ("wanda", "sparsegpt", "magnitude")]
 
 
 def plan(scale: str) -> list[Run]:
-    """The runs on one model: one propagation of everything before the next."""
+    """The runs on one model: one propagation of everything before the next, and patterns last."""
     runs = []
-    for propagation, pruning in product(PROPAGATIONS, [*UNITS, *WEIGHTS]):
+    for propagation, pruning in [*product(PROPAGATIONS, [*UNITS, *WEIGHTS]), *product(PROPAGATIONS, PATTERNS)]:
         base = Run(*pruning, learning_rate=RATES[scale], propagation=propagation, **TRAINING)  # type: ignore[arg-type]
         if propagation == PROPAGATIONS[0]:
             runs.append(base)

@@ -107,6 +107,7 @@ class Study:
     def __init__(self, folder: str | None, data_dir: Path | None, scale: Scale, texts: Path | None = None) -> None:
         self.bench, self.scale, self.self_generated = Bench(TASKS[scale.task], folder, data_dir), scale, texts
         self._pruned: dict[tuple[Any, ...], nn.Module] = {}
+        self._unseen_energy: float | None = None
         self._batches: dict[tuple[int, str], list[dict[str, Tensor]]] = {}
 
     @property
@@ -191,7 +192,15 @@ class Study:
     def errors(self, model: nn.Module, calibration: list[dict[str, Tensor]]) -> Record:
         """Error of the last hidden states over their energy, on what was calibrated on and on other texts of the domain."""
         parts = {"calibration_error": only(calibration, self.dense), "unseen_error": self.unseen}
-        return {name: last_hidden_error(model, self.dense, data) / energy(self.dense, data) for name, data in parts.items()}
+        return {name: last_hidden_error(model, self.dense, data) / self._energy(data) for name, data in parts.items()}
+
+    def _energy(self, data: HeldOut) -> float:
+        """Of the unseen texts it is always the same."""
+        if data is not self.unseen:
+            return energy(self.dense, data)
+        if self._unseen_energy is None:
+            self._unseen_energy = energy(self.dense, data)
+        return self._unseen_energy
 
     def scores(self, model: nn.Module) -> Record:
         """Perplexity in both domains; of an encoder its task's numbers."""

@@ -22,7 +22,7 @@ from benchmarks.summary import lined, spread
 
 FILE = RESULTS / "rethinking.jsonl"
 SCALES = {
-    "stories260K": Scale("tinystories", length=256, tokens=8_192, evaluated=16_384, seeds=(0, 1, 2)),
+    "stories260K": Scale("tinystories", length=256, tokens=4_096, evaluated=8_192, seeds=(0, 1, 2)),
     "smollm2": Scale("wikitext-512-first-16384", length=128, tokens=2_048, evaluated=2_048, seeds=(0,)),
 }
 PRUNED = Run("weights", "wanda", 0.5)
