@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from math import inf
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from reference import blocks
 
 import liar
 from liar.data import FOLDS, Calibration
+from liar.errors import CalibrationError, LiarError, OptionError
 from liar.models import discover
 from liar.options import RefineOptions
-from liar.repair.refine import hold_out, refine_windows
-from liar.testing import tiny_batches, tiny_model
+from liar.repair.refine import hold_out, last_hidden_error, refine_windows
+from liar.testing import assert_same_state, model_state, tiny_batches, tiny_model
+from liar.verdicts import Verdict
 
 FAMILIES = ("llama", "bert")
 GRANULARITIES = ("matrix", "sublayer", "block", 2)
@@ -225,3 +228,243 @@ def test_losses_and_weights_are_those_of_plain_loops(name, granularity, propagat
     for key, value in actual.state_dict().items():
         torch.testing.assert_close(value, wanted[key], rtol=1e-7, atol=1e-9)
         assert key in trained or torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+def test_windows_that_overlap_read_what_the_window_before_left(propagation):
+    """Three blocks in windows of two: the second window starts at block 1, as the first left it."""
+    dense = tiny_model("llama", num_hidden_layers=3, dtype=torch.float64)
+    student = copy.deepcopy(dense)
+    liar.remove(student, liar.select(dense, data_of(dense), keep=0.6, progress=False))
+    batches = data_of(dense)
+    data = hold_out(Calibration.of(batches, student), OPTIONS.sequences)
+    options = replace(OPTIONS, granularity=2, propagation=propagation)
+    result, trained = refined_by_library(dense, student, batches, options)
+    assert [(each.window.name, each.window.start, each.window.stop) for each in result.outcomes] == [
+        ("window.0", 0, 2),
+        ("window.1", 1, 3),
+    ]
+    # The error of the second window as it ended, from full models.
+    naive = Naive("llama", dense, trained, batches, propagation)
+    with torch.no_grad():
+        pairs = [naive.blocks_of(data.calibration.batches[number], 1, 3) for number in data.held_out]
+        streams = [naive.sides(data.calibration.batches[number], 1)[0] for number in data.held_out]
+    error = sum(float((given - target).square().sum()) for given, target in pairs)
+    size = sum(float((target - stream).square().sum()) for (_, target), stream in zip(pairs, streams, strict=True))
+    last = result.outcomes[-1]
+    if propagation == "dense" and last.verdict is Verdict.REFINED:
+        assert last.after == pytest.approx(error / size, rel=1e-9)
+    if propagation != "dense":
+        # What enters block 1 is from block 0 after the first window: nothing changed it since.
+        assert last.after == pytest.approx(error / size, rel=1e-9)
+
+
+def slim_pair(name="llama", **config):
+    dense = tiny_model(name, **config)
+    slim, batches = copy.deepcopy(dense), tiny_batches(dense, batches=6, sequences=8)
+    liar.prune(slim, batches, keep=0.5, progress=False)
+    return dense, slim, batches
+
+
+TRAIN = {"epochs": 3, "learning_rate": 3e-3, "progress": False}
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+def test_slim_models_get_no_worse(name, granularity):
+    """Not a window, not the whole model; what is not a layer of a site stays bitwise, and the teacher too."""
+    dense, slim, batches = slim_pair(name)
+    data = hold_out(Calibration.of(batches, slim), 8)
+    before, state, teacher = last_hidden_error(slim, dense, data), slim.state_dict(), model_state(dense)
+    values = {key: value.clone() for key, value in state.items()}
+    report = liar.refine(slim, dense, batches, granularity=granularity, **TRAIN)
+    assert last_hidden_error(slim, dense, data) <= before
+    assert all(site.after <= site.before for site in report.sites)
+    assert_same_state(dense, teacher)
+    trained = {
+        f"{block}.{layer}"
+        for block in discover(slim).blocks
+        for site in discover(slim).of_block(block)
+        for layer in (*site.inputs, site.consumer.module)
+    }
+    for key, value in slim.state_dict().items():
+        assert key.rpartition(".")[0].removeprefix("model.") in trained or torch.equal(value, values[key]), key
+    refined = {site.site for site in report.sites if site.verdict is Verdict.REFINED}
+    assert refined or all(torch.equal(value, values[key]) for key, value in slim.state_dict().items())
+
+
+def test_only_a_refined_window_moves():
+    dense, slim, batches = slim_pair()
+    before = {key: value.clone() for key, value in slim.state_dict().items()}
+    report = liar.refine(slim, dense, batches, **TRAIN)
+    moved = {key for key, value in slim.state_dict().items() if not torch.equal(value, before[key])}
+    kept = [site for site in report.sites if site.verdict is not Verdict.REFINED]
+    for site in kept:
+        kind = "self_attn" if site.site.startswith("heads") else "mlp"
+        block = site.module.rpartition(f".{kind}")[0]
+        assert not [key for key in moved if key.startswith(f"{block}.{kind}")], site
+
+
+def test_zeros_of_weights_stay():
+    dense, student = pair("llama")
+    zero = {key: value == 0 for key, value in student.state_dict().items() if "proj" in key}
+    report = liar.refine(student, dense, data_of(dense), sequences=2, **TRAIN)
+    assert Verdict.REFINED in report.verdicts.values()
+    for key, mask in zero.items():
+        assert torch.equal(student.state_dict()[key] == 0, mask), key
+
+
+def test_training_stops_early_and_keeps_the_best():
+    dense, student = pair("llama")
+    options = RefineOptions(granularity="block", epochs=40, sequences=2, learning_rate=3e-2, patience=2)
+    result, _ = refined_by_library(dense, student, data_of(dense), options)
+    for outcome in result.outcomes:
+        errors = [error for _, error in outcome.course.held_out]
+        best = errors.index(min(errors))
+        assert len(errors) == best + 1 + 2, "two epochs after the best"
+        assert len(outcome.course.losses) == 6 * (len(errors) - 1) < 6 * 40
+        assert outcome.after / outcome.before == pytest.approx(min(errors) / errors[0])
+
+
+def test_what_helps_no_one_is_undone():
+    """A learning rate that throws every window off: all weights are the very same objects."""
+    dense, slim, batches = slim_pair()
+    before = {key: id(value) for key, value in slim.named_parameters()}
+    report = liar.refine(slim, dense, batches, epochs=1, learning_rate=1.0, progress=False)
+    assert set(report.verdicts.values()) <= {Verdict.KEPT_BASELINE, Verdict.UNTOUCHED}
+    assert all(site.after == site.before and site.ridge == inf for site in report.sites)
+    assert {key: id(value) for key, value in slim.named_parameters()} == before
+
+
+def test_windows_that_are_better_in_a_model_that_is_not_are_undone(monkeypatch):
+    from liar import refinement  # noqa: PLC0415 (is patched)
+
+    dense, slim, batches = slim_pair()
+    state, errors = model_state(slim), iter([1.0, 2.0])
+    monkeypatch.setattr(refinement, "last_hidden_error", lambda *_: next(errors))
+    report = liar.refine(slim, dense, batches, **TRAIN)
+    assert Verdict.UNDONE in report.verdicts.values()
+    assert Verdict.REFINED not in report.verdicts.values()
+    assert_same_state(slim, state)
+    assert "are as they were" in str(report)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_lora_is_merged(name):
+    pytest.importorskip("peft")
+    dense, slim, batches = slim_pair(name)
+    classes = [type(module) for module in slim.modules()]
+    before = {key: value.clone() for key, value in slim.state_dict().items()}
+    report = liar.refine(slim, dense, batches, granularity="block", lora=2, **TRAIN)
+    assert [type(module) for module in slim.modules()] == classes
+    assert slim.state_dict().keys() == before.keys()
+    assert Verdict.REFINED in report.verdicts.values()
+    for key, value in slim.state_dict().items():
+        if not torch.equal(value, before[key]):
+            assert torch.linalg.matrix_rank((value - before[key]).float(), rtol=1e-3) <= 2, key
+    assert all(each.requires_grad for each in slim.parameters())
+
+
+def test_lora_without_peft(monkeypatch):
+    from liar.repair.refine import lora  # noqa: PLC0415 (is patched)
+
+    monkeypatch.setattr(lora, "find_spec", lambda _: None)
+    dense, slim, batches = slim_pair()
+    with pytest.raises(OptionError, match=r"lora=2 needs peft.*liar-prune\[lora\]"):
+        liar.refine(slim, dense, batches, lora=2, progress=False)
+
+
+def test_bfloat16_is_trained_in_more_bits():
+    """Updates are below the spacing of 16-bit weights; what is stored, and reported, are weights of the model's type."""
+    dense, slim, batches = slim_pair(dtype=torch.bfloat16)
+    report = liar.refine(slim, dense, batches, granularity="block", **TRAIN)
+    assert {each.dtype for each in slim.parameters()} == {torch.bfloat16}
+    assert report.dtype == "bfloat16"
+    assert Verdict.REFINED in report.verdicts.values()
+
+
+def test_same_seed_same_weights():
+    results = []
+    for seed in (0, 0, 1):
+        dense, slim, batches = slim_pair()
+        liar.refine(slim, dense, batches, seed=seed, **TRAIN)
+        results.append(torch.cat([each.flatten() for each in slim.parameters()]))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_the_report_is_read_again():
+    dense, slim, batches = slim_pair()
+    for granularity in GRANULARITIES:
+        report = liar.refine(slim, dense, batches, granularity=granularity, epochs=1, progress=False)
+        again = liar.Report.from_json(report.to_json())
+        assert again.verdicts == report.verdicts
+        assert report.options["granularity"] == granularity
+        assert report.achieved == pytest.approx(discover(slim).parameters / discover(dense).parameters)
+
+
+def test_progress_and_an_error_that_it_raises():
+    dense, slim, batches = slim_pair()
+    updates, state = [], model_state(slim)
+    liar.refine(copy.deepcopy(slim), dense, batches, epochs=2, progress=updates.append)
+    assert updates[-1].fraction == 1.0
+    assert {each.verb for each in updates} == {"refine"}
+    assert len({each.fraction for each in updates}) >= 5
+
+    def stop(update):
+        if update.fraction == 1.0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        liar.refine(slim, dense, batches, epochs=2, progress=stop)
+    assert_same_state(slim, state)
+
+
+BAD = {
+    "granularity beyond the model": (
+        {"granularity": 3}, None, OptionError, "granularity=3: the model has 2 blocks: expected at most as many"
+    ),
+    "unknown granularity": ({"granularity": "row"}, None, OptionError, "granularity='row': expected one of 'matrix', 'sub"),
+    "no blocks": ({"granularity": 0}, None, OptionError, "granularity=0: expected a whole number"),
+    "unknown propagation": ({"propagation": "both"}, None, OptionError, "propagation='both' is not known"),
+    "rate": ({"learning_rate": 0}, None, OptionError, "learning_rate=0: expected a learning rate"),
+    "too little to hold out": ({}, 1, CalibrationError, "has 1 sequences, of which 1 can be held out and 0 trained on"),
+    "copies": ({}, "copies", CalibrationError, "copies stay together"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    options, data, kind, message = BAD[name]
+    dense, slim, batches = slim_pair()
+    state = model_state(slim)
+    if data == 1:
+        batches = tiny_batches(dense, batches=1, sequences=1)
+    if data == "copies":
+        row = tiny_batches(dense, batches=1, sequences=1, padding=None)[0]
+        batches = [{key: value.expand(8, -1) for key, value in row.items()}]
+    with pytest.raises(LiarError, match=message) as caught:
+        liar.refine(slim, dense, batches, progress=False, **options)
+    assert isinstance(caught.value, kind)
+    assert_same_state(slim, state)
+
+
+def test_activations_that_are_not_finite():
+    dense, slim, batches = slim_pair()
+    with torch.no_grad():
+        slim.get_submodule(discover(slim)["neurons.1"].module).weight[0, 0] = torch.nan
+    with pytest.raises(CalibrationError, match=r"neurons\.1 .*: activations are NaN or infinite"):
+        liar.refine(slim, dense, batches, progress=False)
+
+
+def test_held_out_sequences_are_whole_and_others():
+    model = tiny_model("bert")
+    data = hold_out(Calibration.of(tiny_batches(model, batches=5, sequences=7), model), 3)
+    rows = [
+        {tuple(row.tolist()) for number in side for row in data.calibration.batches[number]["input_ids"]}
+        for side in (data.training, data.held_out)
+    ]
+    assert not rows[0] & rows[1]
+    assert len(rows[0]) + len(rows[1]) == 35
+    assert 5 <= len(rows[1]) <= 13
+    assert max(len(batch["input_ids"]) for batch in data.calibration.batches) <= 3
