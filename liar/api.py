@@ -385,7 +385,7 @@ def _check_steps(steps: int, selection: SelectOptions, how: ReconstructOptions) 
     """Check that a model can be pruned in so many steps."""
     if steps == 1:
         return
-    if selection.budget not in STEPPED:
+    if not isinstance(selection.budget, str) or selection.budget not in STEPPED:
         raise OptionError(
             f"steps={steps} needs a budget that is computed anew after every step: budget='params' or 'flops', by its name"
         )
