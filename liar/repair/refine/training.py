@@ -39,11 +39,10 @@ def train(
     options: RefineOptions,
     advance: Callable[[float], object],
     *,
+    hold_zeros: bool = True,
     select: bool = True,
 ) -> Training:
     """Train, and leave the values with the smallest error on held-out batches in place.
-
-    Weights that are zero stay zero, so that masks of single weights hold.
 
     Args:
         parameters: what is trained.
@@ -52,6 +51,7 @@ def train(
         held_out: the error on the held-out batches.
         options: learning rate, epochs and the like.
         advance: called with the share of the epochs that is over since.
+        hold_zeros: weights that are zero stay zero, so that masks of single weights hold.
         select: False trains for all epochs and keeps the last values, whatever is held out.
 
     Raises:
@@ -63,7 +63,7 @@ def train(
     if course.best == 0:
         return course
     best = [each.detach().clone() for each in parameters]
-    kept = [each.detach() != 0 if each.ndim > 1 and not bool(each.detach().all()) else None for each in parameters]
+    kept = [_mask(each) if hold_zeros else None for each in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
     total = options.epochs * len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, round(options.warmup * total)))
@@ -97,6 +97,12 @@ def train(
 def rate(step: int, total: int, warmup: int) -> float:
     """The factor of the learning rate: it rises for `warmup` steps, and falls linearly to zero after `total`."""
     return (step + 1) / warmup if step < warmup else (total - step) / max(1, total - warmup)
+
+
+def _mask(parameter: nn.Parameter) -> Tensor | None:
+    """Which entries of a matrix are not zero; None where all are, or where it is a bias."""
+    mask = parameter.detach() != 0
+    return None if parameter.ndim < 2 or bool(mask.all()) else mask
 
 
 def _since_best(course: Training) -> int:

@@ -167,7 +167,9 @@ def _trained(fit: Fit, data: HeldOut, options: RefineOptions, advance: Callable[
             each.requires_grad_(True)
         try:
             error = lambda: fit.error(data.held_out)  # noqa: E731
-            return train(parameters, data.training, fit.loss, error, options, advance, select=select)
+            # Low-rank updates begin at zero.
+            holds = options.lora is None
+            return train(parameters, data.training, fit.loss, error, options, advance, hold_zeros=holds, select=select)
         finally:
             for each in parameters:
                 each.requires_grad_(False)
