@@ -104,8 +104,8 @@ class Run:
 class Study:
     """A dense model with what its runs share."""
 
-    def __init__(self, folder: str | None, data_dir: Path | None, scale: Scale, texts: Path | None = None) -> None:
-        self.bench, self.scale, self.self_generated = Bench(TASKS[scale.task], folder, data_dir), scale, texts
+    def __init__(self, folder: str | None, data_dir: Path | None, scale: Scale) -> None:
+        self.bench, self.scale = Bench(TASKS[scale.task], folder, data_dir), scale
         self._pruned: dict[tuple[Any, ...], nn.Module] = {}
         self._unseen_energy: float | None = None
         self._batches: dict[tuple[int, str], list[dict[str, Tensor]]] = {}
@@ -133,8 +133,10 @@ class Study:
         return self._batches[seed, texts]
 
     def _written(self, seed: int) -> Sequence[str]:
-        """Texts that the dense model wrote."""
-        raise NotImplementedError(seed)
+        """Texts that the dense model writes."""
+        (model, tokenizer), scale = self.bench.loaded, self.scale
+        how = {"tokens": scale.tokens, "max_length": scale.length, "seed": seed}
+        return liar.self_generate(model, tokenizer, **how, progress=False).texts
 
     @cached_property
     def unseen(self) -> HeldOut:
@@ -278,7 +280,6 @@ def command(description: str | None, name: str, scales: Mapping[str, Scale], pla
     parser.add_argument("--scale", choices=list(scales), required=True, help="which model the plan is for")
     parser.add_argument("--model", help="folder of the model; all-MiniLM-L6-v2 if left out (scale minilm)")
     parser.add_argument("--data-dir", type=Path, help="folder of the data; the Hugging Face hub if left out")
-    parser.add_argument("--texts", type=Path, help="folder where texts that the dense model writes are kept")
     parser.add_argument("--hours", type=float, default=inf, help="begin no run after so many hours; call again to go on")
     parser.add_argument("--seeds", type=int, nargs="+", help="of the plan only these samples of texts")
     parser.add_argument("--only", nargs="+", default=(), help="of the plan only runs with NAME=VALUE, such as texts=own")
@@ -293,6 +294,6 @@ def command(description: str | None, name: str, scales: Mapping[str, Scale], pla
         for run in by_seed(scale, plans[arguments.scale])
         if all(str(getattr(run, name)) == value for name, value in wanted.items())
     ]
-    study = Study(arguments.model, arguments.data_dir, scale, arguments.texts)
+    study = Study(arguments.model, arguments.data_dir, scale)
     until = time.monotonic() + 3600 * arguments.hours
     run_plan(study, arguments.scale, runs, ResultFile(RESULTS / f"{name}.jsonl"), until)
