@@ -135,8 +135,8 @@ class Study:
     def _written(self, seed: int) -> Sequence[str]:
         """Texts that the dense model writes."""
         (model, tokenizer), scale = self.bench.loaded, self.scale
-        how = {"tokens": scale.tokens, "max_length": scale.length, "seed": seed}
-        return liar.self_generate(model, tokenizer, **how, progress=False).texts
+        found = liar.self_generate(model, tokenizer, tokens=scale.tokens, max_length=scale.length, seed=seed, progress=False)
+        return found.texts
 
     @cached_property
     def unseen(self) -> HeldOut:

@@ -88,7 +88,7 @@ def epochs_to(curve: numpy.ndarray, error: float) -> float:
     """After how many epochs a curve (epochs, error) first is at an error, linearly between points; infinite if never."""
     for (before, high), (after, low) in zip([(0.0, numpy.inf), *curve[:-1].tolist()], curve.tolist(), strict=True):
         if low <= error:
-            return after if not numpy.isfinite(high) else before + (after - before) * (high - error) / (high - low)
+            return float(after if not numpy.isfinite(high) else before + (after - before) * (high - error) / (high - low))
     return float("inf")
 
 

@@ -160,5 +160,5 @@ def _line(outcome: Outcome, layout: Layout, dense: Layout, *, undone: bool) -> S
 
 def _sites(window: Window, layout: Layout) -> list[Site]:
     """The sites that a window is about."""
-    sites = [site for number in range(window.start, window.stop) for site in layout.of_block(layout.blocks[number])]
+    sites = [site for number in window.blocks for site in layout.of_block(layout.blocks[number])]
     return sites if window.site is None else [sites[window.site]]

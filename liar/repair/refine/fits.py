@@ -98,11 +98,11 @@ class FitBlocks(Fit):
 
     def prepare(self, batch: int) -> None:
         """The teacher's blocks on their stream."""
-        self.put_target(batch, self.teacher.run(self.window, batch, self.teacher_input(batch)))
+        self.put_target(batch, self.teacher.run(self.window.blocks, batch, self.teacher_input(batch)))
 
     def predict(self, batch: int) -> Tensor:
         """The student's blocks on theirs."""
-        return self.real(self.student.run(self.window, batch, self.student_input(batch)), batch)
+        return self.real(self.student.run(self.window.blocks, batch, self.student_input(batch)), batch)
 
 
 class FitSite(Fit):

@@ -33,6 +33,11 @@ class Window:
     site: int | None = None
     matrix: str | None = None
 
+    @property
+    def blocks(self) -> range:
+        """Numbers of the blocks."""
+        return range(self.start, self.stop)
+
 
 def windows_of(model: nn.Module, layout: Layout, teacher: nn.Module, dense: Layout, granularity: int | str) -> list[Window]:
     """The windows of a model.

@@ -67,11 +67,16 @@ class Side:
         """The sites of a block."""
         return self.layout.of_block(self.layout.blocks[number])
 
-    def run(self, window: Window, batch: int, hidden: Tensor) -> Tensor:
-        """The hidden states after the blocks of a window."""
-        for number in range(window.start, window.stop):
+    def run(self, blocks: range, batch: int, hidden: Tensor) -> Tensor:
+        """The hidden states after some blocks."""
+        for number in blocks:
             hidden = self._run(number, batch, hidden)
         return hidden
+
+    def advance(self, blocks: range, batches: range) -> None:
+        """Move the hidden states past some blocks."""
+        for batch in batches:
+            self.store.put(self.stream, batch, self.run(blocks, batch, self.store.get(self.stream, batch)))
 
     def run_site(self, window: Window, batch: int, hidden: Tensor, replayed: Sequence[Tensor] = ()) -> Tensor:
         """The residual stream after the site of a window; what earlier sites add to it may be replayed."""

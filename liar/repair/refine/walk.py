@@ -102,21 +102,13 @@ def refine_windows(
             side.enter(data.calibration)
         at = 0
         for window in windows:
-            for number in range(at, window.start):
-                _move(moved, number, len(data.calibration.batches))
+            for side in moved:
+                side.advance(range(at, window.start), range(len(data.calibration.batches)))
             at = window.start
             for side in sides:
                 side.drop(at)
             result.outcomes.append(_refine(window, sides, data, options, result.values, advance, select=select))
     return result
-
-
-def _move(sides: list[Side], number: int, batches: int) -> None:
-    """Move streams past a block."""
-    step = Window("", "", number, number + 1, ())
-    for side in sides:
-        for batch in range(batches):
-            side.store.put(side.stream, batch, side.run(step, batch, side.store.get(side.stream, batch)))
 
 
 def _refine(
