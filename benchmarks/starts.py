@@ -21,7 +21,7 @@ from benchmarks.summary import lined
 FILE = RESULTS / "starts.jsonl"
 SCALES = {
     "stories260K": Scale("tinystories", length=256, tokens=8_192, evaluated=8_192, seeds=(0,)),
-    "minilm": Scale("stsb", length=128, tokens=4_000, evaluated=4_000, seeds=(0,)),
+    "minilm": Scale("stsb", length=128, tokens=2_000, evaluated=2_000, seeds=(0,)),
     "smollm2": Scale("wikitext-512-first-16384", length=128, tokens=2_048, evaluated=2_048, seeds=(0,)),
 }
 KEEPS = {"stories260K": (0.8, 0.5, 0.3), "minilm": (0.5, 0.3), "smollm2": (0.8, 0.5)}
@@ -45,7 +45,7 @@ def plan(scale: str) -> list[Run]:
             learning_rate=RATES[scale],
             select=True,
         )
-        for epochs, keep, start in product(EPOCHS[scale], KEEPS[scale], STARTS)
+        for keep, epochs, start in product(KEEPS[scale], EPOCHS[scale], STARTS)
     ]
 
 
