@@ -14,6 +14,7 @@ from liar.errors import CalibrationError, LiarError, OptionError
 from liar.models import discover
 from liar.options import RefineOptions
 from liar.repair.refine import hold_out, last_hidden_error, refine_windows
+from liar.repair.refine.training import rate
 from liar.testing import assert_same_state, model_state, tiny_batches, tiny_model
 from liar.verdicts import Verdict
 
@@ -325,6 +326,11 @@ def test_training_stops_early_and_keeps_the_best():
         # Four batches of three sequences, in steps of at most two.
         assert len(outcome.course.losses) == 8 * (len(errors) - 1) < 8 * 40
         assert outcome.after / outcome.before == pytest.approx(min(errors) / errors[0])
+
+
+def test_the_learning_rate_rises_and_falls():
+    assert [rate(step, 10, 2) for step in (0, 1, 2, 3, 9)] == [0.5, 1.0, 1.0, 7 / 8, 1 / 8]
+    assert [rate(step, 4, 0) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
 
 
 def test_what_helps_no_one_is_undone():

@@ -117,12 +117,12 @@ class Run:
         check_text("model", self.model)
         check_text("out", self.out)
         check_target(self.out, overwrite=overwrite)
-        for what, folder in (("MODEL", self.model), ("the teacher", self.teacher.teacher)):
-            if folder is not None and user_path(self.out).resolve() == user_path(folder).resolve():
-                raise OptionError(f"OUT is the folder of {what} ({self.out}): it could not be repeated; choose another OUT")
         for name in GROUPS:
             if (group := getattr(self, name)) is not None:
                 group.check()
+        for what, folder in (("MODEL", self.model), ("the teacher", self.teacher.teacher)):
+            if folder is not None and user_path(self.out).resolve() == user_path(folder).resolve():
+                raise OptionError(f"OUT is the folder of {what} ({self.out}): it could not be repeated; choose another OUT")
         given = {"select": self.select, "mask": self.mask, "teacher": self.teacher.teacher}
         expected, is_met = EXPECTED[self.command]
         if not is_met(*(value is not None for value in given.values())):
