@@ -67,7 +67,7 @@ WAYS: dict[str, Callable[..., None]] = {
 
 
 def measure(study: Study, way: str, keep: float, seed: int) -> Record:
-    """Prune and repair in one way, and score. The time of one step is that of the repair; that of several has selections in it."""
+    """Prune and repair in one way, and score. Seconds are those of the repair; for several steps, of the selections too."""
     model = copy.deepcopy(study.dense)
     if way.startswith("1"):
         masked(study, keep, seed)
