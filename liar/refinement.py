@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -88,11 +88,8 @@ def refine(
     return refine_with(model, teacher, calib, options, progress=progress)
 
 
-@dataclass
 class _Worse(Exception):
-    """The model as a whole is no nearer to its teacher."""
-
-    outcomes: list[Outcome]
+    """The model as a whole is no nearer to its teacher: everything is put back."""
 
 
 def refine_with(
@@ -120,15 +117,13 @@ def refine_with(
         try:
             with all_or_nothing(model), shown.stage("refine", len(windows)) as advance:
                 refined = refine_windows(model, layout, teacher, dense, data, options, advance)
-                outcomes = refined.outcomes
                 refined.write(model)
                 if refined.values and not last_hidden_error(model, teacher, data) < before:
-                    raise _Worse(outcomes)
-        except _Worse as worse:
-            outcomes, undone = worse.outcomes, True
-        seconds = {**shown.seconds, "refine": sum(outcome.seconds for outcome in outcomes)}
+                    raise _Worse
+        except _Worse:
+            undone = True
     return Report(
-        sites=tuple(_line(outcome, layout, dense, undone=undone) for outcome in outcomes),
+        sites=tuple(_line(outcome, layout, dense, undone=undone) for outcome in refined.outcomes),
         requested=None,
         achieved=layout.parameters / dense.parameters,
         parameters=(count_parameters(model),) * 2,
@@ -136,7 +131,7 @@ def refine_with(
         sequences=calibration.sequences,
         options=asdict(options),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        seconds=seconds,
+        seconds={**shown.seconds, "refine": sum(outcome.seconds for outcome in refined.outcomes)},
     )
 
 
