@@ -61,6 +61,10 @@ def kind_of(record: Record) -> str:
 ORDER = ("nothing", "its own update", "closed form", "matrix", "sublayer", "block", "windows of 2")
 
 
+# What the kept share is a share of.
+COUNTED = {"weights": "weights", "units": "block parameters"}
+
+
 def frame() -> pandas.DataFrame:
     """The runs, with what they do."""
     return pandas.DataFrame([{**record, "kind": kind_of(record)} for record in read_records(FILE)])
@@ -84,7 +88,7 @@ def table() -> str:
                     for kind in ORDER:
                         group = part[(part["kind"] == kind) & (part["propagation"] == propagation)]
                         shown.append(spread(group[number].mean(), group[number].sem(), ".2f") if len(group) else "")
-                    what = f"{keep} of the {removed}" if isinstance(keep, str) else f"{keep:.0%} of the {removed}"
+                    what = f"{keep if isinstance(keep, str) else f'{keep:.0%}'} of the {COUNTED[str(removed)]}"
                     rows.append([str(model), what, str(criterion), propagation, *shown])
     return lined(["model", "kept", "criterion", "propagation", *ORDER], rows)
 
