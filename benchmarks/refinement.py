@@ -77,7 +77,8 @@ class Run:
         learning_rate: the largest.
         warmup: share of the steps.
         select: whether the best weights on held-out sequences are kept, as the library does; else the last, as in the studies.
-        texts: `"own"`, or `"own + self"`: with as many tokens that the dense model wrote, for the training alone.
+        texts: `"own"`; `"own + self"`: with as many tokens that the dense model wrote, or `"own + own"`: with as many more of the
+            task, for the training alone.
         seed: sample of the calibration texts.
     """
 
@@ -127,10 +128,13 @@ class Study:
     def calibration(self, seed: int, texts: str = "own") -> list[dict[str, Tensor]]:
         """What is calibrated on."""
         if (seed, texts) not in self._batches:
-            own = texts == "own"
-            found = self.bench.task.texts(self.bench.data_dir, "own", seed) if own else self._written(seed)
-            part = self.batches(found, self.scale.tokens)
-            self._batches[seed, texts] = part if own else self.calibration(seed) + part
+            own = partial(self.bench.task.texts, self.bench.data_dir, "own", seed)
+            made = {
+                "own": lambda: self.batches(own(), self.scale.tokens),
+                "own + own": lambda: self.batches(own(), 2 * self.scale.tokens),
+                "own + self": lambda: self.calibration(seed) + self.batches(self._written(seed), self.scale.tokens),
+            }
+            self._batches[seed, texts] = made[texts]()
         return self._batches[seed, texts]
 
     def _written(self, seed: int) -> Sequence[str]:

@@ -40,7 +40,8 @@ TRAINING: dict[str, dict[str, float]] = {
     "stories260K": {"epochs": 10, "sequences": 4, "learning_rate": 1e-3},
     "smollm2": {"epochs": 3, "sequences": 4, "learning_rate": 2e-4},
 }
-TEXTS = ("own", "own + self")
+# The last is a control: self-generated texts are more texts, too.
+TEXTS = ("own", "own + self", "own + own")
 
 
 def plan(scale: str) -> list[Run]:
@@ -93,7 +94,7 @@ def draw() -> Figure:
     figure = Figure(figsize=(6.5 * max(1, len(models)), 4.2), layout="constrained")
     for axes, model in zip(figure.subplots(1, max(1, len(models)), squeeze=False)[0], models, strict=False):
         part = runs[(runs["model"] == model) & (runs["granularity"].notna())]
-        for texts, marker in zip(TEXTS, "os", strict=True):
+        for texts, marker in zip(TEXTS, "os^", strict=True):
             means = part[part["texts"] == texts].groupby("method")[["calibration_error", "unseen_error"]].mean()
             means = means.reindex([name for name in METHODS if name in means.index])
             axes.plot(means["calibration_error"], means["unseen_error"], marker=marker, label=f"trained on {texts}")

@@ -60,6 +60,7 @@ def test_written_texts_are_added_for_training_alone(study):
     assert [each is other for each, other in zip(own, both, strict=False)] == [True] * len(own)
     count = lambda batches: sum(int(batch["attention_mask"].sum()) for batch in batches)  # noqa: E731
     assert count(both) == pytest.approx(2 * count(own), rel=0.2)
+    assert count(study.calibration(0, "own + own")) == pytest.approx(2 * count(own), rel=0.2)
 
 
 @pytest.mark.parametrize("module", STUDIES)
@@ -89,7 +90,7 @@ def test_the_table_of_methods(tmp_path, monkeypatch):
     rows = [line.split(" | ") for line in rethinking.table().splitlines()[2:]]
     assert [row[2:4] for row in rows] == [["BR", "1"], ["BR+GP", "2"]]
     assert rows[1][5] == "0.2000 ± 0.1000"
-    assert len(rethinking.draw().axes[0].lines) == 2
+    assert len(rethinking.draw().axes[0].lines) == len(rethinking.TEXTS)
 
 
 def test_the_tables_of_granularities(tmp_path, monkeypatch):
