@@ -77,8 +77,8 @@ class Run:
         learning_rate: the largest.
         warmup: share of the steps.
         select: whether the best weights on held-out sequences are kept, as the library does; else the last, as in the studies.
-        texts: `"own"`; `"own + self"`: with as many tokens that the dense model wrote, or `"own + own"`: with as many more of the
-            task, for the training alone.
+        texts: `"own"`; for the training alone `"own + self"`, with as many tokens that the dense model wrote, or `"own + own"`,
+            with as many more of the task.
         seed: sample of the calibration texts.
     """
 
