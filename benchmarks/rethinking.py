@@ -94,7 +94,8 @@ def draw() -> Figure:
     figure = Figure(figsize=(6.5 * max(1, len(models)), 4.2), layout="constrained")
     for axes, model in zip(figure.subplots(1, max(1, len(models)), squeeze=False)[0], models, strict=False):
         part = runs[(runs["model"] == model) & (runs["granularity"].notna())]
-        for texts, marker in zip(TEXTS, "os^", strict=True):
+        shown = set(part["texts"])
+        for texts, marker in [pair for pair in zip(TEXTS, "os^", strict=True) if pair[0] in shown]:
             means = part[part["texts"] == texts].groupby("method")[["calibration_error", "unseen_error"]].mean()
             means = means.reindex([name for name in METHODS if name in means.index])
             axes.plot(means["calibration_error"], means["unseen_error"], marker=marker, label=f"trained on {texts}")
