@@ -19,7 +19,21 @@ from pathlib import Path
 import pandas
 from matplotlib.figure import Figure
 
-from benchmarks import damping, families, growth, inference, samples, self_generation, speed, squad, standing
+from benchmarks import (
+    damping,
+    families,
+    free_lunch,
+    growth,
+    inference,
+    rethinking,
+    samples,
+    self_generation,
+    speed,
+    squad,
+    standing,
+    starts,
+    steps,
+)
 from benchmarks.baselines import CLOSED_FORM
 from benchmarks.elimination import rows as above_best
 from benchmarks.few_tokens import HEADINGS as FEW_TOKENS
@@ -361,6 +375,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "llama cpp": llama_cpp,
     "self generation": self_generation_table,
     "elimination": elimination,
+    "rethinking": rethinking.table,
+    "free lunch": free_lunch.table,
+    "free lunch costs": free_lunch.costs,
+    "starts": starts.table,
+    "starts saved": starts.saved,
+    "steps": steps.table,
     "label sampling": label_sampling,
 }
 RESULT_BLOCK = re.compile(r"(<!-- results: (?P<name>[\w -]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -429,6 +449,8 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "growth.png": lambda: growth.draw(read_records(RESULTS / "growth.jsonl")),
     "tokens.png": tokens_figure,
     "criteria.png": criteria_figure,
+    "rethinking.png": rethinking.draw,
+    "free_lunch.png": free_lunch.draw,
 }
 
 

@@ -2,6 +2,7 @@
 
 The three verbs are `select`, `reconstruct` and `prune`; `calibration` makes batches from texts, `save` and `load` keep pruned
 models, `collect` reuses statistics for many budgets, `discover` shows where a model can be cut, `remove` cuts without repair,
+`refine` goes on with gradients,
 `moments` and `interpolation` let you look inside, `self_generate` lets a model write its calibration texts.
 
 What a name stands for is imported when it is first used: torch and transformers take seconds, and `liar --help` needs neither.
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from liar.mask import Mask
     from liar.models import Family, FusedProducer, HeadArgument, SitePattern, families, register
     from liar.progress import ProgressUpdate
+    from liar.refinement import refine
     from liar.report import Report, plot
     from liar.selection import Costs, CriterionStatistics, collect, flops, latency
     from liar.surgery import remove
@@ -38,6 +40,7 @@ _MODULES = {
     "mask": ("Mask",),
     "models": ("Family", "FusedProducer", "HeadArgument", "SitePattern", "families", "register"),
     "progress": ("ProgressUpdate",),
+    "refinement": ("refine",),
     "report": ("Report", "plot"),
     "selection": ("Costs", "CriterionStatistics", "collect", "flops", "latency"),
     "surgery": ("remove",),
@@ -75,6 +78,7 @@ __all__ = [
     "propose_family",
     "prune",
     "reconstruct",
+    "refine",
     "register",
     "remove",
     "save",

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from liar.data import Calibration, read_by
-from liar.errors import CalibrationError, OptionError, at_site
-from liar.mask import Mask
+from liar.errors import CalibrationError, MaskError, OptionError, at_site
+from liar.mask import Mask, compose, keep_all
 from liar.models import Layout, discover_with_weights, transformer_in
-from liar.options import ReconstructOptions, SelectOptions
+from liar.options import PruneOptions, ReconstructOptions, SelectOptions
 from liar.progress import Progress, ProgressOption, progress_of
-from liar.repair import RepairContext, apply_steps, closed_form_steps
+from liar.repair import RepairContext, apply_steps, check_teacher, closed_form_steps
 from liar.report import Report
 from liar.runtime import exclusive
 from liar.selection import (
@@ -39,7 +39,7 @@ from liar.selection import (
     stages_of,
 )
 from liar.statistics import check_finite
-from liar.surgery import all_or_nothing, stock_counts
+from liar.surgery import all_or_nothing, copy_dense, stock_counts
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,11 @@ COSTS: Mapping[str, Callable[[nn.Module, Layout, Progress], Costs]] = {
     "params": lambda _model, layout, _: params_of(layout),
     "flops": lambda model, layout, _: flops_of(model, layout),
     "latency": lambda model, _, progress: latency(model, progress=progress),
+}
+# What is left of a budget that can be computed after every step.
+STEPPED: Mapping[str, Callable[[nn.Module, Layout], float]] = {
+    "params": lambda _, layout: float(layout.parameters),
+    "flops": lambda model, layout: flops_of(model, layout).dense,
 }
 # The stage of a reconstruction, and about how many forward passes of the dense model it takes; see `Progress`.
 RECONSTRUCT_STAGES = {"reconstruct": 2.4}
@@ -116,7 +121,7 @@ def select_with(
     options = options.checked()
     if isinstance(options.budget, Mapping):
         raise OptionError("budget: expected liar.Costs, got a mapping; liar.Costs.from_json reads what they were saved as")
-    model, calib = _inside(model, calib)
+    model, calib = transformer_and_data(model, calib)
     # Read before the model is locked: an iterable may need another thread, or this one, to use the model.
     if CRITERIA[options.criterion].needs and calib is not None and not isinstance(calib, CriterionStatistics):
         _layout(model)
@@ -176,9 +181,10 @@ def _select(
 
 def reconstruct(
     model: nn.Module,
-    mask: Mask | Mapping[str, Any],
+    mask: Mask | Mapping[str, Any] | None,
     calib: Iterable[Any],
     *,
+    teacher: nn.Module | None = None,
     target: str = ReconstructOptions.target,
     ridge: float | str = ReconstructOptions.ridge,
     refit: bool = ReconstructOptions.refit,
@@ -191,8 +197,11 @@ def reconstruct(
     Args:
         model: a Hugging Face model of a known family, or a model of sentence-transformers; changed in place at the very end,
             or not at all on an error.
-        mask: a `Mask`, or one made elsewhere (see `Mask.of`).
+        mask: a `Mask`, or one made elsewhere (see `Mask.of`); None cuts nothing, and needs a teacher.
         calib: calibration batches (see `Calibration.of`); for a model of sentence-transformers also strings, or pairs of them.
+        teacher: the dense model that the repair is fitted to, where it is not `model` itself: so a model that another tool has
+            cut, whose removed weights are gone, is repaired. Heads and neurons may differ from those of `model`; blocks,
+            residual stream and vocabulary may not. It needs `target="residual_stream"`, and is not changed.
         target: what the kept channels are fitted to. `"layer_output"`: the consumer's own output on the dense model's
             activations (our reading of LIAR). `"residual_stream"`: the dense model's residual stream after the layer
             minus the pruned model's stream before it, on the pruned model's activations.
@@ -217,41 +226,73 @@ def reconstruct(
         >>> report.sites[0].verdict.value
         'ridged'
     """
-    return reconstruct_with(model, mask, calib, ReconstructOptions(target, ridge, refit, solver, bias), progress=progress)
+    options = ReconstructOptions(target, ridge, refit, solver, bias)
+    return reconstruct_with(model, mask, calib, options, teacher=teacher, progress=progress)
 
 
 def reconstruct_with(
     model: nn.Module,
-    mask: Mask | Mapping[str, Any],
+    mask: Mask | Mapping[str, Any] | None,
     calib: Iterable[Any] | Calibration,
     options: ReconstructOptions,
     *,
+    teacher: nn.Module | None = None,
     progress: ProgressOption | Progress = True,
 ) -> Report:
     """`reconstruct` with its options in one object."""
     options = options.checked()
-    model, calib = _inside(model, calib)
-    mask, calibration = Mask.of(mask, _layout(model)), Calibration.of(calib, model)
-    with exclusive(model), progress_of(progress, "reconstruct", RECONSTRUCT_STAGES) as shown:
-        return _reconstruct(model, mask, calibration, options, shown)
+    model, calib = transformer_and_data(model, calib)
+    layout = _layout(model)
+    if teacher is not None:
+        teacher = _checked_teacher(transformer_in(teacher), model, layout, options)
+    elif mask is None:
+        raise MaskError(
+            "mask=None cuts nothing, so there is nothing to repair: pass a mask, or the dense model that this one was cut from "
+            "as teacher="
+        )
+    chosen = keep_all(layout) if mask is None else Mask.of(mask, layout)
+    calibration = Calibration.of(calib, model)
+    with ExitStack() as stack:
+        for each in (teacher, model):
+            if each is not None:
+                stack.enter_context(exclusive(each))
+        shown = stack.enter_context(progress_of(progress, "reconstruct", RECONSTRUCT_STAGES))
+        return _reconstruct(model, chosen, calibration, options, shown, teacher)
+
+
+def _checked_teacher(teacher: nn.Module, model: nn.Module, layout: Layout, options: ReconstructOptions) -> nn.Module:
+    """A teacher that fits the model and the options."""
+    if options.target != "residual_stream":
+        raise OptionError(
+            f"target={options.target!r} fits a layer to its own output in the model that is cut, so it takes no teacher: use "
+            "target='residual_stream'"
+        )
+    check_teacher(teacher, _layout(teacher), model, layout)
+    return teacher
 
 
 def _reconstruct(
-    model: nn.Module, mask: Mask, calibration: Calibration, options: ReconstructOptions, progress: Progress
+    model: nn.Module,
+    mask: Mask,
+    calibration: Calibration,
+    options: ReconstructOptions,
+    progress: Progress,
+    teacher: nn.Module | None,
 ) -> Report:
     layout = discover_with_weights(model)
-    before = _parameters(model)
+    dense = layout if teacher is None else discover_with_weights(teacher)
+    before = count_parameters(model)
     clock: defaultdict[str, float] = defaultdict(float)
     # The stage ends when the model has changed, and a function of the caller's may raise there.
     with all_or_nothing(model), progress.stage("reconstruct", len(layout.sites)) as advance:
         context = RepairContext(options, lambda: advance(1))
         steps, on_stream = closed_form_steps(context), options.target == "residual_stream"
-        apply_steps(model, layout, calibration, steps, mask, has_pruned_stream=on_stream, clock=clock)
+        apply_steps(model, layout, calibration, steps, mask, teacher=teacher, has_pruned_stream=on_stream, clock=clock)
     return Report(
         sites=tuple(context.reports),
         requested=mask.requested,
-        achieved=mask.parameters(layout) / layout.parameters,
-        parameters=(before, _parameters(model)),
+        achieved=mask.parameters(layout) / dense.parameters,
+        parameters=(before, count_parameters(model)),
         tokens=calibration.tokens,
         sequences=calibration.sequences,
         options=asdict(options),
@@ -260,7 +301,7 @@ def _reconstruct(
     )
 
 
-def _inside(model: nn.Module, calib: Any) -> tuple[nn.Module, Any]:
+def transformer_and_data(model: nn.Module, calib: Any) -> tuple[nn.Module, Any]:
     """The transformer inside a model of sentence-transformers, and texts as that model reads them; others as they are."""
     inner = transformer_in(model)
     return (model, calib) if inner is model else (inner, read_by(model, calib))
@@ -272,7 +313,8 @@ def _layout(model: nn.Module) -> Layout:
         return discover_with_weights(model)
 
 
-def _parameters(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a whole model."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -281,6 +323,7 @@ def prune(
     calib: Iterable[Any],
     *,
     keep: float,
+    steps: int = PruneOptions.steps,
     criterion: str = SelectOptions.criterion,
     budget: str | Costs = SelectOptions.budget,
     widths: str = SelectOptions.widths,
@@ -295,7 +338,11 @@ def prune(
     bias: str = ReconstructOptions.bias,
     progress: ProgressOption = True,
 ) -> Report:
-    """`select` and `reconstruct` in one call: the model becomes smaller, in place. The options are those of both.
+    """`select` and `reconstruct` in one call: the model becomes smaller, in place. The options are those of both, and `steps`.
+
+    `steps` is how often to prune and repair: with 2 and `keep=0.25` first to a half, then to a quarter. Units are measured anew
+    on the repaired model, which is always fitted to the dense one. More than 1 needs a budget in `"params"` or `"flops"`, and
+    the target `"residual_stream"`.
 
     Example:
         >>> report = liar.prune(model, calib, keep=0.5)
@@ -304,23 +351,86 @@ def prune(
     """
     selection = SelectOptions(keep, criterion, budget, widths, round_to, protect, seed, heads)
     how = ReconstructOptions(target, ridge, refit, solver, bias)
+    return prune_with(model, calib, selection, how, PruneOptions(steps), progress=progress)[1]
+
+
+def prune_with(
+    model: nn.Module,
+    calib: Iterable[Any] | Calibration,
+    selection: SelectOptions,
+    how: ReconstructOptions,
+    stepping: PruneOptions,
+    *,
+    progress: ProgressOption = True,
+) -> tuple[Mask, Report]:
+    """`prune` with its options in objects: what stays of the model as it was, and the report."""
     selection.check()
     how.check()
-    model, calib = _inside(model, calib)
-    _layout(model)
+    steps = stepping.checked().steps
+    _check_steps(steps, selection, how)
+    model, calib = transformer_and_data(model, calib)
+    dense = _layout(model)
     calibration = Calibration.of(calib, model)
-    with exclusive(model), prune_progress(progress, selection) as shown:
-        mask = select_with(model, calibration, selection, progress=shown)
-        return with_selection(reconstruct_with(model, mask, calibration, how, progress=shown), selection)
+    stages = {**_stages(selection), **RECONSTRUCT_STAGES}
+    with exclusive(model), progress_of(progress, "prune", stages, rounds=steps) as shown, all_or_nothing(model):
+        if steps == 1:
+            mask = select_with(model, calibration, selection, progress=shown)
+            report = reconstruct_with(model, mask, calibration, how, progress=shown)
+        else:
+            mask, report = _prune_in_steps(model, dense, calibration, selection, how, steps, shown)
+    return mask, _with_selection(report, selection, steps)
 
 
-def with_selection(report: Report, selection: SelectOptions) -> Report:
-    """A report that names the criterion by which units were selected, the budget and the rule for widths too."""
+def _check_steps(steps: int, selection: SelectOptions, how: ReconstructOptions) -> None:
+    """Check that a model can be pruned in so many steps."""
+    if steps == 1:
+        return
+    if not isinstance(selection.budget, str) or selection.budget not in STEPPED:
+        raise OptionError(
+            f"steps={steps} needs a budget that is computed anew after every step: budget='params' or 'flops', by its name"
+        )
+    if how.target != "residual_stream":
+        raise OptionError(f"steps={steps} fits to the dense model: it needs target='residual_stream', not {how.target!r}")
+
+
+def _prune_in_steps(
+    model: nn.Module,
+    dense: Layout,
+    calibration: Calibration,
+    selection: SelectOptions,
+    how: ReconstructOptions,
+    steps: int,
+    progress: Progress,
+) -> tuple[Mask, Report]:
+    """Select and reconstruct, again and again, to shares that fall by one ratio; the dense model stays the target."""
+    teacher, before = copy_dense(model), count_parameters(model)
+    whole = STEPPED[str(selection.budget)](model, dense)
+    mask, report = None, None
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for number in range(1, steps + 1):
+        left = STEPPED[str(selection.budget)](model, discover_with_weights(model))
+        share = min(1.0, selection.keep ** (number / steps) * whole / left)
+        chosen = select_with(model, calibration, replace(selection, keep=share), progress=progress)
+        report = reconstruct_with(model, chosen, calibration, how, teacher=None if number == 1 else teacher, progress=progress)
+        mask = chosen if mask is None else compose(mask, chosen)
+        for name, value in report.seconds.items():
+            # What the progress counts is counted over all steps.
+            seconds[name] = value if name in progress.seconds else seconds[name] + value
+    assert mask is not None
+    assert report is not None
+    requested = selection.keep if selection.budget == "params" else None
+    return replace(mask, requested=requested), replace(
+        report,
+        sites=tuple(replace(site, total=len(mask[site.site])) for site in report.sites),
+        requested=requested,
+        achieved=discover_with_weights(model).parameters / dense.parameters,
+        parameters=(before, count_parameters(model)),
+        seconds=dict(seconds),
+    )
+
+
+def _with_selection(report: Report, selection: SelectOptions, steps: int) -> Report:
+    """A report that names the criterion by which units were selected, the budget, the rule for widths and the steps too."""
     budget = selection.budget if isinstance(selection.budget, str) else selection.budget.name
     chosen = {"criterion": selection.criterion, "budget": budget, "widths": selection.widths}
-    return replace(report, options={**chosen, **report.options})
-
-
-def prune_progress(progress: ProgressOption | Progress, selection: SelectOptions) -> AbstractContextManager[Progress]:
-    """The progress of a selection and a reconstruction, as one."""
-    return progress_of(progress, "prune", {**_stages(selection), **RECONSTRUCT_STAGES})
+    return replace(report, options={**chosen, **({"steps": steps} if steps > 1 else {}), **report.options})

@@ -126,6 +126,27 @@ def check_optional_text(name: str, value: Any) -> None:
         check_text(name, value)
 
 
+def check_rate(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is a learning rate: a number above 0 and at most 1."""
+    if not _is_number(value, Real) or not 0 < value <= 1:
+        raise OptionError(f"{name}={_shown(value)}: expected a learning rate, above 0 and at most 1")
+
+
+def check_part(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is a share from 0 to 1."""
+    if not _is_number(value, Real) or not 0 <= value <= 1:
+        raise OptionError(f"{name}={_shown(value)}: expected a share from 0 to 1")
+
+
+def check_granularity(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value names a granularity or is a number of blocks."""
+    if _is_number(value, Integral):
+        check_count(name, value)
+    elif not isinstance(value, str) or value not in GRANULARITIES:
+        expected = f"one of {', '.join(map(repr, GRANULARITIES))}, or a number of blocks"
+        raise OptionError(f"{name}={_shown(value)}: expected {expected}")
+
+
 def check_ridge(name: str, value: Any) -> None:
     """Raise an `OptionError` unless the value is "auto" or a number from 0 to `LARGEST_RIDGE`."""
     automatic = isinstance(value, str) and value == "auto"
@@ -220,6 +241,16 @@ SOLVERS: dict[str, str] = {
 BIASES: dict[str, str] = {
     "preserve": "a bias is refitted where the layer has one",
     "create": "layers without a bias get one; stock classes may then be unable to load the model",
+}
+GRANULARITIES: dict[str, str] = {
+    "matrix": "every matrix by itself, to the teacher's output of it",
+    "sublayer": "attention and feed-forward part of every block separately, each to the teacher's residual stream after it",
+    "block": "block by block, to the teacher's output of the block",
+}
+PROPAGATIONS: dict[str, str] = {
+    "global": "windows read the model's own activations and are fitted to those of the teacher's own pass",
+    "pruned": "windows read the model's own activations and are fitted to what the teacher's window makes of the same ones",
+    "dense": "windows read the teacher's activations and are fitted to what the teacher makes of them",
 }
 DTYPES: dict[str, str] = {
     "auto": "as stored",
@@ -321,6 +352,54 @@ class GenerateOptions(OptionGroup):
         check=check_text,
     )
     seed: int = _option("For the tokens that are drawn.", default=0, check=check_integer)
+
+
+@dataclass(frozen=True)
+class TeacherOptions(OptionGroup):
+    """Where the command line finds the dense model that the repair is fitted to, where it is not MODEL itself."""
+
+    teacher: str | None = _option(
+        "Dense model, a folder or a name on the hub, whose activations the repair is fitted to.",
+        default=None,
+        check=check_optional_text,
+    )
+
+
+@dataclass(frozen=True)
+class PruneOptions(OptionGroup):
+    """How `liar.prune` gets to the share that stays."""
+
+    steps: int = _option(
+        "Prune and repair in so many steps of equal ratio, measuring anew after each; always fitted to the dense model.",
+        default=1,
+        check=check_count,
+    )
+
+
+@dataclass(frozen=True)
+class RefineOptions(OptionGroup):
+    """How kept weights are trained on the teacher's activations; see `liar.refine`."""
+
+    granularity: int | str = _option(
+        "What is trained together, or a number: windows of so many blocks, of which neighbours share one.",
+        default="sublayer",
+        choices=GRANULARITIES,
+        check=check_granularity,
+    )
+    propagation: str = _option("What windows read and what they are fitted to.", default="global", choices=PROPAGATIONS)
+    epochs: int = _option("Passes over the calibration data, for every window.", default=10, check=check_count)
+    sequences: int = _option("Sequences per step of the optimizer.", default=8, check=check_count)
+    learning_rate: float = _option("Largest learning rate; it falls linearly to zero.", default=2e-4, check=check_rate)
+    warmup: float = _option("Share of the steps in which the learning rate rises first.", default=0.0, check=check_part)
+    patience: int = _option(
+        "Passes without a smaller error on held-out sequences after which a window ends.", default=2, check=check_count
+    )
+    lora: int | None = _option(
+        "Rank of low-rank updates (LoRA, by peft), merged at the end; all weights are trained if not given.",
+        default=None,
+        check=check_optional_count,
+    )
+    seed: int = _option("Of the order of the batches, and of the first low-rank updates.", default=0, check=check_integer)
 
 
 @dataclass(frozen=True)

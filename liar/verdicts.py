@@ -20,6 +20,8 @@ class Verdict(str, Enum):
     KEPT_BASELINE = "kept_baseline"
     NOTHING_HELD_OUT = "nothing_held_out"
     UNTOUCHED = "untouched"
+    REFINED = "refined"
+    UNDONE = "undone"
 
     @property
     def text(self) -> str:
@@ -37,4 +39,7 @@ _TEXTS = {
     Verdict.NOTHING_HELD_OUT: "too little text to hold some of it out (copies count once), so no update could be tested: the "
     "kept weights stay; use more text",
     Verdict.UNTOUCHED: "everything is kept and nothing before it changed: the layer stays as it is",
+    Verdict.REFINED: "gradient descent: the weights with the smallest error on held-out sequences",
+    Verdict.UNDONE: "better by itself on held-out sequences, but the model's last hidden states were not: all weights "
+    "are as they were",
 }

@@ -35,10 +35,13 @@ from liar.options import (
     CalibrationOptions,
     GenerateOptions,
     LoadOptions,
+    PruneOptions,
     ReconstructOptions,
+    RefineOptions,
     SaveOptions,
     SelectOptions,
     SourceOptions,
+    TeacherOptions,
     options_in,
 )
 from liar.versions import versions
@@ -461,6 +464,10 @@ def test_unusable_run_json(tmp_path):
         ({"select": {"keep": 0.5, "budget": {"name": "time"}}}, "expected costs as Costs.save"),
         ({"select": None}, "command='prune': expected options that select units and no mask, got neither"),
         ({"mask": {"heads.0": [0]}}, "command='prune': expected options that select units and no mask, got select and mask"),
+        ({"teacher": {"teacher": 3}}, "teacher=3: expected a text"),
+        ({"stepping": {"steps": 0}}, "steps=0: expected a whole number"),
+        ({"command": "refine", "refine": {}}, "command='refine': expected the dense model as a teacher"),
+        ({"command": "refine", "select": None, "refine": {"epochs": 0}}, "epochs=0: expected a whole number"),
         ({"load": {"dtype": "int8"}}, "dtype='int8' is not known; expected one of 'auto', 'float32'"),
         ({"load": {"device": "warp"}}, "device='warp': expected one torch can use here"),
         ({"reconstruct": {"ridge": -1}}, "ridge=-1: expected"),
@@ -487,8 +494,9 @@ def test_a_run_json_is_checked_like_options(home, tmp_path, change, message):
 
 SOURCE = (SourceOptions, CalibrationOptions, LoadOptions)
 GROUPS = {
-    "prune": (SelectOptions, ReconstructOptions, *SOURCE, SaveOptions),
-    "reconstruct": (ReconstructOptions, *SOURCE, SaveOptions),
+    "prune": (SelectOptions, PruneOptions, ReconstructOptions, *SOURCE, SaveOptions),
+    "reconstruct": (ReconstructOptions, TeacherOptions, *SOURCE, SaveOptions),
+    "refine": (TeacherOptions, RefineOptions, *SOURCE, SaveOptions),
     "select": (SelectOptions, *SOURCE),
     "latency": (LoadOptions,),
     "calibrate": (GenerateOptions, LoadOptions),
@@ -510,10 +518,19 @@ WRONG = {
     "batch_size": ["0"],
     "tokens": ["0"],
     "dtype": ["int8"],
+    "steps": ["0", "x"],
+    "granularity": ["row", "0"],
+    "propagation": ["both"],
+    "epochs": ["0"],
+    "sequences": ["0"],
+    "learning_rate": ["0", "2"],
+    "warmup": ["-1", "2"],
+    "patience": ["0"],
+    "lora": ["0", "x"],
 }
 # ... but for switches, which have no value, and for what only the model or the data can refuse.
 SWITCHES = {"refit", "pack", "mixed_lengths", "standalone"}
-UNCHECKED = {"protect", "calib", "config", "split", "column", "device", "language"}
+UNCHECKED = {"protect", "calib", "config", "split", "column", "device", "language", "teacher"}
 
 
 def flag(name):
@@ -539,7 +556,7 @@ def test_options_of_a_command_are_those_of_the_library(command):
 
 
 def test_every_option_is_refused_somewhere():
-    names = {each.name for each, _ in options_in(*GROUPS["prune"], *GROUPS["calibrate"])}
+    names = {each.name for command in GROUPS for each, _ in options_in(*GROUPS[command])}
     assert names == WRONG.keys() | SWITCHES | UNCHECKED
 
 
@@ -566,6 +583,40 @@ def test_a_bad_value_is_wrong_usage(home, tmp_path, command, name):
 def test_wrong_usage_ends_with_2(home, tmp_path, wrong):
     done = call("prune", home / "bert", tmp_path / "slim", "--calib", home / "texts.txt", *wrong, code=2)
     assert "Usage" in done.stderr
+
+
+def test_repair_of_a_model_that_was_cut_elsewhere(home, pruned, tmp_path):
+    """The folder of a slim model, without its mask: repaired against the dense one, and the run can be repeated."""
+    options = ["--teacher", home / "bert", "--calib", home / "texts.txt"]
+    call("reconstruct", pruned, tmp_path / "repaired", *options)
+    assert {each.name for each in (tmp_path / "repaired").iterdir()} >= WRITTEN - {"mask.json"}
+    assert not (tmp_path / "repaired" / "mask.json").exists()
+    call("replay", tmp_path / "repaired" / "run.json", "--out", tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "repaired" / "model.safetensors").read_bytes()
+    assert "expected a mask" in refused("reconstruct", pruned, tmp_path / "none", "--calib", home / "texts.txt")
+    assert "OUT is the folder of the teacher" in refused("reconstruct", pruned, home / "bert", *options, "--force")
+
+
+def test_refine(home, pruned, tmp_path):
+    options = ["--teacher", home / "bert", "--calib", home / "texts.txt", "--epochs", 1, "--granularity", 2]
+    done = call("refine", pruned, tmp_path / "refined", *options)
+    assert "window.0" in done.stdout
+    report = liar.Report.load(tmp_path / "refined" / "report.json")
+    assert report.options["granularity"] == 2
+    assert "repair: granularity `2`" in (tmp_path / "refined" / "README.md").read_text()
+    call("replay", tmp_path / "refined" / "run.json", "--out", tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "refined" / "model.safetensors").read_bytes()
+    assert "expected the dense model as a teacher" in refused(
+        "refine", pruned, tmp_path / "none", "--calib", home / "texts.txt"
+    )
+
+
+def test_prune_in_steps(home, tmp_path):
+    call("prune", home / "llama", tmp_path / "slim", "--keep", 0.5, "--steps", 2, "--calib", home / "texts.txt")
+    mask, slim = liar.Mask.load(tmp_path / "slim" / "mask.json"), liar.load(tmp_path / "slim")
+    dense = liar.load(home / "llama")
+    liar.remove(dense, mask)
+    assert [each.shape for each in dense.parameters()] == [each.shape for each in slim.parameters()]
 
 
 def test_report(pruned, tmp_path):

@@ -17,9 +17,12 @@ from liar.options import (
     CalibrationOptions,
     GenerateOptions,
     LoadOptions,
+    PruneOptions,
     ReconstructOptions,
+    RefineOptions,
     SelectOptions,
     SourceOptions,
+    TeacherOptions,
     UnstructuredOptions,
 )
 from liar.repair import RepairContext, closed_form_steps
@@ -30,7 +33,10 @@ from liar.testing import tiny_batches, tiny_model
 
 CLASSES = (
     SelectOptions,
+    PruneOptions,
     ReconstructOptions,
+    RefineOptions,
+    TeacherOptions,
     CalibrationOptions,
     SourceOptions,
     LoadOptions,
@@ -66,6 +72,18 @@ BAD = {
         "solver": (["qr"], "expected one of 'auto', 'cholesky', 'eigh', 'lstsq'"),
         "bias": (["keep", False], "expected one of 'preserve', 'create'"),
     },
+    PruneOptions: {"steps": ([*COUNTS, None], "expected a whole number, at least 1")},
+    RefineOptions: {
+        "granularity": (["row", None, 1.5, True], "expected one of 'matrix', 'sublayer', 'block', or a number of blocks"),
+        "propagation": (["both", None], "expected one of 'global', 'pruned', 'dense'"),
+        "epochs": ([*COUNTS, None], "expected a whole number, at least 1"),
+        "sequences": ([*COUNTS, None], "expected a whole number, at least 1"),
+        "learning_rate": ([0, -1, 2, nan, inf, None, "1", True], "expected a learning rate, above 0 and at most 1"),
+        "warmup": ([-0.1, 1.1, nan, None, "0", True], "expected a share from 0 to 1"),
+        "patience": ([*COUNTS, None], "expected a whole number, at least 1"),
+        "lora": (COUNTS, "expected a whole number, at least 1"),
+    },
+    TeacherOptions: {"teacher": ([3, "", ["bert"]], "expected a text")},
     CalibrationOptions: {
         "max_length": ([*COUNTS, None], "expected a whole number, at least 1"),
         "batch_size": ([*COUNTS, None], "expected a whole number, at least 1"),
@@ -101,8 +119,10 @@ GOOD = [
     ReconstructOptions(ridge=np.float64(0.1), refit=np.True_),
     CalibrationOptions(tokens=np.int64(10)),
     GenerateOptions(np.int64(10), max_length=6, language="off"),
-    UnstructuredOptions(np.float32(0.3)),
+    RefineOptions(granularity=3, lora=8, warmup=0),
+    RefineOptions(granularity=np.int64(2), learning_rate=np.float32(1e-3), warmup=1),
     UnstructuredOptions("1:64", criterion="sparsegpt"),
+    UnstructuredOptions(np.float32(0.3)),
 ]
 
 
@@ -158,8 +178,9 @@ def test_options_are_frozen_and_explained(kind):
     ("verb", "kinds", "own"),
     [
         (liar.select, [SelectOptions], {"model", "calib", "progress"}),
-        (liar.reconstruct, [ReconstructOptions], {"model", "mask", "calib", "progress"}),
-        (liar.prune, [SelectOptions, ReconstructOptions], {"model", "calib", "progress"}),
+        (liar.reconstruct, [ReconstructOptions], {"model", "mask", "calib", "teacher", "progress"}),
+        (liar.refine, [RefineOptions], {"model", "teacher", "calib", "progress"}),
+        (liar.prune, [SelectOptions, PruneOptions, ReconstructOptions], {"model", "calib", "progress"}),
         (liar.calibration, [CalibrationOptions], {"texts", "tokenizer", "progress"}),
         (liar.self_generate, [GenerateOptions], {"model", "tokenizer", "file", "progress"}),
         (liar.unstructured.prune, [UnstructuredOptions], {"model", "calib", "progress"}),
@@ -200,7 +221,7 @@ def test_criteria_of_weights_are_those_that_are_known():
 
 def test_widths_and_budgets_are_those_that_selection_knows():
     assert options.WIDTHS.keys() == import_module("liar.selection.allocate").COMPARED.keys()
-    assert options.BUDGETS.keys() == import_module("liar.api").COSTS.keys()
+    assert options.BUDGETS.keys() == import_module("liar.api").COSTS.keys() >= import_module("liar.api").STEPPED.keys()
 
 
 def test_every_target_has_steps_of_its_own():

@@ -41,11 +41,16 @@ def _protect(value: Sequence[str]) -> list[str | int]:
     return [int(name) if name.isdecimal() else name for name in value]
 
 
+def _granularity(value: str) -> int | str:
+    return int(value) if value.isdecimal() else value
+
+
 # What the command line reads where Python takes more than text: type, text -> value.
 READERS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     "ridge": (str, _ridge),
     "budget": (str, _budget),
     "protect": (list[str], _protect),
+    "granularity": (str, _granularity),
 }
 
 # Read, but not yet what the library takes: a file's name in place of costs, texts that may be left out.
@@ -94,6 +99,8 @@ def _parameter(each: Field[Any], option: Option, kind: Any, *, required: bool) -
 def _help(name: str, option: Option) -> str:
     if name == "budget":
         return f"{option.help} One of {BUDGET_HELP}."
+    if name == "granularity":
+        return f"{option.help} One of {', '.join(option.choices or ())}, or a number."
     return f"{option.help} One of {', '.join(option.choices)}." if option.choices else option.help
 
 

@@ -6,6 +6,7 @@ from liar.repair.closed_form import FitToLayerOutput, FitToResidualStream, Refit
 from liar.repair.context import RepairContext
 from liar.repair.state import SiteState
 from liar.repair.step import RepairStep
+from liar.repair.teacher import check_teacher
 from liar.repair.walker import walk_blocks
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "RepairStep",
     "SiteState",
     "apply_steps",
+    "check_teacher",
     "closed_form_steps",
     "walk_blocks",
 ]

@@ -1,6 +1,6 @@
 """Cutting models: layers to the kept units, and what the stock class can still build."""
 
-from liar.surgery.cut import adopt, all_or_nothing, check_adoptable, copy_block, cut_site, remove, update_config
+from liar.surgery.cut import adopt, all_or_nothing, check_adoptable, copy_block, copy_dense, cut_site, remove, update_config
 from liar.surgery.stock import (
     OPTIONAL_PARTS,
     Width,
@@ -21,6 +21,7 @@ __all__ = [
     "build_stock",
     "check_adoptable",
     "copy_block",
+    "copy_dense",
     "cut_site",
     "remove",
     "scaled_sizes",

@@ -46,6 +46,14 @@ def copy_block(block: nn.Module) -> nn.Module:
     return copy.deepcopy(block, {id(shared): shared for shared in (*block.parameters(), *block.buffers(), *configs)})
 
 
+def copy_dense(model: nn.Module) -> nn.Module:
+    """A copy of a model with its own modules and configuration but the same parameters and buffers.
+
+    It stays as it is when the model is cut, since cutting replaces parameters and changes none in place.
+    """
+    return copy.deepcopy(model, {id(shared): shared for shared in (*model.parameters(), *model.buffers())})
+
+
 def check_adoptable(block: nn.Module, pruned_block: nn.Module) -> None:
     """Check that a block can take over its cut copy: the same modules, and every parameter (a bias may have been added).
 
