@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from liar.data import Calibration, read_by
@@ -16,9 +16,16 @@ from liar.errors import CalibrationError, OptionError, at_site
 from liar.mask import Mask
 from liar.models import Layout, discover_with_weights, transformer_in
 from liar.options import ReconstructOptions, SelectOptions
-from liar.progress import Progress, ProgressOption, progress_of
-from liar.repair import RepairContext, apply_steps, closed_form_steps
-from liar.report import Report
+from liar.progress import Progress, ProgressOption, progress_of, timed
+from liar.repair import (
+    RepairContext,
+    RepairData,
+    adopt_blocks,
+    closed_form_steps,
+    repair_data,
+    walk_blocks,
+)
+from liar.report import CostChange, Report
 from liar.runtime import exclusive
 from liar.selection import (
     CRITERIA,
@@ -114,8 +121,7 @@ def select_with(
 ) -> Mask:
     """`select` with its options in one object."""
     options = options.checked()
-    if isinstance(options.budget, Mapping):
-        raise OptionError("budget: expected liar.Costs, got a mapping; liar.Costs.from_json reads what they were saved as")
+    _check_budget(options)
     model, calib = _inside(model, calib)
     # Read before the model is locked: an iterable may need another thread, or this one, to use the model.
     if CRITERIA[options.criterion].needs and calib is not None and not isinstance(calib, CriterionStatistics):
@@ -123,7 +129,13 @@ def select_with(
         calib = Calibration.of(calib, model)
     given = isinstance(calib, CriterionStatistics)
     with exclusive(model), progress_of(progress, "select", _stages(options, collects=not given)) as shown:
-        return _select(model, calib, options, shown)
+        mask, _ = _select(model, calib, options, shown)
+    return mask
+
+
+def _check_budget(options: SelectOptions) -> None:
+    if isinstance(options.budget, Mapping):
+        raise OptionError("budget: expected liar.Costs, got a mapping; liar.Costs.from_json reads what they were saved as")
 
 
 def _stages(options: SelectOptions, *, collects: bool = True) -> dict[str, float]:
@@ -137,7 +149,7 @@ def _select(
     calib: Iterable[Any] | Calibration | CriterionStatistics | None,
     options: SelectOptions,
     progress: Progress,
-) -> Mask:
+) -> tuple[Mask, CostChange]:
     criterion = CRITERIA[options.criterion]
     by_group = discover_with_weights(model)
     layout = by_group.counted_by(options.heads)
@@ -167,11 +179,12 @@ def _select(
             check_finite(by_site[site.name], what=f"scores of criterion={options.criterion!r}")
     ranked = {site.name: rank_scores(by_site[site.name], site) for site in layout.sites if site.groups}
     mask = allocate({**by_site, **ranked}, counted, budget, options.widths, comparable=criterion.comparable)
-    achieved = costs.of({name: mask.kept(name) for name in mask.masks}) / costs.dense
+    change = CostChange(costs.name, costs.dense, costs.of({name: mask.kept(name) for name in mask.masks}))
+    achieved = change.after / change.before
     level = logging.WARNING if achieved < options.keep - TOLERANCE else logging.INFO
     logger.log(level, "requested %.4f of the %s, achieved %.4f", options.keep, costs.name, achieved)
     mask = best_of_groups(replace(mask, requested=options.keep if options.budget == "params" else None), by_site, layout)
-    return Mask.of(mask, by_group)
+    return Mask.of(mask, by_group), change
 
 
 def reconstruct(
@@ -184,6 +197,9 @@ def reconstruct(
     refit: bool = ReconstructOptions.refit,
     solver: str = ReconstructOptions.solver,
     bias: str = ReconstructOptions.bias,
+    quality: int | str = ReconstructOptions.quality,
+    set_aside: bool = ReconstructOptions.set_aside,
+    held_out: Iterable[Any] | None = None,
     progress: ProgressOption = True,
 ) -> Report:
     """Remove what the mask removes, repair the rest by least squares, and leave a smaller model in place.
@@ -203,10 +219,17 @@ def reconstruct(
         solver: `"auto"`, `"cholesky"`, `"eigh"` or `"lstsq"`.
         bias: `"preserve"`: a bias is refitted where the consumer has one. `"create"`: consumers without get one, as the
             report says; the stock classes may then be unable to load the model.
+        quality: on how many sequences the output of the finished model is compared with the dense model's, and that of the
+            mask alone beside it: `report.quality`. `"auto"`: at most 16, and a 32nd of the calibration sequences or 4; 0: no
+            comparison. The weights do not depend on it. Where nothing else is said, these are calibration sequences, which the
+            fit has seen: `report.quality.held_out` is then False.
+        set_aside: take these sequences out of the calibration data first, a quarter of it at most. The fit has less text.
+        held_out: further batches, as `calib`, to compare on; sequences that repeat one of `calib` are left out.
         progress: show a bar, or a function that is called in its place (see `ProgressUpdate`).
 
     Returns:
-        A `Report`: what was kept, errors before and after, and a verdict for every site.
+        A `Report`: what was kept, errors before and after, a verdict for every site, and what comes out at the end. A
+        comparison that finds the repair no better than the mask alone is logged as a warning, too.
 
     Raises:
         OptionError, MaskError, CalibrationError, ModelError: with what was expected, what came, and what to do; the
@@ -217,7 +240,8 @@ def reconstruct(
         >>> report.sites[0].verdict.value
         'ridged'
     """
-    return reconstruct_with(model, mask, calib, ReconstructOptions(target, ridge, refit, solver, bias), progress=progress)
+    options = ReconstructOptions(target, ridge, refit, solver, bias, quality, set_aside)
+    return reconstruct_with(model, mask, calib, options, held_out=held_out, progress=progress)
 
 
 def reconstruct_with(
@@ -226,19 +250,20 @@ def reconstruct_with(
     calib: Iterable[Any] | Calibration,
     options: ReconstructOptions,
     *,
+    held_out: Iterable[Any] | None = None,
     progress: ProgressOption | Progress = True,
 ) -> Report:
     """`reconstruct` with its options in one object."""
     options = options.checked()
-    model, calib = _inside(model, calib)
-    mask, calibration = Mask.of(mask, _layout(model)), Calibration.of(calib, model)
+    mask = Mask.of(mask, _layout(transformer_in(model)))
+    data = repair_data(model, calib, options, held_out=held_out)
+    model = transformer_in(model)
     with exclusive(model), progress_of(progress, "reconstruct", RECONSTRUCT_STAGES) as shown:
-        return _reconstruct(model, mask, calibration, options, shown)
+        return _reconstruct(model, mask, data, options, shown)
 
 
-def _reconstruct(
-    model: nn.Module, mask: Mask, calibration: Calibration, options: ReconstructOptions, progress: Progress
-) -> Report:
+def _reconstruct(model: nn.Module, mask: Mask, data: RepairData, options: ReconstructOptions, progress: Progress) -> Report:
+    calibration = data.calibration
     layout = discover_with_weights(model)
     before = _parameters(model)
     clock: defaultdict[str, float] = defaultdict(float)
@@ -246,7 +271,10 @@ def _reconstruct(
     with all_or_nothing(model), progress.stage("reconstruct", len(layout.sites)) as advance:
         context = RepairContext(options, lambda: advance(1))
         steps, on_stream = closed_form_steps(context), options.target == "residual_stream"
-        apply_steps(model, layout, calibration, steps, mask, has_pruned_stream=on_stream, clock=clock)
+        blocks = walk_blocks(model, layout, calibration, steps, mask=mask, has_pruned_stream=on_stream, clock=clock)
+        with timed(clock, "quality"):
+            quality = data.compare(model, layout, mask, blocks)
+        adopt_blocks(model, layout, blocks)
     return Report(
         sites=tuple(context.reports),
         requested=mask.requested,
@@ -257,7 +285,16 @@ def _reconstruct(
         options=asdict(options),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         seconds={**progress.seconds, **clock},
+        quality=quality,
+        distinct_tokens=calibration.distinct_tokens,
+        lengths=_lengths(calibration),
     )
+
+
+def _lengths(calibration: Calibration) -> tuple[int, int, int]:
+    """Tokens of the shortest, the median and the longest sequence."""
+    lengths = torch.cat([mask.sum(1).cpu() for mask in calibration.token_masks])
+    return int(lengths.min()), int(lengths.median()), int(lengths.max())
 
 
 def _inside(model: nn.Module, calib: Any) -> tuple[nn.Module, Any]:
@@ -293,9 +330,14 @@ def prune(
     refit: bool = ReconstructOptions.refit,
     solver: str = ReconstructOptions.solver,
     bias: str = ReconstructOptions.bias,
+    quality: int | str = ReconstructOptions.quality,
+    set_aside: bool = ReconstructOptions.set_aside,
+    held_out: Iterable[Any] | None = None,
     progress: ProgressOption = True,
 ) -> Report:
     """`select` and `reconstruct` in one: the model comes out smaller, in place. Options are theirs.
+
+    With `set_aside`, the selection does not see the sequences either.
 
     Example:
         >>> report = liar.prune(model, calib, keep=0.5)
@@ -303,24 +345,30 @@ def prune(
         True
     """
     selection = SelectOptions(keep, criterion, budget, widths, round_to, protect, seed, heads)
-    how = ReconstructOptions(target, ridge, refit, solver, bias)
-    selection.check()
-    how.check()
-    model, calib = _inside(model, calib)
-    _layout(model)
-    calibration = Calibration.of(calib, model)
-    with exclusive(model), prune_progress(progress, selection) as shown:
-        mask = select_with(model, calibration, selection, progress=shown)
-        return with_selection(reconstruct_with(model, mask, calibration, how, progress=shown), selection)
+    how = ReconstructOptions(target, ridge, refit, solver, bias, quality, set_aside)
+    _, report = prune_with(model, calib, selection, how, held_out=held_out, progress=progress)
+    return report
 
 
-def with_selection(report: Report, selection: SelectOptions) -> Report:
-    """A report that names the criterion by which units were selected, the budget and the rule for widths too."""
-    budget = selection.budget if isinstance(selection.budget, str) else selection.budget.name
+def prune_with(
+    model: nn.Module,
+    calib: Iterable[Any] | Calibration,
+    selection: SelectOptions,
+    options: ReconstructOptions,
+    *,
+    held_out: Iterable[Any] | None = None,
+    progress: ProgressOption = True,
+) -> tuple[Mask, Report]:
+    """`prune` with its options in two objects; also the mask."""
+    selection, options = selection.checked(), options.checked()
+    _check_budget(selection)
+    _layout(transformer_in(model))
+    data = repair_data(model, calib, options, held_out=held_out)
+    model = transformer_in(model)
+    stages = {**_stages(selection), **RECONSTRUCT_STAGES}
+    with exclusive(model), progress_of(progress, "prune", stages) as shown:
+        mask, cost = _select(model, data.calibration, selection, shown)
+        report = _reconstruct(model, mask, data, options, shown)
+    budget = selection.budget if isinstance(selection.budget, str) else cost.name
     chosen = {"criterion": selection.criterion, "budget": budget, "widths": selection.widths}
-    return replace(report, options={**chosen, **report.options})
-
-
-def prune_progress(progress: ProgressOption | Progress, selection: SelectOptions) -> AbstractContextManager[Progress]:
-    """The progress of a selection and a reconstruction, as one."""
-    return progress_of(progress, "prune", {**_stages(selection), **RECONSTRUCT_STAGES})
+    return mask, replace(report, options={**chosen, **report.options}, cost=cost)

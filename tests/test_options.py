@@ -49,6 +49,10 @@ BAD = {
         "ridge": ([-1, nan, inf, "none", None, True, 1.1e12, 1e308, 10**400, [1], {}], 'expected "auto" or a number >= 0'),
         "solver": (["qr"], "expected one of 'auto', 'cholesky', 'eigh', 'lstsq'"),
         "bias": (["keep", False], "expected one of 'preserve', 'create'"),
+        "quality": (
+            ["all", -1, 1.5, None, True, 2**31, 10**400, [1], np.float32(2)],
+            'expected "auto" or a number of sequences',
+        ),
     },
     CalibrationOptions: {
         "max_length": ([*COUNTS, None], "expected a whole number, at least 1"),
@@ -58,7 +62,7 @@ BAD = {
     LoadOptions: {"dtype": (["int8", None], "expected one of 'auto', 'float32', 'bfloat16', 'float16'")},
 }
 # Any text, switch or number will do, as far as can be said before the model and the data are there.
-UNCHECKED = {"seed", "refit", "pack", "mixed_lengths", "calib", "config", "split", "column", "device"}
+UNCHECKED = {"seed", "refit", "set_aside", "pack", "mixed_lengths", "calib", "config", "split", "column", "device"}
 GOOD = [
     SelectOptions(1),
     SelectOptions(1e-9, protect=["heads.0", 1], round_to=8, budget="flops"),
@@ -69,6 +73,8 @@ GOOD = [
     CalibrationOptions(tokens=None, max_length=1, batch_size=1),
     SelectOptions(np.float32(0.5), round_to=np.int64(8), seed=np.int32(3)),
     ReconstructOptions(ridge=np.float64(0.1), refit=np.True_),
+    ReconstructOptions(quality=0),
+    ReconstructOptions(quality=np.int64(8), set_aside=True),
     CalibrationOptions(tokens=np.int64(10)),
 ]
 

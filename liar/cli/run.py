@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import typer
-from torch import Tensor, nn
+from torch import nn
 
-from liar.api import prune_progress, reconstruct_with, select_with, with_selection
-from liar.data import builder_of, calibration, texts
+from liar.api import prune_with, reconstruct_with
+from liar.cli.source import SourceTexts
+from liar.data import builder_of
 from liar.errors import MaskError, OptionError, check_choice, wrap_parse_errors
 from liar.files import user_path
 from liar.io import check_target, load, load_tokenizer, save
@@ -108,16 +109,17 @@ class Run:
         """
         self.check(overwrite=overwrite)
         tokenizer = load_tokenizer(self.model)
-        batches = calibration_batches(tokenizer, self.source, self.calibration, progress=progress)
+        source = SourceTexts(self.source, tokenizer, self.calibration)
+        batches = source.batches(progress=progress)
+        options = self.reconstruct
+        held_out = None if options.set_aside else source.left_over(options.quality, batches)
         model = load_model(self.model, self.load)
         selection = self._selection()
         if selection is not None:
-            with prune_progress(progress, selection) as shown:
-                mask = select_with(model, batches, selection, progress=shown)
-                report = with_selection(reconstruct_with(model, mask, batches, self.reconstruct, progress=shown), selection)
+            mask, report = prune_with(model, batches, selection, options, held_out=held_out, progress=progress)
         else:
             mask = Mask.of(self._checked_mask(), discover(model))
-            report = reconstruct_with(model, mask, batches, self.reconstruct, progress=progress)
+            report = reconstruct_with(model, mask, batches, options, held_out=held_out, progress=progress)
         extra = {"mask.json": mask.to_json(), "run.json": self.to_json()}
         how: dict[str, Any] = {**asdict(self.save), "extra": extra, "overwrite": overwrite}
         save(model, self.out, tokenizer=tokenizer, mask=mask, report=report, **how)
@@ -193,14 +195,6 @@ def load_model(model: str, options: LoadOptions) -> nn.Module:
     """The model of a folder, on the device."""
     loaded: nn.Module = load(model, dtype=options.dtype)
     return loaded.to(options.device)
-
-
-def calibration_batches(
-    tokenizer: Any, source: SourceOptions, options: CalibrationOptions, *, progress: bool = True
-) -> list[dict[str, Tensor]]:
-    """The texts of a source as batches."""
-    lines: Iterator[Any] = texts(source.calib, config=source.config, split=source.split, column=source.column)
-    return calibration(lines, tokenizer, **asdict(options), progress=progress)
 
 
 def check_source(source: SourceOptions | None, load: LoadOptions) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from liar.errors import CheckpointError, wrap_parse_errors
 from liar.files import user_path, write_text
+from liar.report.quality import METRICS, Measure, Quality
 from liar.verdicts import Verdict
 
 if TYPE_CHECKING:
@@ -55,6 +56,21 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
+class CostChange:
+    """What the model costs by the budget that was selected by.
+
+    Attributes:
+        name: what is counted, as `Costs.name`: `"FLOPs"`, `"seconds"`.
+        before: of the dense model.
+        after: with the kept units. Of time, the sum of what was measured for every layer, and not a measurement of the result.
+    """
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Report:
     """The outcome of one reconstruction.
 
@@ -68,6 +84,10 @@ class Report:
         options: target, ridge, refit, solver, bias; after `liar.prune` also criterion, budget and widths.
         dtype: of the weights.
         seconds: wall time by stage.
+        quality: the output beside the dense model's; None if it was not compared.
+        distinct_tokens: calibration tokens that are not copies; None in reports of earlier versions.
+        lengths: of the calibration sequences in tokens: (shortest, median, longest); None in reports of earlier versions.
+        cost: by the budget that units were selected by; None if the mask came from elsewhere.
 
     Example:
         >>> report = liar.prune(model, calib, keep=0.5)
@@ -86,6 +106,10 @@ class Report:
     options: Mapping[str, Any]
     dtype: str
     seconds: Mapping[str, float] = field(default_factory=dict)
+    quality: Quality | None = None
+    distinct_tokens: int | None = None
+    lengths: tuple[int, int, int] | None = None
+    cost: CostChange | None = None
 
     @property
     def verdicts(self) -> dict[str, Verdict]:
@@ -94,12 +118,7 @@ class Report:
 
     def to_json(self) -> str:
         """JSON text; NaN and infinity become strings, since JSON has no such numbers."""
-        content = asdict(self)
-        content["sites"] = [
-            {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in site.items()}
-            for site in content["sites"]
-        ]
-        return json.dumps(content, indent=1)
+        return json.dumps(_with_plain_numbers(asdict(self)), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -167,17 +186,27 @@ class Report:
 
     def __str__(self) -> str:
         verdicts = [f"{verdict.value}: {verdict.text}" for verdict in sorted({site.verdict for site in self.sites})]
+        below = [*verdicts, *(self.quality.lines() if self.quality else [])]
         try:
             from rich.console import Console  # noqa: PLC0415 (an extra)
         except ImportError:
             rows = ["\t".join(row) for row in (HEADINGS, *self.rows())]
-            return "\n".join([self._title(), *rows, *verdicts, ""])
+            return "\n".join([self._title(), *rows, *below, ""])
         console = Console(file=io.StringIO(), width=120)
         console.print(self.table())
-        for line in verdicts:
-            console.print(line)
+        for line in below:
+            console.print(line, highlight=False, markup=False)
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue()
+
+
+def _with_plain_numbers(content: Any) -> Any:
+    """The same with NaN and infinity as text: JSON has no such numbers."""
+    if isinstance(content, Mapping):
+        return {name: _with_plain_numbers(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_with_plain_numbers(value) for value in content]
+    return str(content) if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _count(value: Any) -> int:
@@ -227,6 +256,25 @@ def _pair(value: Any) -> tuple[int, int]:
     return _count(before), _count(after)
 
 
+def _lengths(value: Any) -> tuple[int, int, int]:
+    shortest, median, longest = value
+    return _count(shortest), _count(median), _count(longest)
+
+
+def _metric(value: Any) -> str:
+    if value not in METRICS:
+        raise ValueError(f"expected one of {', '.join(METRICS)}, got {value!r}")
+    return _text(value)
+
+
+def _measures(value: Any) -> tuple[Measure, ...]:
+    return tuple(Measure(**_read(MEASURE, each)) for each in value)
+
+
+def _optional(reader: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else reader(value)
+
+
 # What a field of a file becomes.
 Readers = Mapping[str, Callable[[Any], Any]]
 SITE: Readers = {
@@ -242,8 +290,17 @@ SITE: Readers = {
     "seconds": _number,
     "bias_created": _flag,
 }
+MEASURE: Readers = {"output": _text, "metric": _metric, "repaired": _number, "mask_only": _number}
+QUALITY: Readers = {
+    "measures": _measures,
+    "sequences": _count,
+    "tokens": _count,
+    "predictions": _count,
+    "held_out": _flag,
+}
+COST: Readers = {"name": _text, "before": _number, "after": _number}
 REPORT: Readers = {
-    "requested": lambda value: None if value is None else _share(value),
+    "requested": _optional(_share),
     "achieved": _share,
     "parameters": _pair,
     "tokens": _count,
@@ -251,6 +308,10 @@ REPORT: Readers = {
     "options": lambda value: {_text(name): each for name, each in value.items()},
     "dtype": _text,
     "seconds": lambda value: {_text(name): _number(each) for name, each in value.items()},
+    "quality": _optional(lambda value: Quality(**_read(QUALITY, value))),
+    "distinct_tokens": _optional(_count),
+    "lengths": _optional(_lengths),
+    "cost": _optional(lambda value: CostChange(**_read(COST, value))),
 }
 
 
