@@ -1,12 +1,13 @@
 # make demo: install everything and do the main job on a real model.  make test: every check there is.  make fuzz: odd inputs.
 # make test-ecosystem: with ONNX, PEFT, torchao and GGUF.  make test-oldest, test-newest: with other versions of transformers.
+# make test-browser: the page of a report in headless Chromium (Debian: apt install chromium nodejs npm); pictures in browser-output.
 # make kill: kills, and full disks, at random moments of saving; real full disks need root.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ECOSYSTEM := .venv-ecosystem
 
-.PHONY: demo test test-ecosystem test-oldest test-newest fuzz kill install clean
+.PHONY: demo test test-browser test-ecosystem test-oldest test-newest fuzz kill install clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.demo --out demo-output
@@ -23,6 +24,12 @@ test-ecosystem: $(ECOSYSTEM)/installed
 
 test-oldest test-newest: test-%: $(VENV)/installed
 	$(BIN)/nox --session $*
+
+# CHROMIUM says where the browser is, if not where Debian has it.
+test-browser: $(VENV)/installed
+	npm ci --prefix tests/browser --no-audit --no-fund
+	$(BIN)/python tests/browser/pages.py browser-output
+	node tests/browser/check.mjs browser-output
 
 # As many inputs as INPUTS says, other ones every time. What failed is kept in .hypothesis, and tried first the next time.
 INPUTS ?= 10000
@@ -45,4 +52,4 @@ $(VENV)/installed $(ECOSYSTEM)/installed: setup.cfg constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ECOSYSTEM) .nox demo-output
+	rm -rf $(VENV) $(ECOSYSTEM) .nox demo-output browser-output tests/browser/node_modules

@@ -179,7 +179,7 @@ def _select(
             check_finite(by_site[site.name], what=f"scores of criterion={options.criterion!r}")
     ranked = {site.name: rank_scores(by_site[site.name], site) for site in layout.sites if site.groups}
     mask = allocate({**by_site, **ranked}, counted, budget, options.widths, comparable=criterion.comparable)
-    change = CostChange(costs.name, costs.dense, costs.of({name: mask.kept(name) for name in mask.masks}))
+    change = CostChange(costs.name, float(costs.dense), float(costs.of({name: mask.kept(name) for name in mask.masks})))
     achieved = change.after / change.before
     level = logging.WARNING if achieved < options.keep - TOLERANCE else logging.INFO
     logger.log(level, "requested %.4f of the %s, achieved %.4f", options.keep, costs.name, achieved)

@@ -20,6 +20,7 @@ from liar.testing import tiny_batches, tiny_model
 ORDER = (
     "errors",
     "files",
+    "templates",
     "versions",
     "verdicts",
     "options",
@@ -45,6 +46,7 @@ ORDER = (
 PURE = {
     "errors": set(),
     "files": {"errors"},
+    "templates": set(),
     "verdicts": set(),
     "options": {"errors"},
     "statistics": {"errors"},

@@ -34,6 +34,10 @@ class Metric:
         """Distance from the best value; NaN stays NaN."""
         return abs(value - self.perfect)
 
+    def show(self, value: float) -> str:
+        """A value as text, without rounding noise around the best one."""
+        return self.shown.format(self.perfect if self.loss(value) <= ROUNDING else value)
+
 
 METRICS: Mapping[str, Metric] = {
     "kl": Metric(
@@ -99,7 +103,7 @@ class Measure:
 
     def __str__(self) -> str:
         metric = METRICS[self.metric]
-        repaired, mask_only = (metric.shown.format(value) for value in (self.repaired, self.mask_only))
+        repaired, mask_only = (metric.show(value) for value in (self.repaired, self.mask_only))
         return f"{metric.label} of {self.output}: {repaired} (mask alone: {mask_only})"
 
 

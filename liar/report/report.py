@@ -6,12 +6,15 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liar.errors import CheckpointError, wrap_parse_errors
 from liar.files import user_path, write_text
+from liar.mask import Mask
+from liar.report.content import CostChange, ReportContent, SiteReport
+from liar.report.page import PageSource, notebook_cell, write_page
 from liar.report.quality import METRICS, Measure, Quality
 from liar.verdicts import Verdict
 
@@ -24,54 +27,7 @@ CAPTION = "error: squared error on held-out tokens over the target's energy (0 i
 
 
 @dataclass(frozen=True)
-class SiteReport:
-    """One site.
-
-    Attributes:
-        site: name, such as `"neurons.3"`.
-        module: full name of the consumer.
-        kept: units left.
-        total: units before.
-        before: residual energy over the target's, on held-out tokens, with the kept weights as they were (NaN if nothing
-            could be held out).
-        after: the same after reconstruction (fitted without those tokens).
-        verdict: how the solve ended.
-        ridge: relative ridge; infinite where the kept weights stayed.
-        condition: of the system solved.
-        seconds: of the solve for the weights of the consumer, without passes and without the refit of the producers.
-        bias_created: whether the layer got a bias it did not have.
-    """
-
-    site: str
-    module: str
-    kept: int
-    total: int
-    before: float
-    after: float
-    verdict: Verdict
-    ridge: float
-    condition: float
-    seconds: float
-    bias_created: bool = False
-
-
-@dataclass(frozen=True)
-class CostChange:
-    """What the model costs by the budget that was selected by.
-
-    Attributes:
-        name: what is counted, as `Costs.name`: `"FLOPs"`, `"seconds"`.
-        before: of the dense model.
-        after: with the kept units. Of time, the sum of what was measured for every layer, and not a measurement of the result.
-    """
-
-    name: str
-    before: float
-    after: float
-
-
-@dataclass(frozen=True)
-class Report:
+class Report(ReportContent):
     """The outcome of one reconstruction.
 
     Attributes:
@@ -96,20 +52,6 @@ class Report:
         >>> Report.from_json(report.to_json()).verdicts == report.verdicts
         True
     """
-
-    sites: tuple[SiteReport, ...]
-    requested: float | None
-    achieved: float
-    parameters: tuple[int, int]
-    tokens: int
-    sequences: int
-    options: Mapping[str, Any]
-    dtype: str
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    quality: Quality | None = None
-    distinct_tokens: int | None = None
-    lengths: tuple[int, int, int] | None = None
-    cost: CostChange | None = None
 
     @property
     def verdicts(self) -> dict[str, Verdict]:
@@ -147,6 +89,29 @@ class Report:
         """
         with wrap_parse_errors(CheckpointError, WRITTEN, path):
             return cls.from_json(user_path(path).read_text(encoding="utf-8"))
+
+    def to_html(self, path: str | Path, *, name: str = "This model", mask: Mask | None = None) -> None:
+        """Write one self-contained web page: warnings, output, what was kept, errors, calibration data, how to load.
+
+        Args:
+            path: of the page, which ends in `.html`.
+            name: what the page calls the model.
+            mask: which units stay: heads are then shown one by one.
+
+        Raises:
+            OptionError: another ending.
+            ImportError: matplotlib is not installed.
+            CheckpointError: the file cannot be written.
+
+        Example:
+            >>> report = liar.prune(model, calib, keep=0.5)
+            >>> report.to_html("report.html", name="slim")
+        """
+        write_page([PageSource(name, self, mask)], path)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        return notebook_cell(self)
 
     def table(self) -> Table:
         """A `rich` table; `print(report)` shows it."""
