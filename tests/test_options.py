@@ -131,8 +131,8 @@ def test_options_are_frozen_and_explained(kind):
     ("verb", "kinds", "own"),
     [
         (liar.select, [SelectOptions], {"model", "calib", "progress"}),
-        (liar.reconstruct, [ReconstructOptions], {"model", "mask", "calib", "progress"}),
-        (liar.prune, [SelectOptions, ReconstructOptions], {"model", "calib", "progress"}),
+        (liar.reconstruct, [ReconstructOptions], {"model", "mask", "calib", "held_out", "progress"}),
+        (liar.prune, [SelectOptions, ReconstructOptions], {"model", "calib", "held_out", "progress"}),
         (liar.calibration, [CalibrationOptions], {"texts", "tokenizer", "progress"}),
     ],
 )

@@ -37,7 +37,7 @@ def report_figure(report: ReportContent, figure_class: Any) -> Figure:
         offset = (number - (len(kinds) - 1) / 2) * 0.8 / len(kinds)
         at = [layer_of(site.site) + offset for site in sites]
         style = {"color": COLOURS.get(kind, "0.4")}
-        upper.bar(at, [site.kept / site.total for site in sites], 0.76 / len(kinds), label=kind, **style)
+        upper.bar(at, [site.kept / max(site.total, 1) for site in sites], 0.76 / len(kinds), label=kind, **style)
         _errors(lower, kind, at, sites, style)
     _finish(upper, lower, report, layers)
     return figure
