@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from liar.data import calibration, texts
+from liar.data import calibration, evenly, texts
 from liar.errors import CalibrationError
 from liar.options import CalibrationOptions, SourceOptions
 from liar.repair import sequences_to_compare
@@ -49,10 +49,18 @@ class SourceTexts:
         if not some:
             return None
         try:
-            return calibration(some, self._tokenizer, **asdict(replace(self._options, tokens=None)), progress=False)
+            more = calibration(some, self._tokenizer, **asdict(replace(self._options, tokens=None)), progress=False)
         except CalibrationError as error:
             logger.info("no texts are left over to compare outputs on: %s", error)
             return None
+        # Long texts make several sequences each.
+        rows = [(number, row) for number, batch in enumerate(more) for row in range(len(batch["input_ids"]))]
+        chosen = [rows[place] for place in evenly(len(rows), count).tolist()]
+        return [
+            {name: value[[row for place, row in chosen if place == number]] for name, value in batch.items()}
+            for number, batch in enumerate(more)
+            if any(place == number for place, _ in chosen)
+        ]
 
     def _some(self, count: int, characters: int) -> Iterator[Any]:
         """The next texts that are not blank: so many and, where they are to be joined, with so many characters."""

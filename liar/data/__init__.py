@@ -2,7 +2,7 @@
 
 from liar.data.calibration_data import FOLDS, Calibration
 from liar.data.held_out import distinct_from, set_aside
-from liar.data.sample import sample, sample_tokens, split, spread, take, take_sequences
+from liar.data.sample import evenly, sample, sample_tokens, split, spread, take, take_sequences
 from liar.data.sentences import read_by
 from liar.data.texts import builder_of, texts
 from liar.data.tokenise import calibration
@@ -13,6 +13,7 @@ __all__ = [
     "builder_of",
     "calibration",
     "distinct_from",
+    "evenly",
     "read_by",
     "sample",
     "sample_tokens",

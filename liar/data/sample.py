@@ -82,6 +82,11 @@ def sample_tokens(calibration: Calibration, number: int, share: float) -> Tensor
     return mask & (place % 1 < share)
 
 
+def evenly(total: int, count: int) -> Tensor:
+    """So many of the numbers below `total`, evenly spaced, all if there are no more: int64, ascending."""
+    return torch.arange(total) if count >= total else (2 * torch.arange(count) + 1) * total // (2 * count)
+
+
 def spread(calibration: Calibration, count: int, among: Tensor | None = None) -> Tensor:
     """Which sequences to take where so many are to be: bool [sequences], spread evenly over the data, all if there are no more.
 
@@ -91,7 +96,7 @@ def spread(calibration: Calibration, count: int, among: Tensor | None = None) ->
         among: bool [sequences], those that may be taken; None: all.
     """
     places = torch.arange(calibration.sequences) if among is None else among.nonzero().squeeze(1)
-    chosen = places if count >= len(places) else places[(2 * torch.arange(count) + 1) * len(places) // (2 * count)]
+    chosen = places[evenly(len(places), count)]
     return torch.zeros(calibration.sequences, dtype=torch.bool).index_fill_(0, chosen, True)
 
 
