@@ -220,9 +220,9 @@ def reconstruct(
         bias: `"preserve"`: a bias is refitted where the consumer has one. `"create"`: consumers without get one, as the
             report says; the stock classes may then be unable to load the model.
         quality: on how many sequences the output of the finished model is compared with the dense model's, and that of the
-            mask alone beside it: `report.quality`. `"auto"`: at most 16, and a 32nd of the calibration sequences or 4; 0: no
-            comparison. The weights do not depend on it. Where nothing else is said, these are calibration sequences, which the
-            fit has seen: `report.quality.held_out` is then False.
+            mask alone beside it: `report.quality`. `"auto"`: a 32nd of the calibration sequences, at most 16 (of little data an
+            eighth, up to 4); 0: no comparison. The weights do not depend on it. Where nothing else is said, these are
+            calibration sequences, which the fit has seen: `report.quality.held_out` is then False.
         set_aside: take these sequences out of the calibration data first, a quarter of it at most. The fit has less text.
         held_out: further batches, as `calib`, to compare on; sequences that repeat one of `calib` are left out.
         progress: show a bar, or a function that is called in its place (see `ProgressUpdate`).

@@ -1,8 +1,10 @@
 """The output of the finished model beside the dense model's: the numbers, what they are made on, and what is said of them."""
 
 import copy
+import gc
 import json
 import logging
+import weakref
 from dataclasses import replace
 from math import inf, nan
 
@@ -175,12 +177,21 @@ def test_few_sequences_by_default_and_it_says_what_they_are():
     model = made("bare")
     report = liar.prune(model, tiny_batches(model), keep=0.5, progress=False)
     quality = report.quality
-    assert (quality.sequences, quality.held_out) == (comparison.FEWEST, False)
+    assert (quality.sequences, quality.held_out) == (comparison.FEW, False)
     assert quality.verdict is OutputVerdict.BETTER_ON_SEEN
     assert "4 sequences" in str(report)
     assert "seen by the fit" in str(report)
     assert "quality" in report.seconds
-    assert [comparison.sequences_to_compare("auto", n) for n in (1, 128, 256, 512, 10_000)] == [4, 4, 8, 16, 16]
+    assert [comparison.sequences_to_compare("auto", n) for n in (1, 8, 24, 32, 128, 256, 512, 10_000)] == [
+        1,
+        1,
+        3,
+        4,
+        4,
+        8,
+        16,
+        16,
+    ]
     assert [comparison.sequences_to_compare(n, 100) for n in (0, 5, 500)] == [0, 5, 500]
 
 
@@ -372,3 +383,27 @@ def test_reports_of_earlier_versions_load():
     assert (report.quality, report.distinct_tokens, report.lengths, report.cost) == (None,) * 4
     assert "compared" not in str(report)
     assert replace(report, quality=None) == report
+
+
+def test_no_second_model_is_in_memory():
+    """Blocks of the mask alone are cut when they run, and gone before the next one does."""
+    model = tiny_model("bert", num_hidden_layers=6)
+    alive, most = weakref.WeakSet(), []
+    cut_site = comparison.cut_site
+
+    def counted(block, site, mask):
+        alive.add(block)
+        most.append(len(alive))
+        cut_site(block, site, mask)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "cut_site", counted)
+        gc.collect()
+        gc.disable()
+        try:
+            liar.reconstruct(model, every_other(model), tiny_batches(model), progress=False)
+        finally:
+            gc.enable()
+    # Both sites of every block, for each of the four batches that a compared sequence comes from.
+    assert len(most) == 2 * 6 * 4
+    assert max(most) == 1

@@ -31,16 +31,19 @@ from liar.report import Measure, Quality
 from liar.runtime import Output, outputs_of, preserve_model_state, replace_forwards
 from liar.surgery import copy_block, cut_site
 
-# Sequences that are compared if nobody says how many: at most so many, and about a 32nd of the calibration data, so that three
-# passes over them take a few per cent of the time of a reconstruction, which reads all data more than twice.
-MOST, FEWEST, PART = 16, 4, 32
+# Sequences that are compared if nobody says how many: a 32nd of the calibration data, at most 16; of little data an eighth, up
+# to 4. Then three passes over them take a few per cent of the time of a run, which reads all data several times.
+MOST, PART = 16, 32
+FEW, PART_OF_LITTLE = 4, 8
 # Numbers in the outputs of one pass: all of three models' are there at a time.
 NUMBERS = 2**25
 
 
 def sequences_to_compare(quality: int | str, sequences: int) -> int:
     """How many sequences `quality` means, where there are so many calibration sequences."""
-    return min(MOST, max(FEWEST, sequences // PART)) if quality == "auto" else int(quality)
+    if quality != "auto":
+        return int(quality)
+    return max(min(MOST, sequences // PART), min(FEW, sequences // PART_OF_LITTLE), 1)
 
 
 def compare_outputs(
