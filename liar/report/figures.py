@@ -65,10 +65,12 @@ def _finish(upper: Axes, lower: Axes, report: ReportContent, layers: Sequence[in
     lower.set_ylabel("held-out error\n(residual over target energy)")
     lower.set_xlabel("layer")
     if any(site.before > 0 and site.after > 0 for site in report.sites):
-        # Less is rounding.
-        lower.set_ylim(bottom=max(lower.get_ylim()[0], ROUNDING))
+        lower.set_yscale("log", subs=[])
         low, high = lower.get_ylim()
-        lower.set_yscale("log", subs=[2, 5] if high < 1e4 * low else [])
+        # Less is rounding.
+        lower.set_ylim(bottom=max(low, ROUNDING))
+        if high < 1e4 * low:  # else there are too many to be written
+            lower.set_yscale("log", subs=[2, 5])
         for axis_formatter in (lower.yaxis.set_major_formatter, lower.yaxis.set_minor_formatter):
             axis_formatter(lambda error, _: f"{error:g}")
     else:
