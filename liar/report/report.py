@@ -37,7 +37,7 @@ class Report(ReportContent):
         parameters: of the whole model, (before, after).
         tokens: calibration tokens used.
         sequences: calibration sequences used.
-        options: target, ridge, refit, solver, bias; after `liar.prune` also criterion, budget and widths.
+        options: target, ridge, refit, solver, bias, quality, set_aside; after `liar.prune` also criterion, budget and widths.
         dtype: of the weights.
         seconds: wall time by stage.
         quality: the output beside the dense model's; None if it was not compared.
