@@ -2,6 +2,7 @@
 # make test-ecosystem: with ONNX, PEFT, torchao and GGUF.  make test-oldest, test-newest: with other versions of transformers.
 # make docs: the documentation as a site, built strictly, links checked.
 # make tutorials: run those whose models are there.  make test-package: the wheel and the sdist, each in a fresh environment.
+# make test-browser: the page of a report in headless Chromium (Debian: apt install chromium nodejs npm); pictures in browser-output.
 # make kill: kills, and full disks, at random moments of saving; real full disks need root.
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 ECOSYSTEM := .venv-ecosystem
 DOCS := .venv-docs
 
-.PHONY: demo test docs tutorials test-package test-ecosystem test-oldest test-newest fuzz kill install clean
+.PHONY: demo test test-browser docs tutorials test-package test-ecosystem test-oldest test-newest fuzz kill install clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.demo --out demo-output
@@ -38,6 +39,12 @@ test-ecosystem: $(ECOSYSTEM)/installed
 test-oldest test-newest: test-%: $(VENV)/installed
 	$(BIN)/nox --session $*
 
+# CHROMIUM says where the browser is, if not where Debian has it.
+test-browser: $(VENV)/installed
+	npm ci --prefix tests/browser --no-audit --no-fund
+	$(BIN)/python tests/browser/pages.py browser-output
+	node tests/browser/check.mjs browser-output
+
 # As many inputs as INPUTS says, other ones every time. What failed is kept in .hypothesis, and tried first the next time.
 INPUTS ?= 10000
 fuzz: $(VENV)/installed
@@ -60,4 +67,4 @@ $(VENV)/installed $(ECOSYSTEM)/installed $(DOCS)/installed: setup.cfg constraint
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ECOSYSTEM) $(DOCS) .nox demo-output dist site
+	rm -rf $(VENV) $(ECOSYSTEM) $(DOCS) .nox demo-output dist site browser-output tests/browser/node_modules

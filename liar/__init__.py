@@ -2,8 +2,8 @@
 
 The three verbs are `select`, `reconstruct` and `prune`; `calibration` makes batches from texts, `save` and `load` keep pruned
 models, `collect` reuses statistics for many budgets, `discover` shows where a model can be cut, `remove` cuts without repair,
-`refine` goes on with gradients,
-`moments` and `interpolation` let you look inside, `self_generate` lets a model write its calibration texts.
+`refine` goes on with gradients, `moments` and `interpolation` let you look inside, `self_generate` lets a model write its
+calibration texts.
 
 What a name stands for is imported when it is first used: torch and transformers take seconds, and `liar --help` needs neither.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from liar.analysis import Interpolation, interpolation, moments
-    from liar.api import prune, reconstruct, select
+    from liar.api import prune, reconstruct, refine, select
     from liar.data import Calibration, calibration
     from liar.errors import LiarError
     from liar.generation import SelfGenerated, self_generate
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from liar.mask import Mask
     from liar.models import Family, FusedProducer, HeadArgument, SitePattern, families, register
     from liar.progress import ProgressUpdate
-    from liar.refinement import refine
     from liar.report import Report, plot
     from liar.selection import Costs, CriterionStatistics, collect, flops, latency
     from liar.surgery import remove
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "analysis": ("Interpolation", "interpolation", "moments"),
-    "api": ("prune", "reconstruct", "select"),
+    "api": ("prune", "reconstruct", "refine", "select"),
     "data": ("Calibration", "calibration"),
     "errors": ("LiarError",),
     "generation": ("SelfGenerated", "self_generate"),
@@ -40,7 +39,6 @@ _MODULES = {
     "mask": ("Mask",),
     "models": ("Family", "FusedProducer", "HeadArgument", "SitePattern", "families", "register"),
     "progress": ("ProgressUpdate",),
-    "refinement": ("refine",),
     "report": ("Report", "plot"),
     "selection": ("Costs", "CriterionStatistics", "collect", "flops", "latency"),
     "surgery": ("remove",),

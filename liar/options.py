@@ -169,6 +169,15 @@ def check_sparsity(name: str, value: Any) -> None:
     )
 
 
+def check_quality(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is "auto" or an integer from 0 to `LARGEST_COUNT`."""
+    automatic = isinstance(value, str) and value == "auto"
+    if not automatic and (not _is_number(value, Integral) or not 0 <= int(value) <= LARGEST_COUNT):
+        raise OptionError(
+            f'{name}={_shown(value)}: expected "auto" or a number of sequences, from 0 (none) to {LARGEST_COUNT:,}'
+        )
+
+
 def _check_budget(name: str, value: Any) -> None:
     # `Costs`, which cannot be imported here, or their content in a run.json.
     if not isinstance(value, Mapping) and not hasattr(type(value), "unit_costs"):
@@ -290,9 +299,7 @@ class CalibrationOptions(OptionGroup):
     pack: bool = _option(
         "Join the texts and cut full sequences, as language models are trained.", default=False, check=check_flag
     )
-    mixed_lengths: bool = _option(
-        "Split an encoder's long texts into pieces of mixed lengths.", default=True, check=check_flag
-    )
+    mixed_lengths: bool = _option("Split an encoder's long texts into pieces of mixed lengths.", default=True, check=check_flag)
 
 
 @dataclass(frozen=True)
@@ -325,6 +332,17 @@ class ReconstructOptions(OptionGroup):
     refit: bool = _option("First fit the layers before the kept units to their dense output.", default=True, check=check_flag)
     solver: str = _option("How the least squares are solved.", default="auto", choices=SOLVERS)
     bias: str = _option("What happens to biases.", default="preserve", choices=BIASES)
+    quality: int | str = _option(
+        "Sequences on which the finished model's output is compared with the dense model's: a number, 0 for no comparison, or "
+        "auto (so few that it costs little, at most 16).",
+        default="auto",
+        check=check_quality,
+    )
+    set_aside: bool = _option(
+        "Take these sequences out of the calibration data first, so that nothing is fitted to what is compared.",
+        default=False,
+        check=check_flag,
+    )
 
 
 @dataclass(frozen=True)

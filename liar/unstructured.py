@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liar.data import Calibration, read_by
+from liar.data import Calibration, transformer_and_data
 from liar.errors import CalibrationError, ModelError, OptionError, at_site
 from liar.mask import Mask, WeightMasks, apply_masks, hold_masks
 from liar.models import LayerView, discover_with_weights, linear_layers, transformer_in
@@ -283,7 +283,7 @@ def prune(
         layout = discover_with_weights(inner)
         layers = {block: linear_layers(inner.get_submodule(block)) for block in layout.blocks}
     _check_groups(layers, options.sparsity)
-    calibration = _calibration(model, inner, calib, options.criterion)
+    calibration = _calibration(model, calib, options.criterion)
     with (
         exclusive(inner),
         progress_of(progress, "prune", {"weights": 1}) as shown,
@@ -312,10 +312,11 @@ def _check_groups(layers: Mapping[str, Mapping[str, LayerView]], sparsity: Spars
                 )
 
 
-def _calibration(model: nn.Module, inner: nn.Module, calib: Any, criterion: str) -> Calibration | None:
+def _calibration(model: nn.Module, calib: Any, criterion: str) -> Calibration | None:
     """The data a criterion needs; None where it needs none."""
     if CRITERIA[criterion].statistics is None:
         return None
     if calib is None:
         raise CalibrationError(f"criterion={criterion!r} needs activations: pass calibration batches")
-    return Calibration.of(calib if inner is model else read_by(model, calib), inner)
+    inner, batches = transformer_and_data(model, calib)
+    return Calibration.of(batches, inner)

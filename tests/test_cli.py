@@ -167,6 +167,45 @@ def test_prune_does_what_the_library_does(home, tmp_path):
     torch.testing.assert_close(tensors(tmp_path / "slim"), model.state_dict(), rtol=0, atol=0)
 
 
+# Options -> (sequences compared, held out, tokens fitted to): the texts are 80 lines of 12 tokens.
+COMPARED = {
+    (): (4, False, 960),
+    ("--tokens", 600): (4, True, 600),
+    ("--tokens", 600, "--quality", 7): (7, True, 600),
+    ("--tokens", 950): (4, False, 950),
+    ("--tokens", 924): (3, True, 924),
+    ("--set-aside",): (4, True, 912),
+    ("--set-aside", "--quality", 10, "--tokens", 600): (10, True, 480),
+    ("--pack", "--max-length", 48, "--tokens", 480): (4, True, 480),
+}
+
+
+@pytest.mark.parametrize("options", COMPARED, ids=str)
+def test_outputs_are_compared_on_texts_that_are_left_over(home, tmp_path, options):
+    call("prune", home / "bert", tmp_path / "slim", "--keep", 0.5, "--calib", home / "texts.txt", *options)
+    report = liar.Report.load(tmp_path / "slim" / "report.json")
+    assert (report.quality.sequences, report.quality.held_out, report.tokens) == COMPARED[options]
+    done = call("replay", tmp_path / "slim" / "run.json", "--out", tmp_path / "again")
+    assert liar.Report.load(tmp_path / "again" / "report.json").quality == report.quality
+    assert report.quality.verdict.value in done.stdout
+
+
+def test_the_comparison_can_be_turned_off(home, tmp_path):
+    arguments = ["prune", home / "bert", tmp_path / "slim", "--keep", 0.5, "--calib", home / "texts.txt", "--tokens", 600]
+    done = call(*arguments, "--quality", 0)
+    assert liar.Report.load(tmp_path / "slim" / "report.json").quality is None
+    assert "compared" not in done.stdout
+    assert "set_aside=True says which sequences" in refused(*arguments, "--quality", 0, "--set-aside", "--force")
+
+
+def test_texts_that_only_repeat_are_not_held_out(home, tmp_path):
+    lines = (home / "texts.txt").read_text().splitlines()[:30]
+    (tmp_path / "texts.txt").write_text("\n".join(lines * 2))
+    call("prune", home / "bert", tmp_path / "slim", "--keep", 0.5, "--calib", tmp_path / "texts.txt", "--tokens", 360)
+    report = liar.Report.load(tmp_path / "slim" / "report.json")
+    assert (report.tokens, report.quality.sequences, report.quality.held_out) == (360, 4, False)
+
+
 @pytest.mark.parametrize(("option", "mixed"), [("--mixed-lengths", True), ("--no-mixed-lengths", False)])
 def test_long_texts_are_taken_as_the_library_does(home, tmp_path, option, mixed):
     (tmp_path / "long.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15 w16 w17\n" * 40)
@@ -514,6 +553,7 @@ WRONG = {
     "ridge": ["-1", "nan", "inf", "much"],
     "solver": ["qr"],
     "bias": ["keep"],
+    "quality": ["-1", "many", "1.5"],
     "max_length": ["0"],
     "batch_size": ["0"],
     "tokens": ["0"],
@@ -529,7 +569,7 @@ WRONG = {
     "lora": ["0", "x"],
 }
 # ... but for switches, which have no value, and for what only the model or the data can refuse.
-SWITCHES = {"refit", "pack", "mixed_lengths", "standalone"}
+SWITCHES = {"refit", "set_aside", "pack", "mixed_lengths", "standalone"}
 UNCHECKED = {"protect", "calib", "config", "split", "column", "device", "language", "teacher"}
 
 

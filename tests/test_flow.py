@@ -20,6 +20,7 @@ from liar.testing import tiny_batches, tiny_model
 ORDER = (
     "errors",
     "files",
+    "templates",
     "versions",
     "verdicts",
     "options",
@@ -39,7 +40,6 @@ ORDER = (
     "selection",
     "io",
     "api",
-    "refinement",
     "testing",
     "tracing",
     "cli",
@@ -48,6 +48,7 @@ ORDER = (
 PURE = {
     "errors": set(),
     "files": {"errors"},
+    "templates": set(),
     "verdicts": set(),
     "options": {"errors"},
     "statistics": {"errors"},

@@ -71,6 +71,10 @@ BAD = {
         "ridge": ([-1, nan, inf, "none", None, True, 1.1e12, 1e308, 10**400, [1], {}], 'expected "auto" or a number >= 0'),
         "solver": (["qr"], "expected one of 'auto', 'cholesky', 'eigh', 'lstsq'"),
         "bias": (["keep", False], "expected one of 'preserve', 'create'"),
+        "quality": (
+            ["all", -1, 1.5, None, True, 2**31, 10**400, [1], np.float32(2)],
+            'expected "auto" or a number of sequences',
+        ),
     },
     PruneOptions: {"steps": ([*COUNTS, None], "expected a whole number, at least 1")},
     RefineOptions: {
@@ -106,7 +110,7 @@ BAD = {
     LoadOptions: {"dtype": (["int8", None], "expected one of 'auto', 'float32', 'bfloat16', 'float16'")},
 }
 # Any text, switch or number will do, as far as can be said before the model and the data are there.
-UNCHECKED = {"seed", "refit", "pack", "mixed_lengths", "calib", "config", "split", "column", "device"}
+UNCHECKED = {"seed", "refit", "set_aside", "pack", "mixed_lengths", "calib", "config", "split", "column", "device"}
 GOOD = [
     SelectOptions(1),
     SelectOptions(1e-9, protect=["heads.0", 1], round_to=8, budget="flops"),
@@ -117,6 +121,8 @@ GOOD = [
     CalibrationOptions(tokens=None, max_length=1, batch_size=1),
     SelectOptions(np.float32(0.5), round_to=np.int64(8), seed=np.int32(3)),
     ReconstructOptions(ridge=np.float64(0.1), refit=np.True_),
+    ReconstructOptions(quality=0),
+    ReconstructOptions(quality=np.int64(8), set_aside=True),
     CalibrationOptions(tokens=np.int64(10)),
     GenerateOptions(np.int64(10), max_length=6, language="off"),
     RefineOptions(granularity=3, lora=8, warmup=0),
@@ -178,9 +184,9 @@ def test_options_are_frozen_and_explained(kind):
     ("verb", "kinds", "own"),
     [
         (liar.select, [SelectOptions], {"model", "calib", "progress"}),
-        (liar.reconstruct, [ReconstructOptions], {"model", "mask", "calib", "teacher", "progress"}),
+        (liar.reconstruct, [ReconstructOptions], {"model", "mask", "calib", "teacher", "held_out", "progress"}),
         (liar.refine, [RefineOptions], {"model", "teacher", "calib", "progress"}),
-        (liar.prune, [SelectOptions, PruneOptions, ReconstructOptions], {"model", "calib", "progress"}),
+        (liar.prune, [SelectOptions, PruneOptions, ReconstructOptions], {"model", "calib", "held_out", "progress"}),
         (liar.calibration, [CalibrationOptions], {"texts", "tokenizer", "progress"}),
         (liar.self_generate, [GenerateOptions], {"model", "tokenizer", "file", "progress"}),
         (liar.unstructured.prune, [UnstructuredOptions], {"model", "calib", "progress"}),
@@ -221,7 +227,11 @@ def test_criteria_of_weights_are_those_that_are_known():
 
 def test_widths_and_budgets_are_those_that_selection_knows():
     assert options.WIDTHS.keys() == import_module("liar.selection.allocate").COMPARED.keys()
-    assert options.BUDGETS.keys() == import_module("liar.api").COSTS.keys() >= import_module("liar.api").STEPPED.keys()
+    assert (
+        options.BUDGETS.keys()
+        == import_module("liar.api.select").COSTS.keys()
+        >= import_module("liar.api.prune").STEPPED.keys()
+    )
 
 
 def test_every_target_has_steps_of_its_own():

@@ -22,13 +22,16 @@ MaskFile = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="JSON 
 BUDGET_HELP = f"{', '.join(BUDGETS)}, or a file that liar latency wrote"
 
 
-def _ridge(value: str) -> float | str:
-    if value == "auto":
-        return value
-    try:
-        return float(value)
-    except ValueError as error:
-        raise OptionError(f"expected auto or a number >= 0, got {value!r}") from error
+def _automatic(number: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A reader of `auto` or a number."""
+
+    def read(value: str) -> Any:
+        try:
+            return value if value == "auto" else number(value)
+        except ValueError as error:
+            raise OptionError(f"expected auto or a number >= 0, got {value!r}") from error
+
+    return read
 
 
 def _budget(value: str) -> str:
@@ -47,7 +50,8 @@ def _granularity(value: str) -> int | str:
 
 # What the command line reads where Python takes more than text: type, text -> value.
 READERS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
-    "ridge": (str, _ridge),
+    "ridge": (str, _automatic(float)),
+    "quality": (str, _automatic(int)),
     "budget": (str, _budget),
     "protect": (list[str], _protect),
     "granularity": (str, _granularity),

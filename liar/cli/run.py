@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 import typer
 from torch import Tensor, nn
 
-from liar.api import prune_with, reconstruct_with
-from liar.data import builder_of, calibration, texts
+from liar.api import prune_with, reconstruct_with, refine_with
+from liar.cli.source import SourceTexts
+from liar.data import builder_of
 from liar.errors import MaskError, OptionError, check_choice, wrap_parse_errors
 from liar.files import user_path
 from liar.io import check_target, load, load_tokenizer, save
@@ -33,7 +34,6 @@ from liar.options import (
     TeacherOptions,
     check_text,
 )
-from liar.refinement import refine_with
 from liar.report import Report
 from liar.selection import Costs
 from liar.versions import versions
@@ -141,26 +141,32 @@ class Run:
         """
         self.check(overwrite=overwrite)
         tokenizer = load_tokenizer(self.model)
-        batches = calibration_batches(tokenizer, self.source, self.calibration, progress=progress)
+        source = SourceTexts(self.source, tokenizer, self.calibration)
+        batches = source.batches(progress=progress)
         model = load_model(self.model, self.load)
-        mask, report = self._applied(model, batches, progress=progress)
+        mask, report = self._applied(model, source, batches, progress=progress)
         extra = {**({} if mask is None else {"mask.json": mask.to_json()}), "run.json": self.to_json()}
         how: dict[str, Any] = {**asdict(self.save), "extra": extra, "overwrite": overwrite}
         save(model, self.out, tokenizer=tokenizer, mask=mask, report=report, **how)
         return report
 
-    def _applied(self, model: nn.Module, batches: list[dict[str, Tensor]], *, progress: bool) -> tuple[Mask | None, Report]:
+    def _applied(
+        self, model: nn.Module, source: SourceTexts, batches: list[dict[str, Tensor]], *, progress: bool
+    ) -> tuple[Mask | None, Report]:
         """Prune, reconstruct or refine: the mask, if there is one, and the report."""
         folder = self.teacher.teacher
         teacher = None if folder is None else load_model(folder, self.load)
         if self.refine is not None:
             assert teacher is not None
             return None, refine_with(model, teacher, batches, self.refine, progress=progress)
-        assert self.reconstruct is not None
+        options = self.reconstruct
+        assert options is not None
+        held_out = None if options.set_aside else source.left_over(options.quality, batches)
         if (selection := self._selection()) is not None:
-            return prune_with(model, batches, selection, self.reconstruct, self.stepping, progress=progress)
+            return prune_with(model, batches, selection, options, self.stepping, held_out=held_out, progress=progress)
         mask = None if self.mask is None else Mask.of(self._checked_mask(), discover(model))
-        return mask, reconstruct_with(model, mask, batches, self.reconstruct, teacher=teacher, progress=progress)
+        report = reconstruct_with(model, mask, batches, options, teacher=teacher, held_out=held_out, progress=progress)
+        return mask, report
 
     def _selection(self) -> SelectOptions | None:
         """The options that select units, with a measured budget as `Costs`."""
@@ -235,14 +241,6 @@ def load_model(model: str, options: LoadOptions) -> nn.Module:
     """The model of a folder, on the device."""
     loaded: nn.Module = load(model, dtype=options.dtype)
     return loaded.to(options.device)
-
-
-def calibration_batches(
-    tokenizer: Any, source: SourceOptions, options: CalibrationOptions, *, progress: bool = True
-) -> list[dict[str, Tensor]]:
-    """The texts of a source as batches."""
-    lines: Iterator[Any] = texts(source.calib, config=source.config, split=source.split, column=source.column)
-    return calibration(lines, tokenizer, **asdict(options), progress=progress)
 
 
 def check_source(source: SourceOptions | None, load: LoadOptions) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -107,8 +107,7 @@ class Calibration:
             raise CalibrationError(
                 "no token of the calibration data is kept: attention_mask is 0 everywhere (1 marks real tokens)"
             )
-        piece = max(min(PIECE, (total_tokens or tokens) // PIECES), 1)
-        folds, distinct = _folds(batches, token_masks, first_sequence, piece)
+        folds, distinct = _folds(batches, token_masks, first_sequence, total_tokens or tokens)
         return cls(
             batches=tuple(batches),
             token_masks=tuple(token_masks),
@@ -126,6 +125,12 @@ class Calibration:
         """Per batch the global number of its first sequence."""
         lengths = (len(mask) for mask in self.token_masks[:-1])
         return tuple(itertools.accumulate(lengths, initial=self.first_sequence))
+
+
+def refold(calibration: Calibration) -> Calibration:
+    """The same batches with folds of their own, as if they were all that the user gave."""
+    folds, distinct = _folds(calibration.batches, calibration.token_masks, calibration.first_sequence, calibration.tokens)
+    return replace(calibration, folds=folds, distinct_tokens=distinct)
 
 
 def _token_mask(batch: Batch, model: nn.Module, skeleton: nn.Module | None) -> Tensor:
@@ -146,19 +151,20 @@ def _token_mask(batch: Batch, model: nn.Module, skeleton: nn.Module | None) -> T
 
 
 def _folds(
-    batches: Sequence[Batch], token_masks: Sequence[Tensor], first_sequence: int, length: int
+    batches: Sequence[Batch], token_masks: Sequence[Tensor], first_sequence: int, total_tokens: int
 ) -> tuple[tuple[Tensor, ...], int]:
     """The fold of each real token, per batch, and how many tokens are not copies.
 
-    A fold holds whole pieces of `length` tokens. Its number follows from the sequence's global number, plus one for every
-    piece before it; copies are in the fold of the first of them, wherever they are.
+    A fold holds whole pieces of sequences. Its number follows from the sequence's global number, plus one for every piece
+    before it; copies are in the fold of the first of them, wherever they are.
     """
+    length = max(min(PIECE, total_tokens // PIECES), 1)
     numbers, keys = [], []
     starts = itertools.accumulate((len(mask) for mask in token_masks), initial=first_sequence)
     for batch, mask, start in zip(batches, token_masks, starts, strict=False):
         sequence = torch.arange(start, start + len(mask), device=mask.device)[:, None].expand_as(mask)
         numbers.append(torch.stack([sequence, (mask.cumsum(1) - 1) // length])[:, mask].cpu())
-        keys.append(_keys(batch, mask)[mask].cpu())
+        keys.append(token_keys(batch, mask)[mask].cpu())
     sequence, piece_of = torch.cat(numbers, 1)
     # Tokens of one piece are neighbours.
     is_first = torch.ones_like(sequence, dtype=torch.bool)
@@ -175,7 +181,7 @@ def _folds(
     return tuple(part.to(mask.device) for part, mask in zip(parts, token_masks, strict=True)), int(new.sum())
 
 
-def _keys(batch: Batch, token_mask: Tensor) -> Tensor:
+def token_keys(batch: Batch, token_mask: Tensor) -> Tensor:
     """A number for every token, the same for the same token, or for the same image or sound: int64 [sequences, length]."""
     main = main_input(batch)
     if is_signal(batch):

@@ -99,6 +99,9 @@ def _numbers(report: Report) -> list[str]:
             f"relative error of a layer's output on held-out data, median of {len(errors)} layers: {last:.3g} "
             f"(without the repair: {first:.3g})"
         )
+    if report.quality is not None:
+        facts += [f"{measure}, on {report.quality.where}, against the dense model" for measure in report.quality.measures]
+        facts.append(f"the output is {report.quality.verdict.text}")
     return [
         TRAINED if "granularity" in options else COMPUTED,
         "\n".join(f"- {fact}" for fact in facts),

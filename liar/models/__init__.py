@@ -2,7 +2,7 @@
 
 from liar.models.family import Family, FusedProducer, SitePattern
 from liar.models.layers import Axis, LayerView, is_plain, linear_layers
-from liar.models.layout import Edge, HeadArgument, Layout, Segment, Site, layer_of
+from liar.models.layout import Edge, HeadArgument, Layout, Segment, Site, count_parameters, layer_of
 from liar.models.ownership import check_default_device, check_model, why_unusable
 from liar.models.registry import (
     base_and_prefix,
@@ -31,6 +31,7 @@ __all__ = [
     "base_and_prefix",
     "check_default_device",
     "check_model",
+    "count_parameters",
     "discover",
     "discover_with_weights",
     "families",

@@ -210,3 +210,8 @@ class Layout:
 def layer_of(block: nn.Module, edge: Edge) -> LayerView:
     """The layer of an edge inside its block."""
     return LayerView.of(block.get_submodule(edge.module), edge.module)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a whole model; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())

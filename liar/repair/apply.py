@@ -53,6 +53,15 @@ def apply_steps(
     pruned_blocks = walk_blocks(
         model, layout, calibration, steps, mask=mask, teacher=teacher, has_pruned_stream=has_pruned_stream, clock=clock
     )
+    adopt_blocks(model, layout, pruned_blocks)
+
+
+def adopt_blocks(model: nn.Module, layout: Layout, pruned_blocks: Sequence[nn.Module]) -> None:
+    """Put the cut and repaired copies of the blocks in the place of a model's own; on an error it is as it was.
+
+    Raises:
+        ModelError: a copy has other modules or parameters than its block.
+    """
     pairs = [(model.get_submodule(name), pruned) for name, pruned in zip(layout.blocks, pruned_blocks, strict=True)]
     for pair in pairs:
         check_adoptable(*pair)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,10 +103,7 @@ def record_block_calls(
 
         return forward
 
-    owned = [vars(block).get("forward") for block in blocks]
-    try:
-        for index, block in enumerate(blocks):
-            block.forward = recorder(index)
+    with replace_forwards(blocks, [recorder(index) for index in range(len(blocks))]):
         for number, batch in enumerate(batches):
             running = number
             try:
@@ -113,12 +111,21 @@ def record_block_calls(
             except StopForward:
                 continue
             raise ModelError(f"{type(base).__name__} did not call its last block; the family's table names the wrong blocks")
+
+
+@contextmanager
+def replace_forwards(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Let other functions run in place of some modules; whatever happens, the modules are then as they were."""
+    owned: list[Callable[..., Any] | None] = [vars(block).get("forward") for block in blocks]
+    try:
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = forward
+        yield
     finally:
-        for block, forward in zip(blocks, owned, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
+        for block, own in zip(blocks, owned, strict=True):
+            vars(block).pop("forward", None)
+            if own is not None:
+                block.forward = own
 
 
 def calls_of(stream: str, block: int) -> str:

@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from liar.api import count_parameters, transformer_and_data
-from liar.data import Calibration
-from liar.models import Layout, Site, discover_with_weights, transformer_in
+from liar.data import Calibration, transformer_and_data
+from liar.models import Layout, Site, count_parameters, discover_with_weights, transformer_in
 from liar.options import RefineOptions
 from liar.progress import Progress, ProgressOption, progress_of
 from liar.repair import check_teacher
