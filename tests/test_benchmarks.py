@@ -568,6 +568,12 @@ ELSEWHERE = (
     "lora",
     "llama cpp",
     "self generation",
+    "rethinking",
+    "free lunch",
+    "free lunch costs",
+    "starts",
+    "starts saved",
+    "steps",
 )
 
 

@@ -176,7 +176,7 @@ COMPARED = {
     ("--tokens", 924): (3, True, 924),
     ("--set-aside",): (4, True, 912),
     ("--set-aside", "--quality", 10, "--tokens", 600): (10, True, 480),
-    ("--pack", "--max-length", 48, "--tokens", 480): (4, True, 480),
+    ("--pack", "--max-length", 48, "--tokens", 480): (1, True, 480),
 }
 
 
@@ -203,7 +203,7 @@ def test_texts_that_only_repeat_are_not_held_out(home, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(lines * 2))
     call("prune", home / "bert", tmp_path / "slim", "--keep", 0.5, "--calib", tmp_path / "texts.txt", "--tokens", 360)
     report = liar.Report.load(tmp_path / "slim" / "report.json")
-    assert (report.tokens, report.quality.sequences, report.quality.held_out) == (360, 4, False)
+    assert (report.tokens, report.quality.sequences, report.quality.held_out) == (360, 3, False)
 
 
 @pytest.mark.parametrize(("option", "mixed"), [("--mixed-lengths", True), ("--no-mixed-lengths", False)])

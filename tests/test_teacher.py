@@ -1,6 +1,7 @@
 """Repair against a teacher: a model that another tool has cut, pruning in steps, and teachers that do not fit."""
 
 import copy
+from importlib import import_module
 
 import pytest
 import torch
@@ -151,17 +152,16 @@ def test_one_step_is_what_it_was():
 
 def test_later_steps_are_fitted_to_the_dense_model(monkeypatch):
     """Not to the model that the step before left: its teacher has all units, and the values of before the first step."""
-    from liar import api  # noqa: PLC0415 (is patched)
-
+    module = import_module("liar.api.prune")
     model, seen = tiny_model("bert"), []
     dense, batches = copy.deepcopy(model), tiny_batches(model, batches=6)
-    real = api.reconstruct_with
+    real = module.repair
 
-    def noted(given, mask, calib, how, *, teacher=None, progress):
+    def noted(*args, teacher=None):
         seen.append(None if teacher is None else copy.deepcopy(teacher))
-        return real(given, mask, calib, how, teacher=teacher, progress=progress)
+        return real(*args, teacher=teacher)
 
-    monkeypatch.setattr(api, "reconstruct_with", noted)
+    monkeypatch.setattr(module, "repair", noted)
     liar.prune(model, batches, keep=0.3, steps=3, progress=False)
     assert [each is None for each in seen] == [True, False, False]
     for teacher in seen[1:]:
@@ -181,9 +181,8 @@ def test_steps_that_cannot_be():
 
 
 def test_an_error_in_the_second_step_undoes_the_first(monkeypatch):
-    from liar import api  # noqa: PLC0415 (is patched)
-
-    model, calls, real = tiny_model("bert"), [], api.select_with
+    module = import_module("liar.api.prune")
+    model, calls, real = tiny_model("bert"), [], module.choose
     batches, state = tiny_batches(model, batches=6), model_state(model)
 
     def failing(*args, **kwargs):
@@ -192,7 +191,7 @@ def test_an_error_in_the_second_step_undoes_the_first(monkeypatch):
             raise LiarError("in the second step")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(api, "select_with", failing)
+    monkeypatch.setattr(module, "choose", failing)
     with pytest.raises(LiarError, match="in the second step"):
         liar.prune(model, batches, keep=0.4, steps=2, progress=False)
     assert_same_state(model, state)

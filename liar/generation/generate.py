@@ -87,8 +87,15 @@ def self_generate(
         OptionError, CalibrationError, CheckpointError, ModelError: with what was expected, what came, and what to do.
 
     Example:
-        >>> written = liar.self_generate(model, tokenizer, tokens=100_000)  # doctest: +SKIP
-        >>> calib = liar.calibration([*texts, *written.texts], tokenizer)  # doctest: +SKIP
+        >>> import copy
+        >>> from transformers import AutoModelForCausalLM
+        >>> from liar.testing import tiny_model
+        >>> writer, own = tiny_model("llama", AutoModelForCausalLM), copy.deepcopy(tokenizer)
+        >>> own.eos_token = "[SEP]"  # the tokenizer of a language model has one
+        >>> written = liar.self_generate(writer, own, tokens=60, max_length=16, language="off")
+        >>> written.tokens >= 60
+        True
+        >>> calib = liar.calibration(written.texts, own)
     """
     options = GenerateOptions(tokens, max_length, batch_size, language, seed).checked()
     check_generator(model, options.max_length)

@@ -28,6 +28,8 @@ WORDS = {
     Verdict.KEPT_BASELINE: ("not repaired: no update was better on held-out text", "plain"),
     Verdict.NOTHING_HELD_OUT: ("not repaired: no text to test an update on", "warning"),
     Verdict.UNTOUCHED: ("nothing to repair", "plain"),
+    Verdict.REFINED: ("trained toward the dense model", "good"),
+    Verdict.UNDONE: ("trained and put back: the model as a whole was no better", "plain"),
 }
 
 
