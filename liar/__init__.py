@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from liar.errors import LiarError
     from liar.io import load, make_standalone, save
     from liar.mask import Mask
-    from liar.models import Family, FusedProducer, HeadArgument, SitePattern, families, register
+    from liar.models import Family, FusedProducer, HeadArgument, SitePattern, Stack, families, register
     from liar.progress import ProgressUpdate
     from liar.report import Report, plot
     from liar.selection import Costs, CriterionStatistics, collect, flops, latency
@@ -34,7 +34,7 @@ _MODULES = {
     "errors": ("LiarError",),
     "io": ("load", "make_standalone", "save"),
     "mask": ("Mask",),
-    "models": ("Family", "FusedProducer", "HeadArgument", "SitePattern", "families", "register"),
+    "models": ("Family", "FusedProducer", "HeadArgument", "SitePattern", "Stack", "families", "register"),
     "progress": ("ProgressUpdate",),
     "report": ("Report", "plot"),
     "selection": ("Costs", "CriterionStatistics", "collect", "flops", "latency"),
@@ -57,6 +57,7 @@ __all__ = [
     "ProgressUpdate",
     "Report",
     "SitePattern",
+    "Stack",
     "Verdict",
     "calibration",
     "collect",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from liar.data import Calibration, read_by
 from liar.errors import CalibrationError, OptionError, at_site
 from liar.mask import Mask
-from liar.models import Layout, discover_with_weights, transformer_in
+from liar.models import Layout, layout_with_weights, transformer_in
 from liar.options import ReconstructOptions, SelectOptions
 from liar.progress import Progress, ProgressOption, progress_of
 from liar.repair import RepairContext, apply_steps, closed_form_steps
@@ -139,7 +139,7 @@ def _select(
     progress: Progress,
 ) -> Mask:
     criterion = CRITERIA[options.criterion]
-    by_group = discover_with_weights(model)
+    by_group = layout_with_weights(model)
     layout = by_group.counted_by(options.heads)
     counted = by_rank(layout)
     if counted != layout and not (isinstance(options.budget, str) and options.budget in ("params", "flops")):
@@ -239,7 +239,7 @@ def reconstruct_with(
 def _reconstruct(
     model: nn.Module, mask: Mask, calibration: Calibration, options: ReconstructOptions, progress: Progress
 ) -> Report:
-    layout = discover_with_weights(model)
+    layout = layout_with_weights(model)
     before = _parameters(model)
     clock: defaultdict[str, float] = defaultdict(float)
     # The stage ends when the model has changed, and a function of the caller's may raise there.
@@ -269,7 +269,7 @@ def _inside(model: nn.Module, calib: Any) -> tuple[nn.Module, Any]:
 def _layout(model: nn.Module) -> Layout:
     """The sites of a model, which no other thread works with meanwhile."""
     with exclusive(model):
-        return discover_with_weights(model)
+        return layout_with_weights(model)
 
 
 def _parameters(model: nn.Module) -> int:

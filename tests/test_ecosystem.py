@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import get_imports
 import liar
 from liar.data import read_by
 from liar.errors import CheckpointError, ModelError
-from liar.io import modeling_pruned
+from liar.surgery import modeling_pruned
 from liar.testing import tiny_batches, tiny_model
 
 CASES = {

@@ -7,7 +7,7 @@ import transformers
 
 import liar
 from liar.errors import CalibrationError, CheckpointError, ModelError, OptionError
-from liar.models import discover
+from liar.models import layout_of
 from liar.testing import assert_same_state, check_family, model_state, tiny_batches, tiny_model
 
 FAMILIES = {family.model_type: family for family in liar.families()}
@@ -63,7 +63,7 @@ def test_the_stock_class_never_fills_cut_heads_at_random(model_type, tmp_path):
     liar.save(model, tmp_path / "slim")
     with pytest.raises((ValueError, RuntimeError, AttributeError)):
         type(model).from_pretrained(tmp_path / "slim", ignore_mismatched_sizes=True)
-    assert [site.units for site in discover(liar.load(tmp_path / "slim")).of_kind("heads")] == [2, 4]
+    assert [site.units for site in layout_of(liar.load(tmp_path / "slim")).of_kind("heads")] == [2, 4]
 
 
 def test_loading_does_not_fill_cut_layers_at_random_either(tmp_path):
@@ -80,7 +80,7 @@ def test_loading_does_not_fill_cut_layers_at_random_either(tmp_path):
 )
 def test_other_versions_of_a_family_are_refused(model_type, entries):
     with pytest.raises(ModelError, match="which builds other blocks"):
-        discover(tiny_model(model_type, **entries))
+        layout_of(tiny_model(model_type, **entries))
 
 
 def test_a_scale_of_zero_does_no_harm():
@@ -143,7 +143,7 @@ def test_a_vector_for_every_sequence_is_an_output(criterion):
     config.projection_dim = 8
     model = transformers.CLIPTextModelWithProjection(config).train(False)
     mask = liar.select(model, tiny_batches(model), keep=0.6, criterion=criterion, progress=False)
-    assert mask.parameters(discover(model)) <= 0.6 * discover(model).parameters
+    assert mask.parameters(layout_of(model)) <= 0.6 * layout_of(model).parameters
 
 
 def test_outputs_that_are_nothing_known_are_refused():

@@ -64,6 +64,7 @@ PUBLIC = (
     "ProgressUpdate",
     "Report",
     "SitePattern",
+    "Stack",
     "Verdict",
     "calibration",
     "collect",

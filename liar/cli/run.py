@@ -19,7 +19,7 @@ from liar.errors import MaskError, OptionError, check_choice, wrap_parse_errors
 from liar.files import user_path
 from liar.io import check_target, load, load_tokenizer, save
 from liar.mask import Mask
-from liar.models import discover, why_unusable
+from liar.models import layout_of, why_unusable
 from liar.options import (
     BUDGETS,
     CalibrationOptions,
@@ -116,7 +116,7 @@ class Run:
                 mask = select_with(model, batches, selection, progress=shown)
                 report = with_selection(reconstruct_with(model, mask, batches, self.reconstruct, progress=shown), selection)
         else:
-            mask = Mask.of(self._checked_mask(), discover(model))
+            mask = Mask.of(self._checked_mask(), layout_of(model))
             report = reconstruct_with(model, mask, batches, self.reconstruct, progress=progress)
         extra = {"mask.json": mask.to_json(), "run.json": self.to_json()}
         how: dict[str, Any] = {**asdict(self.save), "extra": extra, "overwrite": overwrite}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from liar.data.decoder import IGNORED, reads_twice, with_decoder_inputs
 from liar.data.signals import SIGNALS, check_signal
 from liar.errors import CalibrationError
 from liar.models import base_and_prefix, takes_choices
@@ -24,8 +25,8 @@ ROWS = 32
 # What a forward that only says *args and **kwargs is given.
 INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
 IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-# As in transformers: a label that does not count.
-IGNORED = -100
+# What a decoder reads that has an encoder before it: as long as it likes.
+DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask")
 
 Batch = Mapping[str, Any]
 
@@ -43,10 +44,16 @@ def read_batches(data: Iterable[Any], model: nn.Module) -> list[tuple[Batch, Any
     base, _ = base_and_prefix(model)
     device = next(model.parameters()).device
     accepted = _accepted(base)
+    has_decoder = reads_twice(model, accepted)
     pairs = [
         (_as_batch(batch, number, accepted, model, device), _labels(batch, device))
-        for number, batch in enumerate(_batches(data))
+        for number, batch in enumerate(_batches(data, has_decoder=has_decoder))
     ]
+    if has_decoder:
+        pairs = [
+            (with_decoder_inputs(batch, labels, model, f"calibration batch {number}"), labels)
+            for number, (batch, labels) in enumerate(pairs)
+        ]
     always = {"use_cache": False} if "use_cache" in accepted else {}
     return [({**batch, **always}, labels) for batch, labels in pairs if main_input(batch).numel()]
 
@@ -64,7 +71,7 @@ def _accepted(base: nn.Module) -> set[str]:
     return {*parameters, *(INPUTS if anything and not parameters.keys() & set(INPUTS) else ())}
 
 
-def _batches(data: Iterable[Any]) -> Iterator[Any]:
+def _batches(data: Iterable[Any], *, has_decoder: bool) -> Iterator[Any]:
     """The batches, with single sequences put together."""
     if isinstance(data, (str, bytes)) or (isinstance(data, Sequence) and len(data) and isinstance(data[0], str)):
         raise CalibrationError("got strings: tokenise them first with liar.calibration(texts, tokenizer)")
@@ -78,12 +85,12 @@ def _batches(data: Iterable[Any]) -> Iterator[Any]:
         if is_row:
             rows.append(batch)
         if rows and (not is_row or len(rows) == ROWS):
-            yield _together(rows)
+            yield _together(rows, has_decoder=has_decoder)
             rows = []
         if not is_row:
             yield batch
     if rows:
-        yield _together(rows)
+        yield _together(rows, has_decoder=has_decoder)
 
 
 def _is_sequence(ids: Any) -> bool:
@@ -101,11 +108,16 @@ def _length(value: Any) -> int:
     return int(shape[0]) if len(shape) == 1 else -1
 
 
-def _together(rows: Sequence[Batch]) -> Batch:
+def _together(rows: Sequence[Batch], *, has_decoder: bool) -> Batch:
     """Single sequences as one batch, padded on the right."""
     lengths = [_length(row["input_ids"]) for row in rows]
     names = dict.fromkeys(name for row in rows for name in row)
-    batch = {name: _column(name, [row.get(name) for row in rows], lengths) for name in names}
+    batch = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        # What a decoder reads and writes has a length of its own.
+        own = has_decoder and name in (*DECODER_INPUTS, "labels")
+        batch[name] = _column(name, values, [_length(value) for value in values] if own else lengths)
     batch = {name: value for name, value in batch.items() if value is not None}
     if len(set(lengths)) > 1 and "attention_mask" not in batch:
         batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()

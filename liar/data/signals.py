@@ -49,7 +49,7 @@ def skeleton_of(model: nn.Module) -> nn.Module:
         raise _Entered((args[0] if args else kwargs["hidden_states"]).shape[:2])
 
     blocks: Any = skeleton.get_submodule(family_of(model).blocks)
-    blocks[0].forward = enter
+    blocks[0].forward = enter  # of the encoder, where there is a decoder
     return skeleton
 
 

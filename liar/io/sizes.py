@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from liar.models import Layout, discover, family_of
+from liar.models import Layout, family_of, layout_of
 from liar.surgery import Width, build_stock, scaled_sizes, uniform_sizes
 
 
@@ -19,11 +19,15 @@ def config_sizes(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
     stock = build_stock(model, {})
     assert stock is not None, "a model is built from its configuration"
     widths = {site.name: Width.of(site) for site in layout.sites}
-    patterns = {pattern.kind: pattern for pattern in family_of(model).patterns}
+    stacks = family_of(model).stacks
     layers: dict[str, dict[str, int]] = {}
-    for site in discover(stock).sites:
-        sizes = scaled_sizes(model, patterns[site.kind], widths[site.name], Width.of(site))
-        layers.setdefault(str(site.layer), {}).update(sizes)
+    for site in layout_of(stock).sites:
+        sizes = scaled_sizes(model, stacks[site.stack].of_kind(site.kind).config_keys, widths[site.name], Width.of(site))
+        # Layers of a decoder are counted from 0 again. Where its sizes have names of their own (BART), both are told; else (T5)
+        # those of the encoder, and the shapes of the tensors tell the others.
+        number = site.layer - layout.blocks.index(layout.stacks[site.stack][0])
+        layer = layers.setdefault(str(number), {})
+        layer.update({key: size for key, size in sizes.items() if key not in layer})
     return {"per_layer_config": _readable(model, layers)}
 
 

@@ -59,7 +59,8 @@ class Edge:
 class HeadArgument:
     """An argument of the attention that has an entry for each head, made outside of the block: a bias by position, say.
 
-    Once heads are cut, those entries are selected that belong to the kept ones.
+    Once heads are cut, those entries are selected that belong to the kept ones. T5's first block makes it and hands it on, with
+    entries for all heads.
 
     Attributes:
         module: whose forward takes it, relative to the block.
@@ -67,6 +68,8 @@ class HeadArgument:
         position: its index among the positional arguments, where it is passed as one of them.
         dim: the dimension of its heads.
         with_sequences: whether that dimension counts sequences, too, and for each of them its heads.
+        returned: where the module hands the argument on, its index among the values it returns.
+        maker: module (relative to `module`) that makes it where none comes in, with the heads last; other blocks have none.
 
     Example:
         >>> HeadArgument("attention.attn", "position_bias", position=2, dim=1).with_sequences
@@ -78,6 +81,8 @@ class HeadArgument:
     position: int
     dim: int
     with_sequences: bool = False
+    returned: int | None = None
+    maker: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ class Site:
         head_argument: an argument of the attention that has an entry for each head.
         query_heads: query heads per unit (1 for neurons and for attention without groups).
         inputs: the layers that the units come from, cut with them or not.
+        stack: number of the stack of blocks that it is in: 1 for those of a decoder that reads what an encoder gives.
         groups: query heads that share keys and values are in so many groups of equal size, of which all keep equally many;
             0 for other units.
         by_query: the same site with a query head as its unit, where keys and values are shared and stay; None elsewhere.
@@ -127,6 +133,7 @@ class Site:
     parameters: int
     out: int
     inputs: tuple[str, ...]
+    stack: int = 0
     groups: int = 0
     by_query: Site | None = None
 
@@ -152,20 +159,30 @@ class Layout:
 
     Attributes:
         sites: in the order of the data.
-        blocks: full names of the transformer blocks, in order.
+        stacks: full names of the transformer blocks of every stack, in the order of the data: those of an encoder, and those of
+            a decoder that reads what the encoder gives; of most models, one stack.
         parameters: parameters in all blocks together (the base that budgets refer to).
         uncovered: linear layers inside the blocks that belong to no site, so are never cut.
         is_pre_norm: whether a block outputs its last residual sum as it is (see `Family`).
     """
 
     sites: tuple[Site, ...]
-    blocks: tuple[str, ...]
+    stacks: tuple[tuple[str, ...], ...]
     parameters: int
     uncovered: tuple[str, ...]
     is_pre_norm: bool
 
     def __getitem__(self, name: str) -> Site:
         return next(site for site in self.sites if site.name == name)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Full names of the transformer blocks of all stacks."""
+        return tuple(block for stack in self.stacks for block in stack)
+
+    def stack_of(self, block: str) -> int:
+        """Number of the stack that a block is in."""
+        return next(number for number, names in enumerate(self.stacks) if block in names)
 
     def of_kind(self, kind: str) -> tuple[Site, ...]:
         """The sites of one kind, by layer."""

@@ -117,7 +117,8 @@ def differentiable(calibration: Calibration) -> Calibration:
 
     batches = ({name: copied(value) for name, value in batch.items()} for batch in calibration.batches)
     masks, labels = (tuple(copied(value) for value in values) for values in (calibration.token_masks, calibration.labels))
-    return replace(calibration, batches=tuple(batches), token_masks=masks, labels=labels)
+    encoder = None if calibration.encoder is None else differentiable(calibration.encoder)
+    return replace(calibration, batches=tuple(batches), token_masks=masks, labels=labels, encoder=encoder)
 
 
 def gradients(loss: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
