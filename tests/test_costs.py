@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import liar
 from liar.data import Calibration
 from liar.errors import BudgetError, OptionError
-from liar.models import layout_of, layer_of
+from liar.models import layer_of, layout_of
 from liar.options import SelectOptions
 from liar.selection import Budget, Costs, params
 from liar.selection.allocate import allocate

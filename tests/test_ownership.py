@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune
 
 import liar
 from liar.errors import ModelError
-from liar.models import layout_of, layer_of
+from liar.models import layer_of, layout_of
 from liar.testing import tiny_batches, tiny_model
 
 VERBS = {

@@ -11,7 +11,7 @@ from cases import MODELS
 import liar
 from liar.data import FOLDS, Calibration
 from liar.errors import ModelError
-from liar.models import layout_of, layer_of
+from liar.models import layer_of, layout_of
 from liar.options import ReconstructOptions
 from liar.repair import RepairContext, RepairStep, apply_steps, closed_form_steps, walk_blocks
 from liar.repair import context as context_module

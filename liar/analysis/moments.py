@@ -12,7 +12,7 @@ from liar.errors import MaskError, at_site
 from liar.models import Layout, base_and_prefix, layout_with_weights
 from liar.options import check_list
 from liar.progress import Progress, ProgressOption, progress_of
-from liar.runtime import Point, capture_activations, exclusive, preserve_model_state, run_model
+from liar.runtime import Point, by_sequence, capture_activations, exclusive, preserve_model_state, run_model
 from liar.statistics import ChannelMoments, Moments
 
 
@@ -86,5 +86,6 @@ def _read(
             with capture_activations(points) as activations:
                 run_model(base, batch, number)
             for name, value in activations.items():
-                updates[name](value[calibration.of_stack(layout[name].stack).token_masks[number]])
+                tokens = calibration.of_stack(layout[name].stack).token_masks[number]
+                updates[name](by_sequence(value, tokens)[tokens])
             advance(int(calibration.token_masks[number].sum()))

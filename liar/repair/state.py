@@ -207,7 +207,7 @@ class SiteState:
             self.walk.replays(self.block, batch),
         ):
             run_block(self.pruned_block, *self.walk.arguments(PRUNED, self.block.number, batch))
-        return read_captures(activations, self.pruned_block, self.site, captures)
+        return read_captures(activations, self.pruned_block, self.site, captures, self.calibration.token_masks[batch])
 
     def keep_for_replay(self, batch: int, consumer_input: Tensor) -> None:
         """Note what the consumer read, so that the site's sublayer need not run again while later sites are repaired.

@@ -175,7 +175,7 @@ def _dense_batch(
             returned: Any = own["sublayer"]
             block.returns[state.name] = len(returned) if isinstance(returned, tuple) else None
         with walk.timed("dense forward"):
-            dense = read_captures(own, block.dense, state.dense_site, captures)
+            dense = read_captures(own, block.dense, state.dense_site, captures, state.calibration.token_masks[batch])
             if is_pre_norm and "stream" in dense and state is states[-1] and torch.equal(dense["stream"], output):
                 dense["stream"] = output  # the same values: one tensor less to keep
         for step in steps:

@@ -13,7 +13,7 @@ from liar.data import Calibration, sample, split, take
 from liar.errors import at_site
 from liar.models import Layout, layer_of
 from liar.progress import Progress, timed
-from liar.runtime import Point, preserve_model_state, record_gradients, sequence_sums
+from liar.runtime import Point, by_sequence, preserve_model_state, record_gradients, sequence_sums
 from liar.selection.gradients import differentiable, drawn, gradients, outputs_of, run_with_gradients
 from liar.selection.loss import sampled_label_loss
 from liar.statistics import check_finite
@@ -85,7 +85,7 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
             with timed(progress.seconds, "select: sums of gradients"):
                 for site, gradient in zip(layout.sites, stream_gradients, strict=True):
                     tokens = ordinary.of_stack(site.stack).token_masks[number]
-                    sums[site.name].update(gradient[tokens].float(), tokens)
+                    sums[site.name].update(by_sequence(gradient, tokens)[tokens].float(), tokens)
             outputs += len(predicted[0].rows)
             advance(int(token_mask.sum()))
     # From the last site to the first, as gradients flow: the one named is where NaN began.

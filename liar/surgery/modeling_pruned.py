@@ -44,6 +44,11 @@ class HeadSelection:
     returned: int | None = None
     maker: str | None = None
 
+    def __post_init__(self) -> None:
+        """What belongs to a call: the argument with entries for all heads, and the numbers of the kept ones."""
+        self.full: Tensor | None = None
+        self.kept = torch.zeros(0, dtype=torch.int64)
+
     def attach(self, attention: nn.Module, kept: Tensor) -> None:
         """Let an attention read the entries of the kept heads, int64 [kept heads]."""
         attention.register_buffer(KEPT, kept)
@@ -83,7 +88,7 @@ class HeadSelection:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a call."""
-        return {name: value for name, value in vars(self).items() if name not in ("full", "kept")}
+        return {**vars(self), "full": None}
 
 
 def cut(

@@ -21,6 +21,7 @@ from liar.runtime import (
     BlockCall,
     Point,
     added_point,
+    by_sequence,
     calls_of,
     capture_activations,
     output_scale,
@@ -75,10 +76,11 @@ def streams(model: nn.Module, layout: Layout, batches: Sequence[Mapping[str, Ten
     expected = [site.name for site in layout.sites]
     expect(list(in_model) == expected, f"the data passes the sites in the order {list(in_model)}, the table says {expected}")
     for site in layout.sites:
+        shape, tokens = in_model[site.name].shape[:-1], calibration.of_stack(site.stack).token_masks[0]
         expect(
-            in_model[site.name].shape[:-1] == calibration.of_stack(site.stack).token_masks[0].shape,
+            shape in (tokens.shape, (tokens.numel(),)),
             f"{site.name}: {site.consumer.module} gives a tensor {list(in_model[site.name].shape)}, expected [sequences, "
-            "length, channels]; models that flatten tokens (OPT's feed-forward part) are not supported",
+            "length, channels], or [tokens, channels]",
         )
     store, stream, encoder = ActivationStore(), "dense", list[nn.Module]()
     with preserve_model_state(model):
@@ -108,7 +110,12 @@ def _block_stream(
     with capture_activations(points) as activations:
         after = run_block(block, hidden, call)
     for site_name, value in activations.items():
-        close(value, in_model[site_name], tokens, f"{site_name}: a block run alone differs from the model")
+        close(
+            by_sequence(value, tokens),
+            by_sequence(in_model[site_name], tokens),
+            tokens,
+            f"{site_name}: a block run alone differs from the model",
+        )
     for site in sites:
         beside = [other for other in sites if site.added in other.added_before]
         close(
