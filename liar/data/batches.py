@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from liar.data.decoder import IGNORED, reads_twice, with_decoder_inputs
-from liar.data.signals import SIGNALS, check_signal
+from liar.data.signals import PROCESSOR, SIGNALS, check_signal, warn_of_silence
 from liar.errors import CalibrationError
 from liar.models import base_and_prefix, takes_choices
 from liar.options import is_iterable
@@ -41,6 +41,7 @@ def read_batches(data: Iterable[Any], model: nn.Module) -> list[tuple[Batch, Any
     Raises:
         CalibrationError: a batch the model does not take.
     """
+    _check_kind(data, model)
     base, _ = base_and_prefix(model)
     device = next(model.parameters()).device
     accepted = _accepted(base)
@@ -71,10 +72,24 @@ def _accepted(base: nn.Module) -> set[str]:
     return {*parameters, *(INPUTS if anything and not parameters.keys() & set(INPUTS) else ())}
 
 
+def _check_kind(data: Any, model: nn.Module) -> None:
+    """Refuse texts, pictures and sounds as they are: a model reads what its tokenizer or processor makes of them.
+
+    Raises:
+        CalibrationError: says what to call.
+    """
+    first = data[0] if isinstance(data, Sequence) and len(data) else data
+    signal = str(getattr(model, "main_input_name", "input_ids"))
+    if isinstance(first, (str, bytes)) and signal in SIGNALS:
+        raise CalibrationError(f"got strings, but a {type(model).__name__} reads {signal}: {PROCESSOR}")
+    if isinstance(first, (str, bytes)):
+        raise CalibrationError("got strings: tokenise them first with liar.calibration(texts, tokenizer)")
+    if signal in SIGNALS and hasattr(first, "convert"):  # PIL
+        raise CalibrationError(f"got a picture: {PROCESSOR}")
+
+
 def _batches(data: Iterable[Any], *, has_decoder: bool) -> Iterator[Any]:
     """The batches, with single sequences put together."""
-    if isinstance(data, (str, bytes)) or (isinstance(data, Sequence) and len(data) and isinstance(data[0], str)):
-        raise CalibrationError("got strings: tokenise them first with liar.calibration(texts, tokenizer)")
     if isinstance(data, (Mapping, Tensor)):
         data = [data]
     if not is_iterable(data):
@@ -200,6 +215,8 @@ def _check_batch(batch: Batch, number: int, model: nn.Module, unused: list[str])
     where = f"calibration batch {number}"
     if (signal := getattr(model, "main_input_name", None)) in SIGNALS:
         check_signal(batch.get(signal), f"{where}: expected {signal}")
+        if signal == "input_values" and batch.get("attention_mask") is None:
+            warn_of_silence(batch[signal], where)
         _check_mask(batch.get("attention_mask"), batch[signal].shape[:2], where)
         return
     ids, embeds, mask = (batch.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))

@@ -45,6 +45,8 @@ BUILD = (
 )
 # Entries of the configuration with the number of blocks, by stack.
 DEPTHS = (("num_hidden_layers",), ("num_decoder_layers", "decoder_layers"))
+# One of them is in every folder with a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 DAMAGED = "Weights and config.json do not belong together, or the folder is damaged: copy or save it again"
 
@@ -122,12 +124,17 @@ def load_tokenizer(folder: str) -> Any:
         CheckpointError: there is none.
     """
     where = _where(folder)
+    found = [file for file in TOKENIZER_FILES if cached_file(where, file, **QUIET) is not None]
     try:
+        if not found:
+            # Transformers would make up an empty one, for some families.
+            raise FileNotFoundError(f"there is none of {', '.join(TOKENIZER_FILES)}")
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(
             f"{where}: expected a model folder with a tokenizer, or a name on the hub: "
-            f"{str(error).rstrip('. ')}. Save the tokenizer to it"
+            f"{str(error).rstrip('. ')}. Save the tokenizer to it. Models of images and sound have none: prune them "
+            "in Python, with batches from their processor"
         ) from error
 
 
