@@ -4,21 +4,24 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 import liar
-from liar.errors import CalibrationError, CheckpointError, ModelError, OptionError
+from liar.errors import BudgetError, CalibrationError, CheckpointError, ModelError, OptionError
 from liar.models import layout_of
 from liar.testing import assert_same_state, check_family, model_state, tiny_batches, tiny_model
 
 FAMILIES = {family.model_type: family for family in liar.families()}
 # Of some families a part is not cut; their notes say why.
-HEADS_ONLY = {"gpt_oss", "mixtral", "opt", "qwen2_moe", "qwen3_moe"}
+HEADS_ONLY = {"gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe"}
 NEURONS_ONLY = {"deberta-v2", "olmo2", "olmo3", "phi3"}
 
 
 def head_of(model_type):
     """Language models have their head on, so that they generate text; the others are bare."""
     config = transformers.CONFIG_MAPPING[model_type]
+    if config().is_encoder_decoder:
+        return "speech-seq2seq" if model_type == "whisper" else "seq2seq-lm"
     causal = config in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and config not in transformers.MODEL_FOR_MASKED_LM_MAPPING
     return "causal-lm" if causal else None
 
@@ -28,8 +31,11 @@ def test_every_family_passes_the_contract(model_type):
     layout = check_family(tiny_model(model_type, head=head_of(model_type)))
     parts = {"neurons"} if model_type in NEURONS_ONLY else {"heads"} if model_type in HEADS_ONLY else {"heads", "neurons"}
     assert {site.kind for site in layout.sites} == parts
-    assert len(layout.sites) == 2 * len(parts)
-    if len(parts) == 2:
+    assert len(layout.sites) == 2 * len(parts) * len(layout.stacks)
+    if len(layout.stacks) == 2:
+        assert len(layout.uncovered) == 2 * 4
+        assert "attention between the two is not cut" in FAMILIES[model_type].note
+    elif len(parts) == 2:
         assert layout.uncovered == ()
     else:
         assert "only" in FAMILIES[model_type].note or "experts" in FAMILIES[model_type].note
@@ -118,6 +124,45 @@ def test_padded_sound_counts_as_its_frames():
     for wrong in (mask[:, :300], mask * 0.5):
         with pytest.raises(CalibrationError, match=r"expected (an )?attention_mask"):
             liar.Calibration.of([{**batch, "attention_mask": wrong}], model)
+
+
+@pytest.mark.parametrize("data", [["a text"], "a text", [Image.new("RGB", (16, 16))], Image.new("RGB", (16, 16))])
+def test_texts_and_pictures_are_not_what_a_model_of_images_reads(data):
+    with pytest.raises(
+        CalibrationError, match=r"got (strings, but a ViTModel reads pixel_values|a picture): call its processor"
+    ):
+        liar.Calibration.of(data, tiny_model("vit"))
+
+
+def test_sound_that_ends_in_zeros_is_told(caplog):
+    model = tiny_model("wav2vec2")
+    (batch,) = tiny_batches(model, batches=1, sequences=3)
+    liar.Calibration.of([batch], model)
+    assert not caplog.records
+    batch["input_values"][1, -100:] = 0
+    liar.Calibration.of([batch], model)
+    assert "1 of its 3 sounds end in zeros, which count as sound" in caplog.text
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "fluctuation"])
+def test_scores_count_what_reaches_the_stream(criterion):
+    """DINOv2 multiplies every channel of what a layer gives: a unit that writes to channels times zero is worth nothing."""
+    model = tiny_model("dinov2")
+    block = model.encoder.layer[0]
+    with torch.no_grad():
+        block.layer_scale2.lambda1[:16] = 0
+        block.mlp.fc2.weight[16:, 0] = 0
+        block.mlp.fc2.weight[:, 0] *= 100
+        block.mlp.fc1.weight[0] *= 1e-3
+        block.mlp.fc1.bias[0] = 1
+    mask = liar.select(model, tiny_batches(model), keep=0.97, criterion=criterion, progress=False)
+    assert not mask["neurons.0"][0]
+
+
+def test_experts_are_named_where_a_share_cannot_be_met():
+    model = tiny_model("mixtral")
+    with pytest.raises(BudgetError, match=r"\d\d% are in layers that are never cut, such as experts"):
+        liar.select(model, tiny_batches(model), keep=0.3, progress=False)
 
 
 @pytest.mark.parametrize("pixels", [torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "a path", torch.zeros(3)])
