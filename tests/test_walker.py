@@ -56,7 +56,7 @@ class ScaleUnits(RepairStep):
         weight, units = site.consumer.matrix.double(), int(site.unit_mask.sum())
         gram, cross = torch.zeros(units, units).double(), torch.zeros(units).double()
         for batch, pruned in site.run_pruned("consumer_input", "residual"):
-            tokens = site.walk.tokens[batch]
+            tokens = site.tokens(batch)
             x = tokens.gather(pruned["consumer_input"]).double().unflatten(1, (units, -1))
             added = torch.einsum("tuw,uwo->tuo", x, weight.unflatten(0, (units, -1)))
             missing = (
@@ -96,7 +96,7 @@ class Watch(RepairStep):
         self.calls.append(("observe", site.name, batch))
         assert set(dense) == self.captures
         self.dense.setdefault(site.name, []).append(
-            {name: value[site.walk.calibration.token_masks[batch]] for name, value in dense.items()}
+            {name: value[site.calibration.token_masks[batch]] for name, value in dense.items()}
         )
 
     def before_cut(self, site):
@@ -107,7 +107,7 @@ class Watch(RepairStep):
         self.calls.append(("repair", site.name))
         assert site.consumer.size("in") == int(site.unit_mask.sum()) * site.site.consumer.width
         for batch, pruned in site.run_pruned("consumer_input", "residual"):
-            mask = site.walk.calibration.token_masks[batch]
+            mask = site.calibration.token_masks[batch]
             self.pruned.setdefault(site.name, []).append({name: value[mask] for name, value in pruned.items()})
 
     def skip(self, site):
@@ -333,7 +333,7 @@ def test_what_a_16_bit_stream_lacks_is_computed_in_more_bits():
 
         def repair(self, site):
             for batch, pruned in site.run_pruned("residual"):
-                gather = site.walk.tokens[batch].gather
+                gather = site.tokens(batch).gather
                 exact = gather(site.get("exact target", batch)).double() - gather(pruned["residual"]).double()
                 torch.testing.assert_close(missing.pop(0), exact, rtol=1e-6, atol=1e-6)
             assert missing == []
