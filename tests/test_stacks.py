@@ -8,7 +8,7 @@ import transformers
 
 import liar
 from liar.data import Calibration
-from liar.errors import CalibrationError, CheckpointError
+from liar.errors import CalibrationError, CheckpointError, OptionError
 from liar.models import family_of, layout_of
 from liar.models.tables.bart import BART
 from liar.models.tables.t5 import T5
@@ -236,6 +236,11 @@ def test_every_criterion_runs(criterion):
     model = tiny_model("t5", head="seq2seq-lm")
     mask = liar.select(model, tiny_batches(model), keep=0.7, criterion=criterion, progress=False)
     assert mask.parameters(layout_of(model)) <= 0.7 * layout_of(model).parameters
+
+
+def test_time_is_measured_for_one_stack():
+    with pytest.raises(OptionError, match=r"with one stack of blocks, .* got a T5Model: choose a budget in parameters"):
+        liar.latency(tiny_model("t5"))
 
 
 def test_the_repair_is_better_than_the_cut():

@@ -95,6 +95,11 @@ class Stack:
     Attributes:
         blocks: as in `Family`.
         patterns: as in `Family`.
+
+    Example:
+        >>> from liar.models.tables.t5 import T5
+        >>> [stack.blocks for stack in T5.stacks]
+        ['encoder.block', 'decoder.block']
     """
 
     blocks: str

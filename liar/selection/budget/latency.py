@@ -68,10 +68,10 @@ def latency(
         ('seconds', 16)
     """
     layout = layout_with_weights(model)
-    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+    if getattr(model, "main_input_name", "input_ids") != "input_ids" or len(layout.stacks) > 1:
         raise OptionError(
-            f"latency: expected a model of texts, which is timed with token ids, got a {type(model).__name__}: choose a "
-            "budget in parameters (budget='params')"
+            "latency: expected a model of texts, with one stack of blocks, which is timed with token ids, got a "
+            f"{type(model).__name__}: choose a budget in parameters (budget='params')"
         )
     _check_batch(model, batch_size, length)
     about = _about(model, batch_size, length)
