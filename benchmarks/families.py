@@ -29,7 +29,7 @@ def line(family: Family) -> list[str]:
         units[0] if units else "—",
         "neurons" if neurons else "—",
         _loadable(layout, counts),
-        family.note if layout.uncovered else "",
+        "" if heads and neurons and not layout.uncovered else family.note,
     ]
 
 

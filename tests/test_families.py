@@ -62,6 +62,21 @@ def test_a_loaded_model_whose_tensors_had_other_names_is_saved_standalone(model_
     assert torch.equal(again(**batch)[0], model(**batch)[0])
 
 
+@pytest.mark.parametrize("model_type", ["bloom", "cohere", "gpt_oss", "mpnet", "t5"])
+def test_the_code_of_a_folder_cuts_what_belongs_to_heads(model_type, tmp_path):
+    """Parameters with rows for each head, and arguments with entries for each."""
+    model = tiny_model(model_type, head=head_of(model_type))
+    liar.remove(model, {"heads.0": [0]})
+    liar.save(model, tmp_path / "slim", standalone=True)
+    auto = {"causal-lm": "AutoModelForCausalLM", "seq2seq-lm": "AutoModelForSeq2SeqLM"}.get(head_of(model_type), "AutoModel")
+    again = getattr(transformers, auto).from_pretrained(tmp_path / "slim", trust_remote_code=True).train(False)
+    assert type(again) is not type(model)
+    (batch,) = tiny_batches(model, batches=1)
+    assert torch.equal(again(**batch)[0], model(**batch)[0])
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(liar.load(tmp_path / "again")(**batch)[0], model(**batch)[0])
+
+
 @pytest.mark.parametrize("model_type", ["bloom", "dinov2", "mpnet", "nomic_bert", "opt", "vit", "wav2vec2"])
 def test_the_stock_class_never_fills_cut_heads_at_random(model_type, tmp_path):
     model = tiny_model(model_type)

@@ -6,7 +6,7 @@ STATES = "it has no heads or neurons between two linear layers, but a recurrence
 REFUSED = {
     "albert": SHARED,
     "clip": "it has two models, of texts and of images: cut model.text_model and model.vision_model, each by itself",
-    "falcon": "its heads share keys and values in ways of its own",
+    "falcon": "its versions share keys and values in ways of their own; its blocks change in place what they add",
     "mamba": STATES,
     "mamba2": STATES,
     "rwkv": STATES,
