@@ -159,7 +159,7 @@ def test_where_transformers_needs_no_code_there_is_none(tmp_path):
 
 def test_the_code_needs_torch_and_transformers_only():
     assert set(get_imports(CODE)) <= {"__future__", "dataclasses", "typing", "torch", "transformers"}
-    assert len(CODE.read_text(encoding="utf-8").splitlines()) < 100
+    assert len(CODE.read_text(encoding="utf-8").splitlines()) < 200  # people read it before they trust it
     with pytest.raises(AttributeError, match="transformers has no model of this name"):
         _ = modeling_pruned.BertTokenizer
 
