@@ -29,7 +29,7 @@ def line(family: Family) -> list[str]:
         units[0] if units else "—",
         "neurons" if neurons else "—",
         _loadable(layout, counts),
-        "" if heads and neurons else family.note,
+        "" if heads and neurons and not layout.uncovered else family.note,
     ]
 
 

@@ -31,7 +31,7 @@ from benchmarks.speed import growth_of_memory
 from benchmarks.tasks import TASKS
 from benchmarks.tasks.causal import evaluated as stories
 from benchmarks.tasks.wikitext import joined, losses_of
-from liar.models import discover
+from liar.models import layout_of
 from liar.options import RefineOptions
 from liar.repair.refine import HeldOut, hold_out, last_hidden_error, refine_windows
 
@@ -182,7 +182,7 @@ class Study:
     def _train(self, model: nn.Module, run: Run, calibration: list[dict[str, Tensor]]) -> Record:
         whole = liar.Calibration.of(calibration, model)
         data = hold_out(whole, run.sequences) if run.select else everything(calibration, model, run.sequences)
-        layouts = discover(model), discover(self.dense)
+        layouts = layout_of(model), layout_of(self.dense)
         found: list[Any] = []
 
         def work() -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from liar.generation import SelfGenerated, self_generate
     from liar.io import load, make_standalone, save
     from liar.mask import Mask
-    from liar.models import Family, FusedProducer, HeadArgument, SitePattern, families, register
+    from liar.models import Family, FusedProducer, HeadArgument, SitePattern, Stack, families, register
     from liar.progress import ProgressUpdate
     from liar.report import Report, plot
     from liar.selection import Costs, CriterionStatistics, collect, flops, latency
@@ -37,7 +37,7 @@ _MODULES = {
     "generation": ("SelfGenerated", "self_generate"),
     "io": ("load", "make_standalone", "save"),
     "mask": ("Mask",),
-    "models": ("Family", "FusedProducer", "HeadArgument", "SitePattern", "families", "register"),
+    "models": ("Family", "FusedProducer", "HeadArgument", "SitePattern", "Stack", "families", "register"),
     "progress": ("ProgressUpdate",),
     "report": ("Report", "plot"),
     "selection": ("Costs", "CriterionStatistics", "collect", "flops", "latency"),
@@ -61,6 +61,7 @@ __all__ = [
     "Report",
     "SelfGenerated",
     "SitePattern",
+    "Stack",
     "Verdict",
     "calibration",
     "collect",

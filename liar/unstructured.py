@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from liar.data import Calibration, transformer_and_data
 from liar.errors import CalibrationError, ModelError, OptionError, at_site
 from liar.mask import Mask, WeightMasks, apply_masks, hold_masks
-from liar.models import LayerView, discover_with_weights, linear_layers, transformer_in
+from liar.models import LayerView, check_one_stack, layout_with_weights, linear_layers, transformer_in
 from liar.options import UnstructuredOptions
 from liar.progress import ProgressOption, progress_of
 from liar.repair import RepairStep, SiteState, apply_steps
@@ -280,7 +280,8 @@ def prune(
     options = UnstructuredOptions(sparsity, criterion).checked()
     inner = transformer_in(model)
     with exclusive(inner):
-        layout = discover_with_weights(inner)
+        layout = layout_with_weights(inner)
+        check_one_stack(layout, inner, "unstructured.prune")
         layers = {block: linear_layers(inner.get_submodule(block)) for block in layout.blocks}
     _check_groups(layers, options.sparsity)
     calibration = _calibration(model, calib, options.criterion)

@@ -32,7 +32,7 @@ from transformers import (
 import liar
 from liar.errors import CheckpointError
 from liar.io import folders
-from liar.models import discover
+from liar.models import layout_of
 from liar.surgery import cut_site
 from liar.versions import versions
 
@@ -67,7 +67,7 @@ def cut(model, units=None, seed=0):
     """Cut every site, to a random number of units or to those named; the model and the mask."""
     draw = random.Random(seed)
     masks = {}
-    for site in discover(model).sites:
+    for site in layout_of(model).sites:
         count = units[site.kind] if units else draw.randint(1, site.units)
         kept = torch.zeros(site.units, dtype=torch.bool)
         kept[draw.sample(range(site.units), count)] = True

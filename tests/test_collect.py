@@ -14,7 +14,7 @@ from cases import quiet
 
 import liar
 from liar.errors import CalibrationError, OptionError
-from liar.models import discover
+from liar.models import layout_of
 from liar.options import ReconstructOptions
 from liar.repair import RepairContext, closed_form_steps, walk_blocks
 from liar.runtime import preserve_model_state
@@ -90,7 +90,7 @@ def test_a_file_that_is_something_else_is_refused(tmp_path):
 # The same sequences, batched or shared otherwise
 
 MODEL = tiny_model("bert", head="sequence-classification", dtype=torch.float64, intermediate_size=12)
-LAYOUT = discover(MODEL)
+LAYOUT = layout_of(MODEL)
 BATCHES = tiny_batches(MODEL, batches=4, sequences=3, length=10)
 ALL_DATA = liar.Calibration.of(BATCHES, MODEL)
 # Sequences 0 to 2 belong to the first process, 3 to 11 to the second.

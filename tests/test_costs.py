@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import liar
 from liar.data import Calibration
 from liar.errors import BudgetError, OptionError
-from liar.models import discover, layer_of
+from liar.models import layer_of, layout_of
 from liar.options import SelectOptions
 from liar.selection import Budget, Costs, params
 from liar.selection.allocate import allocate
@@ -32,7 +32,7 @@ timing = import_module("liar.selection.budget.latency")
 
 def counted(model, length):
     """Floating-point operations of the blocks, as torch counts them while one sequence runs."""
-    blocks = [model.get_submodule(name) for name in discover(model).blocks]
+    blocks = [model.get_submodule(name) for name in layout_of(model).blocks]
     operations = []
 
     def count(block, args, kwargs):
@@ -51,7 +51,7 @@ def counted(model, length):
 def timed(model):
     """Seconds as `liar.latency` would give them, but the same on every machine: each site at the widths that are timed."""
     sites = {
-        site.name: {number: number / site.units - 1 for number in timing.widths(site.units)} for site in discover(model).sites
+        site.name: {number: number / site.units - 1 for number in timing.widths(site.units)} for site in layout_of(model).sites
     }
     return Costs("seconds", 1.5 * len(sites), sites)
 
@@ -71,7 +71,7 @@ def test_flops_are_those_that_torch_counts(name, length):
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_those_of_the_slim_model(name):
     model = tiny_model(**MODELS[name])
-    costs, layout = params(model), discover(model)
+    costs, layout = params(model), layout_of(model)
     assert costs.dense == layout.parameters
     mask = liar.select(model, keep=0.6, criterion="random")
     assert costs.of({site: mask.kept(site) for site in mask.masks}) == mask.parameters(layout)
@@ -110,7 +110,7 @@ def test_long_sequences_cost_heads():
 def test_widths_are_rounded(name, criterion, round_to):
     model = tiny_model(**MODELS[name])
     mask = liar.select(model, tiny_batches(model, batches=1), keep=0.7, criterion=criterion, round_to=round_to, progress=False)
-    layout = discover(model)
+    layout = layout_of(model)
     for site in layout.sites:
         kept = mask.kept(site.name)
         assert kept == site.units or kept * site.consumer.width % round_to == 0
@@ -128,7 +128,7 @@ def test_balanced_widths_in_steps_are_the_same_in_all_layers(round_to):
     widths = {}
     for option in ("free", "balanced"):
         mask = liar.select(model, batches, keep=0.6, widths=option, round_to=round_to, progress=False)
-        assert mask.parameters(discover(model)) / discover(model).parameters <= 0.6
+        assert mask.parameters(layout_of(model)) / layout_of(model).parameters <= 0.6
         widths[option] = [mask.kept(f"neurons.{layer}") for layer in range(3)]
     assert max(widths["free"]) - min(widths["free"]) > round_to >= max(widths["balanced"]) - min(widths["balanced"])
 
@@ -148,7 +148,7 @@ def test_uniform_widths_load_in_stock_classes(keep, tmp_path):
     model = tiny_model("llama", head="causal-lm", num_key_value_heads=4)
     batches = tiny_batches(model)
     liar.prune(model, batches, keep=keep, widths="uniform", progress=False)
-    layout = discover(model)
+    layout = layout_of(model)
     for kind in ("heads", "neurons"):
         assert len({site.units for site in layout.of_kind(kind)}) == 1
     liar.save(model, tmp_path)
@@ -180,7 +180,7 @@ def test_protected_sites_stay_whole(options):
     model = tiny_model("bert")
     mask = liar.select(model, tiny_batches(model), keep=0.8, protect=["heads.0", 1], progress=False, **options)
     assert [mask.keeps_all(name) for name in ("heads.0", "neurons.0", "heads.1", "neurons.1")] == [True, False, True, True]
-    assert 0.75 < mask.parameters(discover(model)) / discover(model).parameters <= 0.8
+    assert 0.75 < mask.parameters(layout_of(model)) / layout_of(model).parameters <= 0.8
 
 
 def test_what_cannot_be_requested():
@@ -204,13 +204,13 @@ def test_what_cannot_be_requested():
 
 
 def everything(model):
-    return {site.name: torch.ones(site.units, dtype=torch.bool) for site in discover(model).sites}
+    return {site.name: torch.ones(site.units, dtype=torch.bool) for site in layout_of(model).sites}
 
 
 def three_widths(seed):
     """A tiny layout whose sites may keep 2, 3 or all units, with random costs, and all ways to choose."""
     random = np.random.default_rng(seed)
-    layout = discover(tiny_model("bert", intermediate_size=6))
+    layout = layout_of(tiny_model("bert", intermediate_size=6))
     sites = {site.name: dict.fromkeys([2, 3, site.units]) for site in layout.sites}
     costs = Costs("things", 1.0, {name: {n: random.uniform() for n in counts} for name, counts in sites.items()})
     ways = [dict(zip(sites, counts, strict=True)) for counts in itertools.product(*sites.values())]
@@ -255,7 +255,7 @@ def test_latency_is_a_budget(quick, tmp_path):
     before = copy.deepcopy(model.state_dict())
     file = tmp_path / "latency.json"
     costs = liar.latency(model, batch_size=2, length=16, cache=file, progress=False)
-    for site in discover(model).sites:
+    for site in layout_of(model).sites:
         levels = costs.sites[site.name]
         assert sorted(levels) == list(levels) == timing.widths(site.units)
         values = list(levels.values())
@@ -285,7 +285,7 @@ def times_of(layout, unit_cost, *, model, block):
 
 @pytest.mark.parametrize("block", [0.7, 1.0, 1.4])
 def test_what_single_blocks_save_is_scaled_to_the_model(block):
-    layout = discover(tiny_model("llama", hidden_size=64, intermediate_size=512))
+    layout = layout_of(tiny_model("llama", hidden_size=64, intermediate_size=512))
     unit_cost = {"heads": 0.25, "neurons": 0.002}
     costs = timing._costs(layout, times_of(layout, unit_cost, model=3.0, block=block), {})
     for way in itertools.islice(itertools.product(*(costs.sites[site.name] for site in layout.sites)), 0, None, 7):
@@ -296,7 +296,7 @@ def test_what_single_blocks_save_is_scaled_to_the_model(block):
 
 def test_a_model_that_half_of_its_units_make_no_faster():
     """Then no budget below all of the time can be met; and where blocks save nothing, nothing is made up."""
-    layout = discover(tiny_model("bert"))
+    layout = layout_of(tiny_model("bert"))
     seconds = times_of(layout, {"heads": 0.25, "neurons": 0.002}, model=3.0, block=1.0)
     slower = timing._costs(layout, seconds | {timing.HALF: seconds[timing.FULL] + 1}, {})
     assert {cost for levels in slower.sites.values() for cost in levels.values()} == {0.0}
@@ -309,7 +309,7 @@ def test_a_model_that_half_of_its_units_make_no_faster():
 def test_the_half_model_that_is_timed():
     model = tiny_model("llama")
     before = copy.deepcopy(model.state_dict())
-    layout, half = discover(model), timing._half(model, discover(model))
+    layout, half = layout_of(model), timing._half(model, layout_of(model))
     for site in layout.sites:
         consumer = layer_of(half.get_submodule(site.block), site.consumer)
         assert consumer.size("in") == timing._middle(site) * site.consumer.width
@@ -415,7 +415,7 @@ def test_costs_that_are_none(fixed, sites):
 
 def test_costs_of_nothing():
     model = tiny_model("bert")
-    free = {site.name: dict.fromkeys(range(1, site.units + 1), 0.0) for site in discover(model).sites}
+    free = {site.name: dict.fromkeys(range(1, site.units + 1), 0.0) for site in layout_of(model).sites}
     with pytest.raises(BudgetError, match="are 0: there is nothing to keep a share of"):
         liar.select(model, keep=0.5, criterion="random", budget=Costs("a", 0.0, free))
 
@@ -432,7 +432,7 @@ def test_files_that_hold_no_costs(text):
 def test_what_a_unit_is_worth_is_weighed_against_what_it_costs():
     """Per parameter, heads are worth a little more than neurons; per FLOP they are worth less."""
     model = tiny_model("bert")
-    layout = discover(model)
+    layout = layout_of(model)
     scores = {s.name: torch.full([s.units], 1.1 if s.kind == "heads" else 1.0).double() for s in layout.sites}
     kept = {}
     for costs in (params(model), liar.flops(model, length=64)):

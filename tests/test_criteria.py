@@ -9,7 +9,7 @@ from cases import MODELS
 import liar
 from liar import options
 from liar.errors import BudgetError, OptionError
-from liar.models import discover
+from liar.models import layout_of
 from liar.options import SelectOptions
 from liar.selection import CRITERIA, Budget, Criterion, SiteWeights, allocate, params, register_criterion, scores
 from liar.statistics import ChannelMoments
@@ -47,7 +47,7 @@ def naive(criterion, model, batches, layer, kind):
 def test_scores_equal_naive_loops(criterion, name):
     model = tiny_model(**MODELS[name])
     batches = tiny_batches(model, batches=2)
-    layout = discover(model)
+    layout = layout_of(model)
     for site in layout.sites:
         moments = ChannelMoments()
         moments.update(torch.from_numpy(reference.activations(model, batches, site.layer, site.kind)["x"]))
@@ -64,7 +64,7 @@ def test_select_keeps_the_best_units_of_every_site(criterion, name):
     model = tiny_model(**MODELS[name])
     batches = tiny_batches(model)
     mask = liar.select(model, batches, keep=0.5, criterion=criterion, widths="balanced", progress=False)
-    for site in discover(model).sites:
+    for site in layout_of(model).sites:
         expected = naive(criterion, model, batches, site.layer, site.kind)
         kept = mask[site.name].numpy()
         assert 0 < kept.sum() < site.units
@@ -95,7 +95,7 @@ def prepared():
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_budget_is_met_and_never_exceeded(prepared, name, widths, criterion):
     model, statistics = prepared[name]
-    layout = discover(model)
+    layout = layout_of(model)
     for keep in (0.35, 0.5, 0.77, 0.9, 0.999):
         mask = liar.select(model, statistics, keep=keep, criterion=criterion, widths=widths, progress=False)
         share = mask.parameters(layout) / layout.parameters
@@ -114,14 +114,14 @@ def test_all_of_the_budget_keeps_everything(prepared, widths, keep):
         for round_to in (1, 16):
             how = {"criterion": criterion, "widths": widths, "round_to": round_to}
             mask = liar.select(model, statistics, keep=keep, progress=False, **how)
-            assert all(mask.keeps_all(site.name) for site in discover(model).sites)
+            assert all(mask.keeps_all(site.name) for site in layout_of(model).sites)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("widths", ["free", "balanced"])
 def test_the_least_budget_leaves_one_unit_everywhere(prepared, criterion, widths):
     model, statistics = prepared["bert"]
-    layout, how = discover(model), {"criterion": criterion, "widths": widths, "progress": False}
+    layout, how = layout_of(model), {"criterion": criterion, "widths": widths, "progress": False}
     floor = layout.kept_parameters({site.name: 1 for site in layout.sites}) / layout.parameters
     mask = liar.select(model, statistics, keep=floor + 1e-9, **how)
     assert [mask.kept(site.name) for site in layout.sites] == [1] * 4
@@ -143,7 +143,7 @@ def test_balanced_widths_keep_equal_shares(criterion):
 def test_free_widths_let_sites_compete():
     """A site whose units are all alike but for a few keeps few of them."""
     model = tiny_model("bert")
-    layout = discover(model)
+    layout = layout_of(model)
     budget = Budget.of(layout, params(model), SelectOptions(0.5))
     generator = torch.Generator().manual_seed(0)
     by_site = {site.name: torch.rand(site.units, generator=generator, dtype=torch.float64) for site in layout.sites}
@@ -159,7 +159,7 @@ def test_free_widths_let_sites_compete():
 @pytest.mark.parametrize("widths", ["free", "balanced"])
 def test_equal_scores_still_meet_the_budget(widths):
     model = tiny_model("bert")
-    layout = discover(model)
+    layout = layout_of(model)
     equal = {site.name: torch.ones(site.units, dtype=torch.float64) for site in layout.sites}
     mask = allocate(equal, layout, Budget.of(layout, params(model), SelectOptions(0.5)), widths)
     assert 0.49 < mask.parameters(layout) / layout.parameters <= 0.5
@@ -200,7 +200,7 @@ def test_a_slim_model_can_be_selected_from():
     model = tiny_model("llama")
     batches = tiny_batches(model)
     liar.prune(model, batches, keep=0.7, progress=False)
-    layout = discover(model)
+    layout = layout_of(model)
     mask = liar.select(model, batches, keep=0.8, progress=False)
     assert 0.79 < mask.parameters(layout) / layout.parameters <= 0.8
 
@@ -233,7 +233,7 @@ def test_a_registered_criterion_is_used(criteria):
 def test_comparable_scores_compete_as_they_are(criteria, comparable):
     """Neurons score between 2 and 3, heads between 0 and 1: only where that means something do all neurons stay."""
     model = tiny_model("bert")
-    layout = discover(model)
+    layout = layout_of(model)
 
     def own(units):
         count = len(units.consumer)

@@ -22,7 +22,7 @@ import liar
 from liar.cli import app
 from liar.errors import CheckpointError, LiarError, ModelError
 from liar.io import load_tokenizer
-from liar.models import discover
+from liar.models import layout_of
 from liar.testing import tiny_batches, tiny_model
 
 KINDS = {"bert": "sequence-classification", "gpt2": None, "llama": "causal-lm"}
@@ -69,7 +69,7 @@ def test_any_tensor_that_is_missing_is_named(kind, without_record, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensors_in_the_blocks_without_a_layer(kind, tmp_path):
     slim(kind, tmp_path)
-    block = discover(liar.load(tmp_path)).blocks[0]
+    block = layout_of(liar.load(tmp_path)).blocks[0]
     change_tensors(tmp_path, lambda tensors: tensors.update({f"{block}.adapter.weight": torch.ones(2)}))
     with pytest.raises(CheckpointError, match=rf"there is none for {block}\.adapter\.weight"):
         liar.load(tmp_path)
@@ -427,7 +427,7 @@ def test_what_need_not_build_the_model_reads_every_folder(tmp_path, tokenizer):
         for seed in range(3):
             model = tiny_model(kind, head=KINDS[kind], num_hidden_layers=4)
             draw = random.Random(seed)
-            units = {site.name: site.units for site in discover(model).sites}
+            units = {site.name: site.units for site in layout_of(model).sites}
             liar.remove(model, {name: draw.sample(range(n), draw.randint(1, n)) for name, n in units.items()})
             where = tmp_path / f"{kind}{seed}"
             liar.save(model, where, tokenizer=tokenizer)

@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import get_imports
 import liar
 from liar.data import read_by
 from liar.errors import CheckpointError, ModelError
-from liar.io import modeling_pruned
+from liar.surgery import modeling_pruned
 from liar.testing import tiny_batches, tiny_model
 
 CASES = {
@@ -158,8 +158,8 @@ def test_where_transformers_needs_no_code_there_is_none(tmp_path):
 
 
 def test_the_code_needs_torch_and_transformers_only():
-    assert set(get_imports(CODE)) <= {"__future__", "typing", "torch", "transformers"}
-    assert len(CODE.read_text(encoding="utf-8").splitlines()) < 100
+    assert set(get_imports(CODE)) <= {"__future__", "dataclasses", "typing", "torch", "transformers"}
+    assert len(CODE.read_text(encoding="utf-8").splitlines()) < 200  # people read it before they trust it
     with pytest.raises(AttributeError, match="transformers has no model of this name"):
         _ = modeling_pruned.BertTokenizer
 

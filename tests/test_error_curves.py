@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import liar
 from liar.data import Calibration
 from liar.errors import CalibrationError
-from liar.models import discover
+from liar.models import layout_of
 from liar.options import SelectOptions
 from liar.selection import Budget, SiteWeights, allocate, eliminate, params, scores
 from liar.selection.error_curves import EVEN, RIDGE, directions, error_curves, reweight_sequence_mean, shrinkage
@@ -27,7 +27,7 @@ from liar.testing import assert_same_state, model_state, tiny_batches, tiny_mode
 def prepared(name, **options):
     model = tiny_model(**{**MODELS[name], **options})
     batches = tiny_batches(model, batches=4, sequences=8, length=16)
-    return model, discover(model), Calibration.of(batches, model), batches
+    return model, layout_of(model), Calibration.of(batches, model), batches
 
 
 @pytest.mark.parametrize("name", ["bert", "bert-classifier", "llama", "llama-8q-2kv", "llama-biases", "gpt2-lm"])
@@ -73,7 +73,7 @@ def test_reweighted_rows_have_the_squares_that_count(sequences, length, coherenc
 
 def by_hand(model, batches, name):
     """Sums of g g' over tokens, and of squares of g summed over sequences; every sequence samples with its own seed."""
-    layout = discover(model)
+    layout = layout_of(model)
     site = next(site for site in layout.sites if site.name == name)
     consumer = model.get_submodule(site.module)
     total = together = count = 0
@@ -218,7 +218,7 @@ def units_of(increases, parameters):
 def test_the_budget_is_shared_as_the_best_of_all_ways_would(seed):
     """Curves that bend upwards: no other numbers of units with as many parameters lose less."""
     model = tiny_model("bert", num_attention_heads=4, intermediate_size=6, num_hidden_layers=2)
-    layout = discover(model)
+    layout = layout_of(model)
     generator = np.random.default_rng(seed)
     steps = {site.name: np.sort(generator.exponential(size=site.units)) for site in layout.sites}
     made = {site.name: scores("reconstruction", units_of(steps[site.name].tolist(), site.parameters)) for site in layout.sites}

@@ -4,21 +4,24 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 import liar
-from liar.errors import CalibrationError, CheckpointError, ModelError, OptionError
-from liar.models import discover
+from liar.errors import BudgetError, CalibrationError, CheckpointError, ModelError, OptionError
+from liar.models import layout_of
 from liar.testing import assert_same_state, check_family, model_state, tiny_batches, tiny_model
 
 FAMILIES = {family.model_type: family for family in liar.families()}
 # Of some families a part is not cut; their notes say why.
-HEADS_ONLY = {"gpt_oss", "mixtral", "opt", "qwen2_moe", "qwen3_moe"}
+HEADS_ONLY = {"gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe"}
 NEURONS_ONLY = {"deberta-v2", "olmo2", "olmo3", "phi3"}
 
 
 def head_of(model_type):
     """Language models have their head on, so that they generate text; the others are bare."""
     config = transformers.CONFIG_MAPPING[model_type]
+    if config().is_encoder_decoder:
+        return "speech-seq2seq" if model_type == "whisper" else "seq2seq-lm"
     causal = config in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and config not in transformers.MODEL_FOR_MASKED_LM_MAPPING
     return "causal-lm" if causal else None
 
@@ -28,8 +31,11 @@ def test_every_family_passes_the_contract(model_type):
     layout = check_family(tiny_model(model_type, head=head_of(model_type)))
     parts = {"neurons"} if model_type in NEURONS_ONLY else {"heads"} if model_type in HEADS_ONLY else {"heads", "neurons"}
     assert {site.kind for site in layout.sites} == parts
-    assert len(layout.sites) == 2 * len(parts)
-    if len(parts) == 2:
+    assert len(layout.sites) == 2 * len(parts) * len(layout.stacks)
+    if len(layout.stacks) == 2:
+        assert len(layout.uncovered) == 2 * 4
+        assert "attention between the two is not cut" in FAMILIES[model_type].note
+    elif len(parts) == 2:
         assert layout.uncovered == ()
     else:
         assert "only" in FAMILIES[model_type].note or "experts" in FAMILIES[model_type].note
@@ -56,6 +62,21 @@ def test_a_loaded_model_whose_tensors_had_other_names_is_saved_standalone(model_
     assert torch.equal(again(**batch)[0], model(**batch)[0])
 
 
+@pytest.mark.parametrize("model_type", ["bloom", "cohere", "gpt_oss", "mpnet", "t5"])
+def test_the_code_of_a_folder_cuts_what_belongs_to_heads(model_type, tmp_path):
+    """Parameters with rows for each head, and arguments with entries for each."""
+    model = tiny_model(model_type, head=head_of(model_type))
+    liar.remove(model, {"heads.0": [0]})
+    liar.save(model, tmp_path / "slim", standalone=True)
+    auto = {"causal-lm": "AutoModelForCausalLM", "seq2seq-lm": "AutoModelForSeq2SeqLM"}.get(head_of(model_type), "AutoModel")
+    again = getattr(transformers, auto).from_pretrained(tmp_path / "slim", trust_remote_code=True).train(False)
+    assert type(again) is not type(model)
+    (batch,) = tiny_batches(model, batches=1)
+    assert torch.equal(again(**batch)[0], model(**batch)[0])
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(liar.load(tmp_path / "again")(**batch)[0], model(**batch)[0])
+
+
 @pytest.mark.parametrize("model_type", ["bloom", "dinov2", "mpnet", "nomic_bert", "opt", "vit", "wav2vec2"])
 def test_the_stock_class_never_fills_cut_heads_at_random(model_type, tmp_path):
     model = tiny_model(model_type)
@@ -63,7 +84,7 @@ def test_the_stock_class_never_fills_cut_heads_at_random(model_type, tmp_path):
     liar.save(model, tmp_path / "slim")
     with pytest.raises((ValueError, RuntimeError, AttributeError)):
         type(model).from_pretrained(tmp_path / "slim", ignore_mismatched_sizes=True)
-    assert [site.units for site in discover(liar.load(tmp_path / "slim")).of_kind("heads")] == [2, 4]
+    assert [site.units for site in layout_of(liar.load(tmp_path / "slim")).of_kind("heads")] == [2, 4]
 
 
 def test_loading_does_not_fill_cut_layers_at_random_either(tmp_path):
@@ -80,7 +101,7 @@ def test_loading_does_not_fill_cut_layers_at_random_either(tmp_path):
 )
 def test_other_versions_of_a_family_are_refused(model_type, entries):
     with pytest.raises(ModelError, match="which builds other blocks"):
-        discover(tiny_model(model_type, **entries))
+        layout_of(tiny_model(model_type, **entries))
 
 
 def test_a_scale_of_zero_does_no_harm():
@@ -120,6 +141,45 @@ def test_padded_sound_counts_as_its_frames():
             liar.Calibration.of([{**batch, "attention_mask": wrong}], model)
 
 
+@pytest.mark.parametrize("data", [["a text"], "a text", [Image.new("RGB", (16, 16))], Image.new("RGB", (16, 16))])
+def test_texts_and_pictures_are_not_what_a_model_of_images_reads(data):
+    with pytest.raises(
+        CalibrationError, match=r"got (strings, but a ViTModel reads pixel_values|a picture): call its processor"
+    ):
+        liar.Calibration.of(data, tiny_model("vit"))
+
+
+def test_sound_that_ends_in_zeros_is_told(caplog):
+    model = tiny_model("wav2vec2")
+    (batch,) = tiny_batches(model, batches=1, sequences=3)
+    liar.Calibration.of([batch], model)
+    assert not caplog.records
+    batch["input_values"][1, -100:] = 0
+    liar.Calibration.of([batch], model)
+    assert "1 of its 3 sounds end in zeros, which count as sound" in caplog.text
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "fluctuation"])
+def test_scores_count_what_reaches_the_stream(criterion):
+    """DINOv2 multiplies every channel of what a layer gives: a unit that writes to channels times zero is worth nothing."""
+    model = tiny_model("dinov2")
+    block = model.encoder.layer[0]
+    with torch.no_grad():
+        block.layer_scale2.lambda1[:16] = 0
+        block.mlp.fc2.weight[16:, 0] = 0
+        block.mlp.fc2.weight[:, 0] *= 100
+        block.mlp.fc1.weight[0] *= 1e-3
+        block.mlp.fc1.bias[0] = 1
+    mask = liar.select(model, tiny_batches(model), keep=0.97, criterion=criterion, progress=False)
+    assert not mask["neurons.0"][0]
+
+
+def test_experts_are_named_where_a_share_cannot_be_met():
+    model = tiny_model("mixtral")
+    with pytest.raises(BudgetError, match=r"\d\d% are in layers that are never cut, such as experts"):
+        liar.select(model, tiny_batches(model), keep=0.3, progress=False)
+
+
 @pytest.mark.parametrize("pixels", [torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "a path", torch.zeros(3)])
 def test_other_images_are_refused(pixels):
     with pytest.raises(CalibrationError, match="expected pixel_values, a tensor of floats"):
@@ -143,7 +203,7 @@ def test_a_vector_for_every_sequence_is_an_output(criterion):
     config.projection_dim = 8
     model = transformers.CLIPTextModelWithProjection(config).train(False)
     mask = liar.select(model, tiny_batches(model), keep=0.6, criterion=criterion, progress=False)
-    assert mask.parameters(discover(model)) <= 0.6 * discover(model).parameters
+    assert mask.parameters(layout_of(model)) <= 0.6 * layout_of(model).parameters
 
 
 def test_outputs_that_are_nothing_known_are_refused():

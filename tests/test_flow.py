@@ -69,6 +69,7 @@ PUBLIC = (
     "Report",
     "SelfGenerated",
     "SitePattern",
+    "Stack",
     "Verdict",
     "calibration",
     "collect",

@@ -11,7 +11,7 @@ from cases import MODELS, quiet
 import liar
 from liar.data import Calibration
 from liar.errors import CalibrationError, ModelError
-from liar.models import discover
+from liar.models import layout_of
 from liar.runtime import Output, model_outputs
 from liar.selection import CRITERIA, SiteWeights, scores
 from liar.selection.fisher import sensitivities
@@ -50,7 +50,7 @@ def with_labels(model, data, seed=5):
 
 
 def sums(model, batches, passes=unit_gradients):
-    return passes(model, discover(model), Calibration.of(batches, model), progress=quiet())
+    return passes(model, layout_of(model), Calibration.of(batches, model), progress=quiet())
 
 
 def sampled(samples, first, output, sequences, draw):
@@ -176,7 +176,7 @@ CASES = [
 def test_scaling_a_unit_changes_the_loss_by_its_gradient(name, labels):
     model, batches = prepared(name, labels=labels)
     result = sums(model, batches)
-    for site in discover(model).sites:
+    for site in layout_of(model).sites:
         expected = derivatives(model, batches, site)
         rtol = RTOL[model.config.model_type]
         close(result[site.name]["gradient"], expected.sum(0), rtol)
@@ -189,7 +189,7 @@ def test_scaling_a_unit_changes_the_loss_by_its_gradient(name, labels):
 def test_a_number_has_a_squared_error(labels):
     model, batches = prepared("bert-classifier", labels=labels, num_labels=1)
     result = sums(model, batches)
-    for site in discover(model).sites:
+    for site in layout_of(model).sites:
         close(result[site.name]["gradient"], derivatives(model, batches, site).sum(0), RTOL["bert"])
 
 
@@ -206,7 +206,7 @@ def test_weights_against_autograd_of_the_naive_loss(name):
     model, batches = prepared(name, labels=True)
     result = sums(model, batches)
     sum(losses(model, batch, 0, {}).sum() for batch in batches).backward()
-    for site in discover(model).sites:
+    for site in layout_of(model).sites:
         block = model.get_submodule(site.block)
         by_weight = product(model.get_submodule(site.module), "weight").reshape(site.units, -1)
         close(result[site.name]["gradient"], by_weight.sum(1))
@@ -369,7 +369,7 @@ def test_samples_repeat(name):
 @pytest.mark.parametrize("name", ["bert-classifier", "llama-lm"])
 def test_labels_are_used_when_given(name, criterion):
     model, batches = prepared(name)
-    layout = discover(model)
+    layout = layout_of(model)
     built = []
     for data in (batches, with_labels(model, batches), with_labels(model, batches, seed=6)):
         of_site = liar.collect(model, data, criteria=[criterion], progress=False).sites
@@ -392,7 +392,7 @@ def test_labels_change_nothing_else():
 def test_scores_are_per_parameter(criterion):
     model, batches = prepared("llama-8q-2kv", labels=True)
     result = sums(model, batches)
-    for site in discover(model).sites:
+    for site in layout_of(model).sites:
         of_site = result[site.name]
         expected = {
             "taylor": of_site["gradient"].abs(),

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from liar import Mask
 from liar.errors import MaskError
-from liar.models import discover
+from liar.models import layout_of
 from liar.testing import tiny_model
 
-BERT = discover(tiny_model("bert"))
-HEADED = discover(tiny_model("bert", head="sequence-classification"))
-GROUPED = discover(tiny_model("llama", num_attention_heads=8, num_key_value_heads=2))
-FUSED = discover(tiny_model("gpt2"))
+BERT = layout_of(tiny_model("bert"))
+HEADED = layout_of(tiny_model("bert", head="sequence-classification"))
+GROUPED = layout_of(tiny_model("llama", num_attention_heads=8, num_key_value_heads=2))
+FUSED = layout_of(tiny_model("gpt2"))
 
 ROWS = [[True, False, True, True], [False, True, False, False]]
 INDICES = [[0, 2, 3], [1]]

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune
 
 import liar
 from liar.errors import ModelError
-from liar.models import discover, layer_of
+from liar.models import layer_of, layout_of
 from liar.testing import tiny_batches, tiny_model
 
 VERBS = {
@@ -43,7 +43,7 @@ def compiled_layer(model):
 
 
 def last_layers(model):
-    return [layer_of(model.get_submodule(site.block), site.consumer).module for site in discover(model).sites]
+    return [layer_of(model.get_submodule(site.block), site.consumer).module for site in layout_of(model).sites]
 
 
 def changed(change):
@@ -215,7 +215,7 @@ def test_tied_embeddings_are_no_shared_layers():
 
 def test_parameters_of_the_blocks_count_once():
     model = tiny_model("llama")
-    whole = discover(model).parameters
+    whole = layout_of(model).parameters
     norms = [layer.input_layernorm for layer in model.layers]
     norms[1].weight = norms[0].weight
-    assert discover(model).parameters == whole - norms[0].weight.numel()
+    assert layout_of(model).parameters == whole - norms[0].weight.numel()

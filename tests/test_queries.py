@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import liar
 from liar.errors import BudgetError, CalibrationError, MaskError, OptionError
-from liar.models import discover
+from liar.models import layout_of
 from liar.selection import CRITERIA
 from liar.selection.queries import best_of_groups, by_rank, rank_scores
 from liar.testing import assert_same_state, model_state, tiny_batches, tiny_model
@@ -43,7 +43,7 @@ def of_groups(row):
 def test_every_group_keeps_equally_many(criterion, widths, model, batches):
     labelled = [{**batch, "labels": batch["input_ids"]} for batch in batches]
     mask = liar.select(model, labelled, keep=0.6, criterion=criterion, widths=widths, heads="query", progress=False)
-    layout = discover(model)
+    layout = layout_of(model)
     assert 0.5 < mask.parameters(layout) / layout.parameters <= 0.6
     for row in rows(mask).values():
         one, other = of_groups(row)
@@ -54,28 +54,28 @@ def test_every_group_keeps_equally_many(criterion, widths, model, batches):
 
 def test_what_is_counted_is_what_is_left(model):
     before = sum(parameter.numel() for parameter in model.parameters())
-    layout = discover(model)
+    layout = layout_of(model)
     mask = liar.select(model, keep=0.7, criterion="magnitude", heads="query", round_to=8)
     liar.remove(model, mask)
     left = sum(parameter.numel() for parameter in model.parameters())
     assert before - left == layout.parameters - mask.parameters(layout)
-    assert discover(model).parameters == mask.parameters(layout)
+    assert layout_of(model).parameters == mask.parameters(layout)
     assert {layer.self_attn.k_proj.out_features for layer in model.model.layers} == {GROUPS * 8}
 
 
 def test_flops_count_what_stays(model):
-    layout = discover(model)
+    layout = layout_of(model)
     mask = liar.select(model, keep=0.7, criterion="magnitude", heads="query", budget="flops")
     dense = liar.flops(model).dense
     liar.remove(model, mask)
     assert 0.6 < liar.flops(model).dense / dense <= 0.7
-    assert layout.parameters > discover(model).parameters
+    assert layout.parameters > layout_of(model).parameters
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.integers(0, 1000))
 def test_the_best_of_every_group_stay(groups, of_group, count, seed):
-    site = discover(tiny_model("llama", num_attention_heads=8, head_dim=8)).counted_by("query").sites[0]
-    layout = discover(tiny_model("llama", num_attention_heads=8, head_dim=8)).counted_by("query")
+    site = layout_of(tiny_model("llama", num_attention_heads=8, head_dim=8)).counted_by("query").sites[0]
+    layout = layout_of(tiny_model("llama", num_attention_heads=8, head_dim=8)).counted_by("query")
     scores = torch.rand(site.units, generator=torch.Generator().manual_seed(seed))
     count = min(count, site.units // site.groups)
     everything = {each.name: torch.ones(each.units, dtype=torch.bool) for each in by_rank(layout).sites}
@@ -113,7 +113,7 @@ def test_repair_helps(target, model, batches):
 
 
 def test_rows_of_query_heads_are_read_as_what_they_say(model):
-    layout = discover(model)
+    layout = layout_of(model)
     whole = liar.Mask.of({"heads": torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]] * 2)}, layout)
     assert whole["heads.0"].tolist() == [False, True]
     single = liar.Mask.of({"heads": torch.tensor([[0, 1, 0, 0, 1, 0, 0, 0]] * 2)}, layout)
@@ -133,7 +133,7 @@ def test_unequal_groups_are_refused(row, model, batches):
             liar.reconstruct(model, mask, batches, progress=False)
     removed = [index for index, kept in enumerate(row) if not kept]
     with pytest.raises(MaskError, match="equally many heads to stay"):
-        liar.Mask.from_removed({"heads.1": removed}, discover(model).counted_by("query"))
+        liar.Mask.from_removed({"heads.1": removed}, layout_of(model).counted_by("query"))
     assert_same_state(model, before)
 
 
@@ -161,13 +161,13 @@ def test_statistics_are_of_one_unit(model, batches):
 def test_folders_load_again(count, model, tmp_path):
     row = (torch.arange(8) % OF_GROUP) < count
     liar.remove(model, {"heads.0": row, "neurons.1": list(range(40))})
-    mask = liar.Mask.of({"heads.0": row}, discover(tiny_model("llama", num_attention_heads=8, head_dim=8)))
+    mask = liar.Mask.of({"heads.0": row}, layout_of(tiny_model("llama", num_attention_heads=8, head_dim=8)))
     with pytest.raises(liar.LiarError, match=r"the units of neurons\.1 differ"):
         liar.save(model, tmp_path / "slim", mask=mask)
     liar.save(model, tmp_path / "slim", standalone=True)
     batch = tiny_batches(model)[0]
     again = liar.load(tmp_path / "slim")
-    assert [site.query_heads for site in discover(again).of_kind("heads")] == [count, OF_GROUP]
+    assert [site.query_heads for site in layout_of(again).of_kind("heads")] == [count, OF_GROUP]
     assert torch.equal(again(**batch).logits, model(**batch).logits)
     torch.save({"batch": dict(batch), "logits": model(**batch).logits}, tmp_path / "expected.pt")
     code = (
@@ -182,10 +182,10 @@ def test_folders_load_again(count, model, tmp_path):
 
 def test_a_model_is_cut_by_query_and_then_by_group(model, batches):
     liar.prune(model, batches, keep=0.5, heads="query", widths="uniform", progress=False)
-    (left,) = {site.query_heads for site in discover(model).of_kind("heads")}
+    (left,) = {site.query_heads for site in layout_of(model).of_kind("heads")}
     assert left < OF_GROUP
     liar.reconstruct(model, {"heads": torch.tensor([[True, False]] * 2)}, batches, progress=False)
-    assert [(site.units, site.query_heads) for site in discover(model).of_kind("heads")] == [(1, left)] * 2
+    assert [(site.units, site.query_heads) for site in layout_of(model).of_kind("heads")] == [(1, left)] * 2
 
 
 def test_where_nothing_is_shared_it_is_all_the_same():

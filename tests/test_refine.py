@@ -12,7 +12,7 @@ from reference import blocks
 import liar
 from liar.data import FOLDS, Calibration
 from liar.errors import CalibrationError, LiarError, OptionError
-from liar.models import discover
+from liar.models import layout_of
 from liar.options import RefineOptions
 from liar.repair.refine import hold_out, last_hidden_error, refine_windows
 from liar.repair.refine.training import rate
@@ -207,7 +207,7 @@ def refined_by_library(dense, student, batches, options):
     """The walk alone, without the guard of the whole model; the trained student."""
     student = copy.deepcopy(student)
     data = hold_out(Calibration.of(batches, student), options.sequences)
-    result = refine_windows(student, discover(student), dense, discover(dense), data, options)
+    result = refine_windows(student, layout_of(student), dense, layout_of(dense), data, options)
     result.write(student)
     return result, student
 
@@ -285,8 +285,8 @@ def test_slim_models_get_no_worse(name, granularity):
     assert_same_state(dense, teacher)
     trained = {
         f"{block}.{layer}"
-        for block in discover(slim).blocks
-        for site in discover(slim).of_block(block)
+        for block in layout_of(slim).blocks
+        for site in layout_of(slim).of_block(block)
         for layer in (*site.inputs, site.consumer.module)
     }
     for key, value in slim.state_dict().items():
@@ -410,7 +410,7 @@ def test_the_report_is_read_again():
         again = liar.Report.from_json(report.to_json())
         assert again.verdicts == report.verdicts
         assert report.options["granularity"] == granularity
-        assert report.achieved == pytest.approx(discover(slim).parameters / discover(dense).parameters)
+        assert report.achieved == pytest.approx(layout_of(slim).parameters / layout_of(dense).parameters)
 
 
 def test_progress_and_an_error_that_it_raises():
@@ -462,7 +462,7 @@ def test_bad_input(name):
 def test_activations_that_are_not_finite():
     dense, slim, batches = slim_pair()
     with torch.no_grad():
-        slim.get_submodule(discover(slim)["neurons.1"].module).weight[0, 0] = torch.nan
+        slim.get_submodule(layout_of(slim)["neurons.1"].module).weight[0, 0] = torch.nan
     with pytest.raises(CalibrationError, match=r"neurons\.1 .*: activations are NaN or infinite"):
         liar.refine(slim, dense, batches, progress=False)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import liar
 from liar.data import Calibration, sample, sample_tokens, split, take
 from liar.errors import CalibrationError
-from liar.models import discover
+from liar.models import layout_of
 from liar.repair import closed_form
 from liar.runtime import drawn, outputs_of
 from liar.selection import error_curves, fisher
@@ -183,7 +183,7 @@ def prepared(name, sequences=64, length=16):
     model = tiny_model(**MODELS[name])
     return (
         model,
-        discover(model),
+        layout_of(model),
         Calibration.of(tiny_batches(model, batches=4, sequences=sequences // 4, length=length), model),
     )
 

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments, pipeline
 from transformers.pytorch_utils import Conv1D
 
 import liar
-from liar.models import Edge, LayerView, Segment, discover
+from liar.models import Edge, LayerView, Segment, layout_of
 from liar.surgery import copy_block, cut_site, stock, uniform_sizes
 from liar.testing import tiny_batches, tiny_model
 
@@ -47,7 +47,7 @@ def written_back(model, small, pattern="unequal"):
     """The full model with a cut model's weights for the kept units, and zeros where removed units are read."""
     keep = keeps(model, pattern)
     full = reference.masked(model, keep)
-    for site in discover(model).sites:
+    for site in layout_of(model).sites:
         kept = torch.from_numpy(reference.kept_channels(model, site.layer, site.kind, keep[site.kind][site.layer]))
         wide, narrow = full.get_submodule(site.module), small.get_submodule(site.module)
         reference.matrix(wide)[kept] = reference.matrix(narrow)
@@ -106,13 +106,13 @@ def test_another_mask_is_noticed():
 @pytest.mark.parametrize("pattern", KEEPS)
 def test_parameters_fall_by_what_the_layout_says(name, pattern):
     model = tiny_model(**MODELS[name])
-    keep, layout = keeps(model, pattern), discover(model)
+    keep, layout = keeps(model, pattern), layout_of(model)
     small = cut(model, keep)
     removed = sum(site.parameters * (site.units - sum(keep[site.kind][site.layer])) for site in layout.sites)
     count = [sum(p.numel() for p in m.parameters()) for m in (model, small)]
     assert count[0] - count[1] == removed > 0
     left = layout.kept_parameters({site.name: sum(keep[site.kind][site.layer]) for site in layout.sites})
-    assert left == discover(small).parameters == layout.parameters - removed
+    assert left == layout_of(small).parameters == layout.parameters - removed
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -226,7 +226,7 @@ def test_an_edge_turns_units_into_channels():
 
 def test_a_copied_block_shares_memory_and_leaves_the_original_alone():
     model = tiny_model("bert")
-    block, layout = model.encoder.layer[0], discover(model)
+    block, layout = model.encoder.layer[0], layout_of(model)
     before = copy.deepcopy(model.state_dict())
     pruned_block = copy_block(block)
     assert all(a is b for a, b in zip(block.parameters(), pruned_block.parameters(), strict=True))
@@ -235,7 +235,7 @@ def test_a_copied_block_shares_memory_and_leaves_the_original_alone():
         cut_site(pruned_block, site, torch.arange(site.units) == 1)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
-    assert discover(model) == layout
+    assert layout_of(model) == layout
 
 
 @pytest.mark.parametrize("padding", ["left", None])
@@ -328,7 +328,7 @@ def test_trainer_fine_tunes_a_cut_model(name, tmp_path):
     )
     assert torch.isfinite(torch.tensor(Trainer(model=small, args=arguments, train_dataset=rows).train().training_loss))
     moved = [name for name, value in small.state_dict().items() if not torch.equal(value.cpu(), before[name])]
-    consumers = [site.module for site in discover(small).sites]
+    consumers = [site.module for site in layout_of(small).sites]
     assert all(f"{consumer}.weight" in moved for consumer in consumers)
 
 
@@ -337,7 +337,7 @@ def test_gradients_reach_every_cut_layer(model_type):
     small = repaired(tiny_model(model_type))
     everything_ = small(**tiny_batches(small)[0])[0].square().sum()
     everything_.backward()
-    for site in discover(small).sites:
+    for site in layout_of(small).sites:
         for edge in site.edges:
             weight = small.get_submodule(f"{site.block}.{edge.module}").weight
             assert weight.grad.abs().sum() > 0

@@ -10,7 +10,7 @@ import transformers
 import liar
 from liar.errors import LiarError, MaskError, ModelError, OptionError
 from liar.mask import compose, keep_all
-from liar.models import discover
+from liar.models import layout_of
 from liar.surgery import copy_dense
 from liar.testing import assert_same_state, model_state, tiny_batches, tiny_model
 from liar.verdicts import Verdict
@@ -19,7 +19,7 @@ NAMES = {"bert": {"model_type": "bert"}, "llama": {"model_type": "llama", "head"
 
 
 def every_other(model):
-    return liar.Mask({site.name: torch.arange(site.units) % 2 == 0 for site in discover(model).sites})
+    return liar.Mask({site.name: torch.arange(site.units) % 2 == 0 for site in layout_of(model).sites})
 
 
 def sliced(model, mask):
@@ -48,7 +48,7 @@ def test_a_model_cut_elsewhere_is_repaired_as_with_its_mask(name):
     report = liar.reconstruct(slim, None, batches, teacher=dense, progress=False)
     assert distance(slim, dense, new) == pytest.approx(distance(known, dense, new), rel=0.02)
     assert distance(slim, dense, new) < 0.8 * distance(sliced(dense, mask), dense, new)
-    assert report.achieved == pytest.approx(discover(slim).parameters / discover(dense).parameters)
+    assert report.achieved == pytest.approx(layout_of(slim).parameters / layout_of(dense).parameters)
     assert Verdict.UNTOUCHED not in report.verdicts.values()
 
 
@@ -70,11 +70,11 @@ def test_a_mask_and_a_teacher():
     first = every_other(dense)
     students = [sliced(dense, first), sliced(dense, first)]
     second = liar.Mask({site.name: torch.arange(site.units) > 0 if site.kind == "neurons" else torch.ones(site.units).bool()
-                        for site in discover(students[0]).sites})  # fmt: skip
+                        for site in layout_of(students[0]).sites})  # fmt: skip
     liar.reconstruct(students[0], second, batches, teacher=dense, progress=False)
     liar.reconstruct(students[1], second, batches, progress=False)
     assert distance(students[0], dense, new) < distance(students[1], dense, new)
-    assert discover(students[0])["neurons.0"].units == int(second["neurons.0"].sum())
+    assert layout_of(students[0])["neurons.0"].units == int(second["neurons.0"].sum())
 
 
 def test_the_teacher_is_left_alone():
@@ -132,9 +132,9 @@ def test_steps_end_at_the_budget(name, budget):
     dense, batches = copy.deepcopy(model), tiny_batches(model, batches=6)
     report = liar.prune(model, batches, keep=0.4, steps=2, budget=budget, progress=False)
     assert report.options["steps"] == 2
-    assert report.achieved == pytest.approx(discover(model).parameters / discover(dense).parameters)
-    assert [site.total for site in report.sites] == [site.units for site in discover(dense).sites]
-    assert [site.kept for site in report.sites] == [site.units for site in discover(model).sites]
+    assert report.achieved == pytest.approx(layout_of(model).parameters / layout_of(dense).parameters)
+    assert [site.total for site in report.sites] == [site.units for site in layout_of(dense).sites]
+    assert [site.kept for site in report.sites] == [site.units for site in layout_of(model).sites]
     assert report.requested == (0.4 if budget == "params" else None)
     share = report.achieved if budget == "params" else liar.flops(model).dense / liar.flops(dense).dense
     assert 0.3 < share <= 0.4
@@ -205,7 +205,7 @@ def test_two_cuts_as_one():
     twice, once = sliced(slim, second), sliced(dense, compose(first, second))
     for one, two in zip(twice.parameters(), once.parameters(), strict=True):
         assert torch.equal(one, two)
-    assert compose(first, keep_all(discover(slim))) == first
+    assert compose(first, keep_all(layout_of(slim))) == first
     heads = liar.Mask({"heads.0": torch.tensor([True, False, True, True])})
     groups = liar.Mask({"heads.0": torch.tensor([True, True])})
     assert compose(groups, heads)["heads.0"].tolist() == heads["heads.0"].tolist()

@@ -11,7 +11,7 @@ from cases import MODELS
 import liar
 from liar.data import FOLDS, Calibration
 from liar.errors import ModelError
-from liar.models import discover, layer_of
+from liar.models import layer_of, layout_of
 from liar.options import ReconstructOptions
 from liar.repair import RepairContext, RepairStep, apply_steps, closed_form_steps, walk_blocks
 from liar.repair import context as context_module
@@ -25,13 +25,13 @@ NAMES = ["bert", "llama-8q-2kv", "gpt2-lm"]
 
 
 def every_other(model):
-    return liar.Mask({site.name: torch.arange(site.units) % 2 == 0 for site in discover(model).sites})
+    return liar.Mask({site.name: torch.arange(site.units) % 2 == 0 for site in layout_of(model).sites})
 
 
 def walked(model, mask, batches, steps, **options):
     """A copy of the model after a walk."""
     model = copy.deepcopy(model)
-    apply_steps(model, discover(model), Calibration.of(batches, model), steps, mask, **options)
+    apply_steps(model, layout_of(model), Calibration.of(batches, model), steps, mask, **options)
     return model
 
 
@@ -56,7 +56,7 @@ class ScaleUnits(RepairStep):
         weight, units = site.consumer.matrix.double(), int(site.unit_mask.sum())
         gram, cross = torch.zeros(units, units).double(), torch.zeros(units).double()
         for batch, pruned in site.run_pruned("consumer_input", "residual"):
-            tokens = site.walk.tokens[batch]
+            tokens = site.tokens(batch)
             x = tokens.gather(pruned["consumer_input"]).double().unflatten(1, (units, -1))
             added = torch.einsum("tuw,uwo->tuo", x, weight.unflatten(0, (units, -1)))
             missing = (
@@ -81,7 +81,7 @@ def test_a_step_of_ones_own_plugs_in(name):
     scaled = walked(model, mask, batches, [ScaleUnits()])
     errors = [distance(each, model, new) for each in (fitted, scaled, cut)]
     assert errors == sorted(errors), errors
-    assert discover(scaled).parameters == discover(fitted).parameters
+    assert layout_of(scaled).parameters == layout_of(fitted).parameters
 
 
 class Watch(RepairStep):
@@ -96,7 +96,7 @@ class Watch(RepairStep):
         self.calls.append(("observe", site.name, batch))
         assert set(dense) == self.captures
         self.dense.setdefault(site.name, []).append(
-            {name: value[site.walk.calibration.token_masks[batch]] for name, value in dense.items()}
+            {name: value[site.calibration.token_masks[batch]] for name, value in dense.items()}
         )
 
     def before_cut(self, site):
@@ -107,7 +107,7 @@ class Watch(RepairStep):
         self.calls.append(("repair", site.name))
         assert site.consumer.size("in") == int(site.unit_mask.sum()) * site.site.consumer.width
         for batch, pruned in site.run_pruned("consumer_input", "residual"):
-            mask = site.walk.calibration.token_masks[batch]
+            mask = site.calibration.token_masks[batch]
             self.pruned.setdefault(site.name, []).append({name: value[mask] for name, value in pruned.items()})
 
     def skip(self, site):
@@ -158,7 +158,7 @@ def test_a_walk_without_a_mask_cuts_nothing():
     model, watch = tiny_model("llama"), Watch()
     watch.before_cut = watch.repair = lambda site: watch.calls.append(("visit", site.name))
     before = model_state(model)
-    layout = discover(model)
+    layout = layout_of(model)
     with preserve_model_state(model):
         assert walk_blocks(model, layout, Calibration.of(tiny_batches(model, batches=1), model), [watch]) == []
     assert ("skip", "heads.0") not in watch.calls
@@ -173,7 +173,7 @@ def test_the_teacher_may_be_another_model(name):
     cut, expected = copy.deepcopy(dense), copy.deepcopy(dense)
     liar.remove(cut, mask)
     liar.reconstruct(expected, mask, batches, ridge=0.01, refit=False, progress=False)
-    everything = liar.Mask({site.name: torch.ones(site.units, dtype=torch.bool) for site in discover(cut).sites})
+    everything = liar.Mask({site.name: torch.ones(site.units, dtype=torch.bool) for site in layout_of(cut).sites})
     context = RepairContext(ReconstructOptions(ridge=0.01, refit=False), int)
     repaired = walked(cut, everything, batches, closed_form_steps(context), teacher=dense)
     for (key, value), other in zip(expected.state_dict().items(), repaired.state_dict().values(), strict=True):
@@ -268,7 +268,7 @@ def test_a_step_that_fails_leaves_the_model_as_it_was(then, error, says):
     before = model_state(model)
     calibration = Calibration.of(tiny_batches(model), model)
     with pytest.raises(error, match=says):
-        apply_steps(model, discover(model), calibration, [Trained(then)], every_other(model))
+        apply_steps(model, layout_of(model), calibration, [Trained(then)], every_other(model))
     assert_same_state(model, before)
 
 
@@ -301,10 +301,10 @@ def test_everything_is_kept_under_another_teacher(target):
     """The stream is another one, so that sites are visited although nothing is removed."""
     model, teacher = tiny_model("bert"), tiny_model("bert", seed=1)
     context = RepairContext(ReconstructOptions(target=target), int)
-    everything = liar.Mask({site.name: torch.ones(site.units, dtype=torch.bool) for site in discover(model).sites})
+    everything = liar.Mask({site.name: torch.ones(site.units, dtype=torch.bool) for site in layout_of(model).sites})
     batches = tiny_batches(model)
     result = walked(model, everything, batches, closed_form_steps(context), teacher=teacher)
-    assert [report.site for report in context.reports] == [site.name for site in discover(model).sites]
+    assert [report.site for report in context.reports] == [site.name for site in layout_of(model).sites]
     assert (distance(result, model, batches) == 0) == (target == "layer_output")
 
 
@@ -333,7 +333,7 @@ def test_what_a_16_bit_stream_lacks_is_computed_in_more_bits():
 
         def repair(self, site):
             for batch, pruned in site.run_pruned("residual"):
-                gather = site.walk.tokens[batch].gather
+                gather = site.tokens(batch).gather
                 exact = gather(site.get("exact target", batch)).double() - gather(pruned["residual"]).double()
                 torch.testing.assert_close(missing.pop(0), exact, rtol=1e-6, atol=1e-6)
             assert missing == []

@@ -70,7 +70,7 @@ class ApplyRule(RepairStep):
                     self._keep(site, batch, need, values[capture])
 
     def _keep(self, site: SiteState, batch: int, need: Need, value: Tensor) -> None:
-        site.put(need, batch, value[site.walk.calibration.token_masks[batch]])
+        site.put(need, batch, value[site.calibration.token_masks[batch]])
 
     def _discard(self, site: SiteState) -> None:
         for need in self.rule.needs:

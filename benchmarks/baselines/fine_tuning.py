@@ -92,4 +92,4 @@ def stream_error(site: SiteState, batch: int) -> Tensor:
 
 def real_tokens(site: SiteState, batch: int, value: Tensor) -> Tensor:
     """The rows of real tokens: [sequences, length, channels] -> [tokens, channels]."""
-    return value[site.walk.calibration.token_masks[batch]]
+    return value[site.calibration.token_masks[batch]]

@@ -50,7 +50,7 @@ class _Collect(RepairStep):
         self.result: dict[str, Inputs] = {}
 
     def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
-        rows = widen(dense["consumer_input"][site.walk.calibration.token_masks[batch]])
+        rows = widen(dense["consumer_input"][site.calibration.token_masks[batch]])
         self.moments.setdefault(site.name, Moments()).update(rows, rows[:, :0])
 
     def repair(self, site: SiteState) -> None:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from liar.data import Calibration
 from liar.errors import MaskError, at_site
-from liar.models import Layout, base_and_prefix, discover_with_weights
+from liar.models import Layout, base_and_prefix, layout_with_weights
 from liar.options import check_list
 from liar.progress import Progress, ProgressOption, progress_of
-from liar.runtime import Point, capture_activations, exclusive, preserve_model_state, run_model
+from liar.runtime import Point, by_sequence, capture_activations, exclusive, preserve_model_state, run_model
 from liar.statistics import ChannelMoments, Moments
 
 
@@ -40,7 +40,7 @@ def moments(
     """
     if sites is not None:
         check_list("sites", sites)
-    layout = discover_with_weights(model)
+    layout = layout_with_weights(model)
     site_names = [site.name for site in layout.sites]
     chosen = site_names if sites is None else list(sites)
     if unknown := [name for name in chosen if not isinstance(name, str) or name not in site_names]:
@@ -82,9 +82,10 @@ def _read(
     points = {name: Point(consumer, 0) for name, consumer in consumers.items()}
     base, _ = base_and_prefix(model)
     with exclusive(model), preserve_model_state(model), progress.stage("moments", calibration.tokens) as advance:
-        for number, (batch, token_mask) in enumerate(zip(calibration.batches, calibration.token_masks, strict=True)):
+        for number, batch in enumerate(calibration.batches):
             with capture_activations(points) as activations:
                 run_model(base, batch, number)
             for name, value in activations.items():
-                updates[name](value[token_mask])
-            advance(int(token_mask.sum()))
+                tokens = calibration.of_stack(layout[name].stack).token_masks[number]
+                updates[name](by_sequence(value, tokens)[tokens])
+            advance(int(calibration.token_masks[number].sum()))

@@ -14,7 +14,7 @@ from liar.api.select import check_budget, choose, stages_of_selection
 from liar.data import Calibration
 from liar.errors import OptionError
 from liar.mask import Mask, compose
-from liar.models import Layout, count_parameters, discover_with_weights, transformer_in
+from liar.models import Layout, count_parameters, layout_with_weights, transformer_in
 from liar.options import PruneOptions, ReconstructOptions, SelectOptions
 from liar.progress import Progress, ProgressOption, progress_of
 from liar.repair import RepairData, repair_data
@@ -130,7 +130,7 @@ def _prune_in_steps(
     mask, cost, report = None, None, None
     seconds: defaultdict[str, float] = defaultdict(float)
     for number in range(1, steps + 1):
-        share = min(1.0, selection.keep ** (number / steps) * whole / cost_of(model, discover_with_weights(model)))
+        share = min(1.0, selection.keep ** (number / steps) * whole / cost_of(model, layout_with_weights(model)))
         chosen, cost = choose(model, data.calibration, replace(selection, keep=share), progress)
         report = repair(model, chosen, uncompared, how, progress, teacher=None if number == 1 else teacher)
         mask = chosen if mask is None else compose(mask, chosen)
@@ -149,7 +149,7 @@ def _prune_in_steps(
             report,
             sites=tuple(replace(site, total=len(mask[site.site])) for site in report.sites),
             requested=requested,
-            achieved=discover_with_weights(model).parameters / dense.parameters,
+            achieved=layout_with_weights(model).parameters / dense.parameters,
             parameters=(before, count_parameters(model)),
             seconds=dict(seconds),
             # Only the blocks have changed, so the copy with the blocks of the model is the model.

@@ -14,7 +14,7 @@ from torch import nn
 from liar.data import Calibration
 from liar.errors import MaskError, OptionError
 from liar.mask import Mask, keep_all
-from liar.models import Layout, count_parameters, discover_with_weights, transformer_in
+from liar.models import Layout, count_parameters, layout_with_weights, transformer_in
 from liar.options import ReconstructOptions
 from liar.progress import Progress, ProgressOption, progress_of, timed
 from liar.repair import (
@@ -148,8 +148,8 @@ def repair(
 ) -> Report:
     """`reconstruct` on a model that is locked, with everything checked."""
     calibration = data.calibration
-    layout = discover_with_weights(model)
-    dense = layout if teacher is None else discover_with_weights(teacher)
+    layout = layout_with_weights(model)
+    dense = layout if teacher is None else layout_with_weights(teacher)
     before = count_parameters(model)
     clock: defaultdict[str, float] = defaultdict(float)
     # The stage ends when the model has changed, and a function of the caller's may raise there.

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from liar.data import Calibration, transformer_and_data
-from liar.models import Layout, Site, count_parameters, discover_with_weights, transformer_in
+from liar.models import Layout, Site, check_one_stack, count_parameters, layout_with_weights, transformer_in
 from liar.options import RefineOptions
 from liar.progress import Progress, ProgressOption, progress_of
 from liar.repair import check_teacher
@@ -105,7 +105,8 @@ def refine_with(
     model, calib = transformer_and_data(model, calib)
     teacher = transformer_in(teacher)
     with exclusive(teacher), exclusive(model):
-        layout, dense = discover_with_weights(model), discover_with_weights(teacher)
+        layout, dense = layout_with_weights(model), layout_with_weights(teacher)
+        check_one_stack(layout, model, "refine")
         check_teacher(teacher, dense, model, layout)
         windows = windows_of(model, layout, teacher, dense, options.granularity)
     calibration = Calibration.of(calib, model)

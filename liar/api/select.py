@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from liar.data import Calibration, transformer_and_data
 from liar.errors import CalibrationError, OptionError, at_site
 from liar.mask import Mask
-from liar.models import Layout, discover_with_weights
+from liar.models import Layout, layout_with_weights
 from liar.options import SelectOptions
 from liar.progress import Progress, ProgressOption, progress_of
 from liar.report import CostChange
@@ -145,7 +145,7 @@ def choose(
 ) -> tuple[Mask, CostChange]:
     """`select` on a model that is locked, with options that are checked; also what the mask does to the costs."""
     criterion = CRITERIA[options.criterion]
-    by_group = discover_with_weights(model)
+    by_group = layout_with_weights(model)
     layout = by_group.counted_by(options.heads)
     counted = by_rank(layout)
     if counted != layout and not (isinstance(options.budget, str) and options.budget in ("params", "flops")):

@@ -20,7 +20,7 @@ from liar.errors import MaskError, OptionError, check_choice, wrap_parse_errors
 from liar.files import user_path
 from liar.io import check_target, load, load_tokenizer, save
 from liar.mask import Mask
-from liar.models import discover, why_unusable
+from liar.models import layout_of, why_unusable
 from liar.options import (
     BUDGETS,
     CalibrationOptions,
@@ -164,7 +164,7 @@ class Run:
         held_out = None if options.set_aside else source.left_over(options.quality, batches)
         if (selection := self._selection()) is not None:
             return prune_with(model, batches, selection, options, self.stepping, held_out=held_out, progress=progress)
-        mask = None if self.mask is None else Mask.of(self._checked_mask(), discover(model))
+        mask = None if self.mask is None else Mask.of(self._checked_mask(), layout_of(model))
         report = reconstruct_with(model, mask, batches, options, teacher=teacher, held_out=held_out, progress=progress)
         return mask, report
 

@@ -33,7 +33,7 @@ def select(
     from liar.cli.run import check_source, group_options, load_model  # noqa: PLC0415 (help needs no torch)
     from liar.cli.source import SourceTexts  # noqa: PLC0415 (help needs no torch)
     from liar.io import check_file, load_tokenizer  # noqa: PLC0415 (help needs no torch)
-    from liar.models import discover  # noqa: PLC0415 (help needs no torch)
+    from liar.models import layout_of  # noqa: PLC0415 (help needs no torch)
     from liar.selection import CRITERIA, Costs  # noqa: PLC0415 (help needs no torch)
 
     with report_errors():
@@ -52,7 +52,7 @@ def select(
         loaded = load_model(model, load)
         mask = select_with(loaded, batches, selection)
         mask.save(out)
-        layout = discover(loaded).matching(mask.masks)
+        layout = layout_of(loaded).matching(mask.masks)
         for site in layout.sites:
             typer.echo(f"{site.name:12} {mask.kept(site.name):6} of {site.units}")
         typer.echo(f"{mask.parameters(layout) / layout.parameters:.1%} of the block parameters kept; written to {out}")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from liar.data.signals import SIGNALS, check_signal
+from liar.data.decoder import IGNORED, reads_twice, with_decoder_inputs
+from liar.data.signals import PROCESSOR, SIGNALS, check_signal, warn_of_silence
 from liar.errors import CalibrationError
 from liar.models import base_and_prefix, takes_choices
 from liar.options import is_iterable
@@ -24,8 +25,8 @@ ROWS = 32
 # What a forward that only says *args and **kwargs is given.
 INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
 IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-# As in transformers: a label that does not count.
-IGNORED = -100
+# What a decoder reads that has an encoder before it: as long as it likes.
+DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask")
 
 Batch = Mapping[str, Any]
 
@@ -40,13 +41,20 @@ def read_batches(data: Iterable[Any], model: nn.Module) -> list[tuple[Batch, Any
     Raises:
         CalibrationError: a batch the model does not take.
     """
+    _check_kind(data, model)
     base, _ = base_and_prefix(model)
     device = next(model.parameters()).device
     accepted = _accepted(base)
+    has_decoder = reads_twice(model, accepted)
     pairs = [
         (_as_batch(batch, number, accepted, model, device), _labels(batch, device))
-        for number, batch in enumerate(_batches(data))
+        for number, batch in enumerate(_batches(data, has_decoder=has_decoder))
     ]
+    if has_decoder:
+        pairs = [
+            (with_decoder_inputs(batch, labels, model, f"calibration batch {number}"), labels)
+            for number, (batch, labels) in enumerate(pairs)
+        ]
     always = {"use_cache": False} if "use_cache" in accepted else {}
     return [({**batch, **always}, labels) for batch, labels in pairs if main_input(batch).numel()]
 
@@ -64,10 +72,24 @@ def _accepted(base: nn.Module) -> set[str]:
     return {*parameters, *(INPUTS if anything and not parameters.keys() & set(INPUTS) else ())}
 
 
-def _batches(data: Iterable[Any]) -> Iterator[Any]:
-    """The batches, with single sequences put together."""
-    if isinstance(data, (str, bytes)) or (isinstance(data, Sequence) and len(data) and isinstance(data[0], str)):
+def _check_kind(data: Any, model: nn.Module) -> None:
+    """Refuse texts, pictures and sounds as they are: a model reads what its tokenizer or processor makes of them.
+
+    Raises:
+        CalibrationError: says what to call.
+    """
+    first = data[0] if isinstance(data, Sequence) and len(data) else data
+    signal = str(getattr(model, "main_input_name", "input_ids"))
+    if isinstance(first, (str, bytes)) and signal in SIGNALS:
+        raise CalibrationError(f"got strings, but a {type(model).__name__} reads {signal}: {PROCESSOR}")
+    if isinstance(first, (str, bytes)):
         raise CalibrationError("got strings: tokenise them first with liar.calibration(texts, tokenizer)")
+    if signal in SIGNALS and hasattr(first, "convert"):  # PIL
+        raise CalibrationError(f"got a picture: {PROCESSOR}")
+
+
+def _batches(data: Iterable[Any], *, has_decoder: bool) -> Iterator[Any]:
+    """The batches, with single sequences put together."""
     if isinstance(data, (Mapping, Tensor)):
         data = [data]
     if not is_iterable(data):
@@ -78,12 +100,12 @@ def _batches(data: Iterable[Any]) -> Iterator[Any]:
         if is_row:
             rows.append(batch)
         if rows and (not is_row or len(rows) == ROWS):
-            yield _together(rows)
+            yield _together(rows, has_decoder=has_decoder)
             rows = []
         if not is_row:
             yield batch
     if rows:
-        yield _together(rows)
+        yield _together(rows, has_decoder=has_decoder)
 
 
 def _is_sequence(ids: Any) -> bool:
@@ -101,11 +123,16 @@ def _length(value: Any) -> int:
     return int(shape[0]) if len(shape) == 1 else -1
 
 
-def _together(rows: Sequence[Batch]) -> Batch:
+def _together(rows: Sequence[Batch], *, has_decoder: bool) -> Batch:
     """Single sequences as one batch, padded on the right."""
     lengths = [_length(row["input_ids"]) for row in rows]
     names = dict.fromkeys(name for row in rows for name in row)
-    batch = {name: _column(name, [row.get(name) for row in rows], lengths) for name in names}
+    batch = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        # What a decoder reads and writes has a length of its own.
+        own = has_decoder and name in (*DECODER_INPUTS, "labels")
+        batch[name] = _column(name, values, [_length(value) for value in values] if own else lengths)
     batch = {name: value for name, value in batch.items() if value is not None}
     if len(set(lengths)) > 1 and "attention_mask" not in batch:
         batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
@@ -188,6 +215,8 @@ def _check_batch(batch: Batch, number: int, model: nn.Module, unused: list[str])
     where = f"calibration batch {number}"
     if (signal := getattr(model, "main_input_name", None)) in SIGNALS:
         check_signal(batch.get(signal), f"{where}: expected {signal}")
+        if signal == "input_values" and batch.get("attention_mask") is None:
+            warn_of_silence(batch[signal], where)
         _check_mask(batch.get("attention_mask"), batch[signal].shape[:2], where)
         return
     ids, embeds, mask = (batch.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))

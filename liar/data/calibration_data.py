@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from liar.data.batches import Batch, main_input, read_batches
 from liar.data.copies import find_copies
+from liar.data.decoder import decoder_input, decoder_mask
 from liar.data.signals import is_signal, skeleton_of, stream_shape
 from liar.errors import CalibrationError
 from liar.models import base_and_prefix, check_default_device, check_model
@@ -45,6 +46,7 @@ class Calibration:
         labels: per batch its `labels`, or None: only criteria that need gradients look at them.
         numbers: per batch its place in what the user gave, for messages.
         first_sequence: global number of the first sequence.
+        encoder: the same batches with the tokens that the encoder reads, where all of the above is of the decoder's.
 
     Example:
         >>> calibration = liar.Calibration.of(calib, model)
@@ -61,6 +63,7 @@ class Calibration:
     labels: tuple[Any, ...]
     numbers: tuple[int, ...]
     first_sequence: int = 0
+    encoder: Calibration | None = None
 
     @classmethod
     def of(
@@ -71,7 +74,8 @@ class Calibration:
         Args:
             data: a DataLoader, or any iterable of batches; a batch is a mapping with `input_ids` (or `inputs_embeds`, or the
                 `pixel_values` or `input_values` of a model of images or sound) and perhaps `attention_mask` and other
-                arguments of the model, or a tensor of ids [sequences, length]. Its
+                arguments of the model, or a tensor of ids [sequences, length]. For a model with a decoder it has
+                `decoder_input_ids` too, or `labels`, from which they follow. Its
                 `labels` are kept beside: the model does not get them. Rows of a tokenised `datasets.Dataset`, mappings with
                 one sequence each, are put together in batches. Choices of multiple-choice models [sequences, choices, length]
                 are sequences of their own. A `Calibration` is returned as it is.
@@ -101,24 +105,51 @@ class Calibration:
                 "the calibration data is empty: expected at least one batch, got none (a used-up generator?)"
             )
         skeleton = skeleton_of(model) if is_signal(batches[0]) else None
-        token_masks = [_token_mask(batch, model, skeleton) for batch in batches]
+        numbers = (first_sequence, total_tokens)
+        keys = [(_token_mask(batch, model, skeleton), main_input(batch)) for batch in batches]
+        first = cls._of_tokens(pairs, keys, *numbers)
+        decoder_keys = [(decoder_mask(batch), decoder_input(batch)) for batch in batches]
+        if decoder_keys[0][0] is None:
+            return first
+        return replace(cls._of_tokens(pairs, decoder_keys, *numbers), encoder=first)  # type: ignore[arg-type]
+
+    @classmethod
+    def _of_tokens(
+        cls,
+        pairs: Sequence[tuple[Batch, Any]],
+        inputs: Sequence[tuple[Tensor, Tensor]],
+        first_sequence: int,
+        total_tokens: int | None,
+    ) -> Calibration:
+        """Batches with their labels, by the real tokens of what one stack reads: their masks, and the ids or the signal."""
+        token_masks = [mask for mask, _ in inputs]
         tokens = sum(int(mask.sum()) for mask in token_masks)
         if not tokens:
             raise CalibrationError(
                 "no token of the calibration data is kept: attention_mask is 0 everywhere (1 marks real tokens)"
             )
-        folds, distinct = _folds(batches, token_masks, first_sequence, total_tokens or tokens)
+        folds, distinct = _folds(inputs, first_sequence, total_tokens or tokens)
         return cls(
-            batches=tuple(batches),
+            batches=tuple(batch for batch, _ in pairs),
             token_masks=tuple(token_masks),
             folds=folds,
             tokens=tokens,
             distinct_tokens=distinct,
             sequences=sum(len(mask) for mask in token_masks),
             labels=tuple(labels for _, labels in pairs),
-            numbers=tuple(range(len(batches))),
+            numbers=tuple(range(len(pairs))),
             first_sequence=first_sequence,
         )
+
+    def of_stack(self, stack: int) -> Calibration:
+        """The batches with the tokens that a stack of blocks reads: 0 for the only one or an encoder, 1 for its decoder."""
+        return self.encoder if stack == 0 and self.encoder is not None else self
+
+    @property
+    def inputs(self) -> list[tuple[Tensor, Tensor]]:
+        """Per batch the token mask, and what the masked stack reads: ids, embeddings or a signal."""
+        read = main_input if self.encoder is None else decoder_input
+        return [(mask, read(batch)) for mask, batch in zip(self.token_masks, self.batches, strict=True)]  # type: ignore[misc]
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -129,8 +160,9 @@ class Calibration:
 
 def refold(calibration: Calibration) -> Calibration:
     """The same batches with folds of their own, as if they were all that the user gave."""
-    folds, distinct = _folds(calibration.batches, calibration.token_masks, calibration.first_sequence, calibration.tokens)
-    return replace(calibration, folds=folds, distinct_tokens=distinct)
+    folds, distinct = _folds(calibration.inputs, calibration.first_sequence, calibration.tokens)
+    encoder = calibration.encoder and refold(calibration.encoder)
+    return replace(calibration, folds=folds, distinct_tokens=distinct, encoder=encoder)
 
 
 def _token_mask(batch: Batch, model: nn.Module, skeleton: nn.Module | None) -> Tensor:
@@ -150,9 +182,7 @@ def _token_mask(batch: Batch, model: nn.Module, skeleton: nn.Module | None) -> T
     return torch.ones(shape, dtype=torch.bool, device=main.device) if mask is None else mask.bool()
 
 
-def _folds(
-    batches: Sequence[Batch], token_masks: Sequence[Tensor], first_sequence: int, total_tokens: int
-) -> tuple[tuple[Tensor, ...], int]:
+def _folds(inputs: Sequence[tuple[Tensor, Tensor]], first_sequence: int, total_tokens: int) -> tuple[tuple[Tensor, ...], int]:
     """The fold of each real token, per batch, and how many tokens are not copies.
 
     A fold holds whole pieces of sequences. Its number follows from the sequence's global number, plus one for every piece
@@ -160,11 +190,12 @@ def _folds(
     """
     length = max(min(PIECE, total_tokens // PIECES), 1)
     numbers, keys = [], []
+    token_masks = [mask for mask, _ in inputs]
     starts = itertools.accumulate((len(mask) for mask in token_masks), initial=first_sequence)
-    for batch, mask, start in zip(batches, token_masks, starts, strict=False):
+    for (mask, main), start in zip(inputs, starts, strict=False):
         sequence = torch.arange(start, start + len(mask), device=mask.device)[:, None].expand_as(mask)
         numbers.append(torch.stack([sequence, (mask.cumsum(1) - 1) // length])[:, mask].cpu())
-        keys.append(token_keys(batch, mask)[mask].cpu())
+        keys.append(token_keys(main, mask)[mask].cpu())
     sequence, piece_of = torch.cat(numbers, 1)
     # Tokens of one piece are neighbours.
     is_first = torch.ones_like(sequence, dtype=torch.bool)
@@ -181,13 +212,17 @@ def _folds(
     return tuple(part.to(mask.device) for part, mask in zip(parts, token_masks, strict=True)), int(new.sum())
 
 
-def token_keys(batch: Batch, token_mask: Tensor) -> Tensor:
-    """A number for every token, the same for the same token, or for the same image or sound: int64 [sequences, length]."""
-    main = main_input(batch)
-    if is_signal(batch):
-        rows = main.double().flatten(1)
-        keys = (rows * torch.arange(1, rows.shape[1] + 1, device=main.device)).sum(1).view(torch.int64)
-        return keys[:, None] + torch.arange(token_mask.shape[1], device=main.device)
-    if main.ndim == 2:
+def token_keys(main: Tensor, token_mask: Tensor) -> Tensor:
+    """A number for every token, the same for the same token, or for the same image or sound: int64 [sequences, length].
+
+    Args:
+        main: ids [sequences, length], embeddings [sequences, length, channels], or a signal [sequences, *].
+        token_mask: bool [sequences, length].
+    """
+    if not main.is_floating_point():
         return main
-    return (main.double() * torch.arange(1, main.shape[2] + 1, device=main.device)).sum(2).view(torch.int64)
+    if main.shape[:2] == token_mask.shape and main.ndim == 3:
+        return (main.double() * torch.arange(1, main.shape[2] + 1, device=main.device)).sum(2).view(torch.int64)
+    rows = main.double().flatten(1)
+    keys = (rows * torch.arange(1, rows.shape[1] + 1, device=main.device)).sum(1).view(torch.int64)
+    return keys[:, None] + torch.arange(token_mask.shape[1], device=main.device)

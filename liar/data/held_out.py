@@ -52,12 +52,12 @@ def distinct_from(other: Calibration, calibration: Calibration) -> Tensor:
 
 def _leaders(*parts: Calibration) -> Tensor:
     """For every sequence of all parts, one after the other, the first one that it is a copy of: int64 [sequences]."""
-    pairs = [pair for part in parts for pair in zip(part.batches, part.token_masks, strict=True)]
-    lengths = torch.cat([mask.sum(1).cpu() for _, mask in pairs])
+    pairs = [pair for part in parts for pair in part.inputs]
+    lengths = torch.cat([mask.sum(1).cpu() for mask, _ in pairs])
     real = lengths > 0  # sequences of padding only are copies of nothing
     leaders = torch.arange(len(lengths))
     if real.any():
-        keys = torch.cat([token_keys(batch, mask)[mask].cpu() for batch, mask in pairs])
+        keys = torch.cat([token_keys(main, mask)[mask].cpu() for mask, main in pairs])
         piece = torch.arange(int(real.sum())).repeat_interleave(lengths[real]).numpy()
         leader, _ = find_copies(keys.numpy(), piece, piece)
         leaders[real] = leaders[real][torch.from_numpy(leader)]

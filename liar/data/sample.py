@@ -38,6 +38,7 @@ def take(calibration: Calibration, pieces: Sequence[tuple[int, Tensor]]) -> Cali
         numbers.append(calibration.numbers[number])
     return replace(
         calibration,
+        encoder=None if calibration.encoder is None else take(calibration.encoder, pieces),
         batches=tuple(batches),
         token_masks=tuple(masks),
         folds=tuple(folds),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,11 @@ from liar.models import base_and_prefix, family_of
 
 # What models of images and of sound read in place of ids.
 SIGNALS = ("pixel_values", "input_values", "input_features")
+PROCESSOR = "call its processor, and give batches of what that returns: processor(…, return_tensors='pt')"
+# A sound that ends in so many zeros ends in padding: recorded silence is not exactly zero.
+SILENCE = 16
+
+logger = logging.getLogger(__name__)
 
 
 def check_signal(signal: Any, expected: str) -> None:
@@ -28,6 +34,17 @@ def check_signal(signal: Any, expected: str) -> None:
             f"{expected}, a tensor of floats with a row for each image or sound, got {actual}; call the model's processor with "
             "return_tensors='pt'"
         )
+
+
+def warn_of_silence(signal: Tensor, where: str) -> None:
+    """Say that sounds end in zeros, where no mask tells them from silence."""
+    padded = int((signal[:, -SILENCE:] == 0).all(1).sum()) if signal.shape[1] > SILENCE else 0
+    if padded:
+        logger.warning(
+            "%s has no attention_mask, and %d of its %d sounds end in zeros, which count as sound: pass an attention_mask if "
+            "the model takes one (processor(…, return_attention_mask=True)), or sounds of one length",
+            where, padded, len(signal),
+        )  # fmt: skip
 
 
 def is_signal(batch: Mapping[str, Any]) -> bool:
@@ -49,7 +66,7 @@ def skeleton_of(model: nn.Module) -> nn.Module:
         raise _Entered((args[0] if args else kwargs["hidden_states"]).shape[:2])
 
     blocks: Any = skeleton.get_submodule(family_of(model).blocks)
-    blocks[0].forward = enter
+    blocks[0].forward = enter  # of the encoder, where there is a decoder
     return skeleton
 
 

@@ -26,7 +26,7 @@ from liar.errors import CheckpointError, LiarError
 from liar.files import user_path
 from liar.io.shapes import Shapes, fitted, stored_shapes
 from liar.io.standalone import ENTRIES
-from liar.models import base_and_prefix, discover, families, family_of
+from liar.models import base_and_prefix, family_for, family_of, is_registered, layout_of, stacks_of
 from liar.surgery import OPTIONAL_PARTS, accepts
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,10 @@ BUILD = (
     "ignore_mismatched_sizes",
     *OPTIONAL_PARTS,
 )
+# Entries of the configuration with the number of blocks, by stack.
+DEPTHS = (("num_hidden_layers",), ("num_decoder_layers", "decoder_layers"))
+# One of them is in every folder with a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 DAMAGED = "Weights and config.json do not belong together, or the folder is damaged: copy or save it again"
 
@@ -122,12 +126,17 @@ def load_tokenizer(folder: str) -> Any:
         CheckpointError: there is none.
     """
     where = _where(folder)
+    found = [file for file in TOKENIZER_FILES if cached_file(where, file, **QUIET) is not None]
     try:
+        if not found:
+            # Transformers would make up an empty one, for some families.
+            raise FileNotFoundError(f"there is none of {', '.join(TOKENIZER_FILES)}")
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(
             f"{where}: expected a model folder with a tokenizer, or a name on the hub: "
-            f"{str(error).rstrip('. ')}. Save the tokenizer to it"
+            f"{str(error).rstrip('. ')}. Save the tokenizer to it. Models of images and sound have none: prune them "
+            "in Python, with batches from their processor"
         ) from error
 
 
@@ -160,7 +169,7 @@ def _where(folder: str | Path) -> str:
 
 def _is_known(kind: Any) -> bool:
     """Whether this library and transformers know a `model_type`."""
-    return isinstance(kind, str) and kind in CONFIG_MAPPING and kind in {family.model_type for family in families()}
+    return isinstance(kind, str) and kind in CONFIG_MAPPING and is_registered(kind)
 
 
 def _config_entries(where: str, place: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,11 +241,12 @@ def _named_class(names: Any, config: type[PreTrainedConfig] | None = None) -> ty
 
 def _check_blocks(config: PreTrainedConfig, shapes: Shapes, where: str) -> None:
     """Compare the number of blocks in the file with the configuration's before a model is built: it may be any number."""
-    blocks = re.escape(next(family.blocks for family in families() if family.model_type == config.model_type))
-    found = {match[1] for name in shapes for match in re.finditer(rf"(?:^|\.){blocks}\.(\d+)\.", name)}
-    expected = getattr(config, "num_hidden_layers", None)
-    if found and isinstance(expected, int) and expected != len(found):
-        raise CheckpointError(f"{where}: config.json says {expected} blocks, the weights have {len(found)}. {DAMAGED}")
+    for stack, names in zip(family_for(config).stacks, DEPTHS, strict=False):
+        blocks = re.escape(stack.blocks)
+        found = {match[1] for name in shapes for match in re.finditer(rf"(?:^|\.){blocks}\.(\d+)\.", name)}
+        expected = next((getattr(config, name) for name in names if hasattr(config, name)), None)
+        if found and isinstance(expected, int) and expected != len(found):
+            raise CheckpointError(f"{where}: config.json says {expected} blocks, the weights have {len(found)}. {DAMAGED}")
 
 
 def _check_complete(
@@ -248,20 +258,22 @@ def _check_complete(
     versions of a class had may be left over.
     """
     _, prefix = base_and_prefix(model)
-    blocks = f".{family_of(model).blocks}."
+    blocks = [f".{stack.blocks}." for stack in stacks_of(model, family_of(model))]
     missing, left_over = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     parts = tuple(f"{prefix}{part}." for part in OPTIONAL_PARTS.values())
     new = [name for name in missing if another_head and prefix and (not name.startswith(prefix) or name.startswith(parts))]
-    cut = {f"{site.block}.{edge.module}" for site in discover(model).sites for edge in site.edges}
+    cut = {f"{site.block}.{edge.module}" for site in layout_of(model).sites for edge in site.edges}
     if wrong := sorted(name for name, *_ in info["mismatched_keys"] if name.rpartition(".")[0] in cut):
         raise CheckpointError(f"{where}: expected the shapes of the model's layers, {_listed(wrong)} have others. {DAMAGED}")
     if lost := [name for name in missing if name not in new]:
         raise CheckpointError(f"{where}: expected a tensor for every weight, {_listed(lost)} missing. {DAMAGED}")
-    unread = [name for name in left_over if blocks in f".{name}" and name.endswith((".weight", ".bias"))]
+    unread = [
+        name for name in left_over if any(stack in f".{name}" for stack in blocks) and name.endswith((".weight", ".bias"))
+    ]
     if unread and not shortened:
         raise CheckpointError(
             f"{where}: expected a layer for every tensor of the blocks, there is none for {_listed(unread)} (config.json says "
-            f"{len(discover(model).blocks)} blocks). {DAMAGED}"
+            f"{len(layout_of(model).blocks)} blocks). {DAMAGED}"
         )
     if new or left_over:
         logger.warning(
@@ -287,7 +299,7 @@ def _check_record(model: PreTrainedModel, where: str, place: Mapping[str, Any], 
             f"{where}: liar.json says {saved_class}, config.json {model.config.architectures}. {DAMAGED}. If another program "
             "has saved the folder since, remove liar.json"
         )
-    actual = {site.name: site.units for site in discover(model).sites}
+    actual = {site.name: site.units for site in layout_of(model).sites}
     if expected != actual:
         wrong = [name for name in [*actual, *expected] if expected.get(name) != actual.get(name)]
         raise CheckpointError(

@@ -18,7 +18,7 @@ from liar.io.shapes import Shapes, differences, fitted, stored_shapes
 from liar.io.sizes import config_sizes
 from liar.io.standalone import Form, in_form
 from liar.mask import Mask
-from liar.models import Layout, discover_with_weights, is_plain, transformer_in
+from liar.models import Layout, is_plain, layout_with_weights, transformer_in
 from liar.options import check_flag
 from liar.report import Report
 from liar.surgery import all_or_nothing, build_stock, stock_class
@@ -77,7 +77,7 @@ def save(
         True
     """
     inner: PreTrainedModel = transformer_in(model)
-    layout = discover_with_weights(inner)
+    layout = layout_with_weights(inner)
     _check_arguments(tokenizer, mask, report, {} if extra is None else extra, standalone)
     files = dict(extra or {})
     record = _record(inner, layout, mask)
@@ -212,7 +212,8 @@ def _check_written(model: PreTrainedModel, folder: Path, *, is_stock: bool) -> N
             "layer are not found again: save the transformer alone, liar.save(model[0].auto_model, folder)"
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    lost = sorted(parameters.keys() - stored.keys() - model.all_tied_weights_keys.keys())
+    made_anew = set(model._keys_to_ignore_on_save or ())
+    lost = sorted(parameters.keys() - stored.keys() - model.all_tied_weights_keys.keys() - made_anew)
     if lost:
         raise CheckpointError(
             f"{lost[0]} is not written by save_pretrained, since it shares its memory with another parameter, and would be "

@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from transformers.utils.hub import cached_file
 
 from liar.errors import CheckpointError
-from liar.models import Edge, Site, base_and_prefix, discover, layer_of
+from liar.models import Edge, Site, base_and_prefix, layer_of, layout_of
 from liar.surgery import cut_site
 
 # Units of a site; a damaged configuration should not ask for all memory there is.
@@ -98,7 +98,7 @@ def fitted(stock: type[PreTrainedModel], shapes: Shapes, where: str) -> type[Pre
 
     def build(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, config, *args, **kwargs)
-        for site in discover(self).sites:
+        for site in layout_of(self).sites:
             _fit(self, site, shapes, where)
 
     names = {"__init__": build, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
@@ -114,15 +114,15 @@ def differences(shapes: Shapes, built: nn.Module, *, extra: bool) -> str:
         extra: whether what the class does not build is a difference outside of the blocks as well.
     """
     expected = {name: tuple(value.shape) for name, value in built.state_dict().items()}
-    blocks = discover(built).blocks
+    parents = {stack[0].rpartition(".")[0] for stack in layout_of(built).stacks}
     found = [f"{name} is missing" for name in expected.keys() - shapes.keys()]
     found += [
         f"{name} is {list(shapes[name])} and not {list(expected[name])}"
         for name in expected.keys() & shapes.keys()
         if shapes[name] != expected[name]
     ]
-    parent = blocks[0].rpartition(".")[0]
-    found += [f"{name} has no place" for name in shapes.keys() - expected.keys() if extra or name.startswith(f"{parent}.")]
+    inside = tuple(f"{parent}." for parent in parents)
+    found += [f"{name} has no place" for name in shapes.keys() - expected.keys() if extra or name.startswith(inside)]
     return ", ".join(sorted(found)[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
@@ -158,7 +158,7 @@ def _fit_queries(model: nn.Module, block: nn.Module, site: Site, shapes: Shapes)
         return site
     ranks = torch.arange(site.query_heads, device="cpu").repeat(site.units)
     cut_site(block, by_query, ranks < of_group)
-    return discover(model)[site.name]
+    return layout_of(model)[site.name]
 
 
 def _stored_width(model: nn.Module, site: Site, edge: Edge, shapes: Shapes) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from liar.errors import CheckpointError
-from liar.io import modeling_pruned
 from liar.io.sizes import config_sizes
-from liar.models import Layout, base_and_prefix, discover, discover_with_weights, layer_of, transformer_in
-from liar.surgery import build_stock, stock_class
+from liar.models import Layout, base_and_prefix, layer_of, layout_of, layout_with_weights, transformer_in
+from liar.surgery import build_stock, modeling_pruned, selection_of, stock_class
+from liar.surgery.modeling_pruned import KEPT
 
 # The file that is saved with a model, and the entries of config.json for it: the sizes, and what auto classes load.
 CODE = Path(modeling_pruned.__file__)
@@ -56,16 +56,11 @@ class Form:
         """The form with the code that builds the model; the stock form where transformers needs none.
 
         Raises:
-            CheckpointError: no auto class loads models of this class, or its heads have parameters or arguments of their own.
+            CheckpointError: no auto class loads models of this class.
         """
         layers = sizes.get("per_layer_config")
         if layers is None:
             return cls.stock(model)
-        if any(site.unit_parameters or site.head_argument for site in layout.sites):
-            raise CheckpointError(
-                f"standalone=True: expected a model that consists of linear layers but for norms, a {type(model).__name__} has "
-                "more for each head, which the code of a folder does not cut: leave standalone out and use liar.load"
-            )
         stock = cls.stock(model).kind
         loaded_by = _auto_classes(model.config, stock)
         if stock not in loaded_by.values():
@@ -106,7 +101,7 @@ def make_standalone(model: nn.Module) -> None:
         model: of a known family, or a model of sentence-transformers with one inside; changed in place.
 
     Raises:
-        CheckpointError: no auto class loads models of this class, or its heads have parameters or arguments of their own.
+        CheckpointError: no auto class loads models of this class.
         ModelError: the model is of no known family, or quantised.
 
     Example:
@@ -118,7 +113,7 @@ def make_standalone(model: nn.Module) -> None:
         3
     """
     inner: Any = transformer_in(model)
-    layout = discover_with_weights(inner)
+    layout = layout_with_weights(inner)
     Form.standalone(inner, layout, config_sizes(inner, layout)).give(inner)
 
 
@@ -156,13 +151,26 @@ def _pruned(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
             sizes[f"{site.block}.{edge.module}.{layer.storage.sizes[edge.axis]}"] = layer.size(edge.axis)
     built = build_stock(model, {})
     assert built is not None, "a model is built from its configuration"
-    for site in discover(built).sites:
+    for site in layout_of(built).sites:
         block = model.get_submodule(site.block)
         paths = site.size_attributes + (site.by_query.size_attributes if site.by_query else ())
         sizes |= {f"{site.block}.{path}": attrgetter(path)(block) for path in paths}
     consumers = {f"{site.module}.bias" for site in layout.sites}
+    rows = {f"{site.block}.{path}" for site in layout.sites for path in site.unit_parameters}
     biases = consumers & dict(model.named_parameters()).keys() - dict(built.named_parameters()).keys()
     return {
         "sizes": {name.removeprefix(prefix): size for name, size in sizes.items()},
         "biases": sorted(name.removeprefix(prefix).removesuffix(".bias") for name in biases),
+        "rows": {name.removeprefix(prefix): len(model.get_parameter(name)) for name in sorted(rows)},
+        "heads": {name.removeprefix(prefix): entry for name, entry in _selections(model, layout)},
     }
+
+
+def _selections(model: PreTrainedModel, layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
+    """By full name of an attention whose heads select entries of an argument: how many they are, and which argument."""
+    for site in layout.sites:
+        if site.head_argument is not None:
+            name = f"{site.block}.{site.head_argument.module}"
+            kept = model.get_submodule(name)._buffers.get(KEPT)
+            if kept is not None:
+                yield name, {"count": len(kept), "argument": asdict(selection_of(site.head_argument))}

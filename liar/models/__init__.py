@@ -1,20 +1,11 @@
 """What the library knows about models: one table per family, the layout of a model's sites, and one view of every layer."""
 
-from liar.models.family import Family, FusedProducer, SitePattern
+from liar.models.family import Family, FusedProducer, SitePattern, Stack
 from liar.models.layers import Axis, LayerView, is_plain, linear_layers
-from liar.models.layout import Edge, HeadArgument, Layout, Segment, Site, count_parameters, layer_of
+from liar.models.layout import Edge, HeadArgument, Layout, Segment, Site, check_one_stack, count_parameters, layer_of
 from liar.models.ownership import check_default_device, check_model, why_unusable
-from liar.models.registry import (
-    base_and_prefix,
-    discover,
-    discover_with_weights,
-    families,
-    family_of,
-    layout_of,
-    register,
-    registered,
-    takes_choices,
-)
+from liar.models.registry import families, family_for, family_of, is_registered, model_type_of, register, registered
+from liar.models.sites import base_and_prefix, layout_of, layout_with_weights, stacks_of, takes_choices
 from liar.models.wrapped import transformer_in
 
 __all__ = [
@@ -28,20 +19,25 @@ __all__ = [
     "Segment",
     "Site",
     "SitePattern",
+    "Stack",
     "base_and_prefix",
     "check_default_device",
     "check_model",
+    "check_one_stack",
     "count_parameters",
-    "discover",
-    "discover_with_weights",
     "families",
+    "family_for",
     "family_of",
     "is_plain",
+    "is_registered",
     "layer_of",
     "layout_of",
+    "layout_with_weights",
     "linear_layers",
+    "model_type_of",
     "register",
     "registered",
+    "stacks_of",
     "takes_choices",
     "transformer_in",
     "why_unusable",

@@ -89,6 +89,37 @@ class SitePattern:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A stack of transformer blocks that reads what the one before it gives: the decoder of a model with encoder and decoder.
+
+    Attributes:
+        blocks: as in `Family`.
+        patterns: as in `Family`.
+
+    Example:
+        >>> from liar.models.tables.t5 import T5
+        >>> [stack.blocks for stack in T5.stacks]
+        ['encoder.block', 'decoder.block']
+    """
+
+    blocks: str
+    patterns: tuple[SitePattern, ...]
+
+    def __post_init__(self) -> None:
+        """Find a pattern in place of a tuple of patterns.
+
+        Raises:
+            ModelError: it is no tuple of patterns.
+        """
+        if not isinstance(self.patterns, tuple) or not all(isinstance(each, SitePattern) for each in self.patterns):
+            raise ModelError(f"patterns of {self.blocks!r}: expected a tuple of SitePattern, got {self.patterns!r}")
+
+    def of_kind(self, kind: str) -> SitePattern:
+        """The pattern of a kind."""
+        return next(pattern for pattern in self.patterns if pattern.kind == kind)
+
+
+@dataclass(frozen=True)
 class Family:
     """A table of module names for every model with one `config.model_type`.
 
@@ -96,6 +127,8 @@ class Family:
         model_type: as in the model's Hugging Face configuration.
         blocks: the `nn.ModuleList` of transformer blocks, relative to the bare model (`model.base_model`).
         patterns: the sites of one block, in the order in which data passes them.
+        decoder: the second stack of blocks, where the first is an encoder whose output it reads. Layers are counted through:
+            the first of the decoder comes after the last of the encoder.
         is_pre_norm: True if a block outputs its last residual sum as it is and the next reader normalises it (LLaMA, GPT-2);
             False if a block normalises its sums itself (BERT).
         is_parallel: True if attention and feed-forward part read the same residual stream and are added to it together
@@ -103,6 +136,7 @@ class Family:
             where that says it (GPT-NeoX).
         requires: entries of the configuration with the value that the table is made for, where another would build blocks that
             it does not describe; a model without that entry is taken.
+        otherwise: the table for models of this type that `requires` does not take.
         note: one line for people, shown by `liar families`.
 
     Example:
@@ -116,6 +150,8 @@ class Family:
     is_pre_norm: bool
     is_parallel: bool | str = False
     requires: tuple[tuple[str, Any], ...] = ()
+    otherwise: Family | None = None
+    decoder: Stack | None = None
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -126,3 +162,15 @@ class Family:
         """
         if not isinstance(self.patterns, tuple) or not all(isinstance(each, SitePattern) for each in self.patterns):
             raise ModelError(f"patterns of {self.model_type!r}: expected a tuple of SitePattern, got {self.patterns!r}")
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The stacks of blocks, in the order in which data passes them."""
+        first = Stack(self.blocks, self.patterns)
+        return (first,) if self.decoder is None else (first, self.decoder)
+
+    def fitting(self, config: Any) -> Family:
+        """This table, or that of `otherwise` which takes a configuration where this one does not."""
+        takes = all(getattr(config, name, value) == value for name, value in self.requires)
+        other = None if takes or self.otherwise is None else self.otherwise.fitting(config)
+        return self if other is None else other

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from liar.errors import ModelError
 from liar.models.layers import Axis, LayerView
 
 Kind = Literal["heads", "neurons"]
@@ -59,7 +60,8 @@ class Edge:
 class HeadArgument:
     """An argument of the attention that has an entry for each head, made outside of the block: a bias by position, say.
 
-    Once heads are cut, those entries are selected that belong to the kept ones.
+    Once heads are cut, those entries are selected that belong to the kept ones. T5's first block makes it and hands it on, with
+    entries for all heads.
 
     Attributes:
         module: whose forward takes it, relative to the block.
@@ -67,6 +69,8 @@ class HeadArgument:
         position: its index among the positional arguments, where it is passed as one of them.
         dim: the dimension of its heads.
         with_sequences: whether that dimension counts sequences, too, and for each of them its heads.
+        returned: where the module hands the argument on, its index among the values it returns.
+        maker: module (relative to `module`) that makes it where none comes in, with the heads last; other blocks have none.
 
     Example:
         >>> HeadArgument("attention.attn", "position_bias", position=2, dim=1).with_sequences
@@ -78,6 +82,8 @@ class HeadArgument:
     position: int
     dim: int
     with_sequences: bool = False
+    returned: int | None = None
+    maker: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,7 @@ class Site:
         head_argument: an argument of the attention that has an entry for each head.
         query_heads: query heads per unit (1 for neurons and for attention without groups).
         inputs: the layers that the units come from, cut with them or not.
+        stack: number of the stack of blocks that it is in: 1 for those of a decoder that reads what an encoder gives.
         groups: query heads that share keys and values are in so many groups of equal size, of which all keep equally many;
             0 for other units.
         by_query: the same site with a query head as its unit, where keys and values are shared and stay; None elsewhere.
@@ -132,6 +139,7 @@ class Site:
     parameters: int
     out: int
     inputs: tuple[str, ...]
+    stack: int = 0
     groups: int = 0
     by_query: Site | None = None
 
@@ -157,7 +165,8 @@ class Layout:
 
     Attributes:
         sites: in the order of the data.
-        blocks: full names of the transformer blocks, in order.
+        stacks: full names of the transformer blocks of every stack, in the order of the data: those of an encoder, and those of
+            a decoder that reads what the encoder gives; of most models, one stack.
         parameters: parameters in all blocks together (the base that budgets refer to).
         uncovered: linear layers inside the blocks that belong to no site, so are never cut.
         is_pre_norm: whether a block outputs its last residual sum as it is (see `Family`).
@@ -171,13 +180,22 @@ class Layout:
     """
 
     sites: tuple[Site, ...]
-    blocks: tuple[str, ...]
+    stacks: tuple[tuple[str, ...], ...]
     parameters: int
     uncovered: tuple[str, ...]
     is_pre_norm: bool
 
     def __getitem__(self, name: str) -> Site:
         return next(site for site in self.sites if site.name == name)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Full names of the transformer blocks of all stacks."""
+        return tuple(block for stack in self.stacks for block in stack)
+
+    def stack_of(self, block: str) -> int:
+        """Number of the stack that a block is in."""
+        return next(number for number, names in enumerate(self.stacks) if block in names)
 
     def of_kind(self, kind: str) -> tuple[Site, ...]:
         """The sites of one kind, by layer."""
@@ -210,6 +228,19 @@ class Layout:
 def layer_of(block: nn.Module, edge: Edge) -> LayerView:
     """The layer of an edge inside its block."""
     return LayerView.of(block.get_submodule(edge.module), edge.module)
+
+
+def check_one_stack(layout: Layout, model: nn.Module, what: str) -> None:
+    """Check that a model has one stack of blocks, for what knows no others.
+
+    Raises:
+        ModelError: it has an encoder and a decoder.
+    """
+    if len(layout.stacks) > 1:
+        raise ModelError(
+            f"{what}: expected a model with one stack of blocks, got a {type(model).__name__}, which has an encoder and a "
+            "decoder; liar.prune and liar.reconstruct take it"
+        )
 
 
 def count_parameters(model: nn.Module) -> int:

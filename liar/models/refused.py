@@ -1,22 +1,14 @@
 """Types of models that people ask for and that cannot be cut, with the reason."""
 
 SHARED = "its layers share one block, so they cannot be cut one by one"
-STACKS = "it has two stacks of blocks, an encoder and a decoder; one stack is supported"
 STATES = "it has no heads or neurons between two linear layers, but a recurrence over states"
 
 REFUSED = {
     "albert": SHARED,
-    "bart": STACKS,
     "clip": "it has two models, of texts and of images: cut model.text_model and model.vision_model, each by itself",
-    "falcon": "its heads share keys and values in ways of its own",
+    "falcon": "its versions share keys and values in ways of their own; its blocks change in place what they add",
     "mamba": STATES,
     "mamba2": STATES,
-    "marian": STACKS,
-    "mbart": STACKS,
-    "mt5": STACKS,
-    "pegasus": STACKS,
     "rwkv": STATES,
     "siglip": "it has two models, of texts and of images: cut model.text_model and model.vision_model, each by itself",
-    "t5": STACKS,
-    "whisper": STACKS,
 }

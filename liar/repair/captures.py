@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from liar.errors import check_choice
 from liar.models import Site
-from liar.runtime import Point, added_point, output_scale, residual_points, residual_sum
+from liar.runtime import Point, added_point, by_sequence, output_scale, residual_points, residual_sum
 
 # "residual" is the residual stream before the site, "stream" the one after it: with the consumer's output, scaled or normalised
 # as the block does.
@@ -36,9 +36,9 @@ def capture_points(block: nn.Module, site: Site, captures: Sequence[Capture]) ->
 
 
 def read_captures(
-    activations: Mapping[str, Tensor], block: nn.Module, site: Site, captures: Sequence[Capture]
+    activations: Mapping[str, Tensor], block: nn.Module, site: Site, captures: Sequence[Capture], token_mask: Tensor
 ) -> dict[str, Tensor]:
-    """The captures of one site, from the activations at its `capture_points`."""
+    """The captures of one site, [sequences, length, channels] each, from the activations at its `capture_points`."""
     result: dict[str, Tensor] = {name: activations[name] for name in captures if name not in ("residual", "stream")}
     if "residual" in captures or "stream" in captures:
         residual = residual_sum(activations, site)
@@ -48,4 +48,4 @@ def read_captures(
             # As the block does it: with a scale of 1 this is not another rounding.
             added, scale = activations["added"], output_scale(block, site)
             result["stream"] = residual + (added if site.output_scale is None else added * scale)
-    return result
+    return {name: by_sequence(value, token_mask) for name, value in result.items()}

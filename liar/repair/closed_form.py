@@ -58,11 +58,11 @@ class RefitProducers(RepairStep):
         """One regression for all producers, written into each."""
         if site.drifted:
             folds = self.context.new_folds()
-            share = max(TOKENS, ROWS * site.producers[0].size("in")) / site.walk.calibration.tokens
+            share = max(TOKENS, ROWS * site.producers[0].size("in")) / site.calibration.tokens
             weights = self._token_weights(site)
             for batch, pruned in site.run_pruned("producer_input"):
                 with site.walk.timed("statistics"):
-                    tokens = site.walk.sampled(batch, share)
+                    tokens = site.tokens(batch, share)
                     folds.update(pruned["producer_input"], site.get("producer input", batch), tokens, weights[batch])
             self._fit(site, folds)
         self._discard(site)
@@ -80,7 +80,7 @@ class RefitProducers(RepairStep):
         if not walk.layout.is_pre_norm:
             return [None for _ in walk.batches]
         sizes = [site.get("output size", batch) for batch in walk.batches]
-        mean = torch.cat([size[mask] for size, mask in zip(sizes, walk.calibration.token_masks, strict=True)]).mean()
+        mean = torch.cat([size[mask] for size, mask in zip(sizes, site.calibration.token_masks, strict=True)]).mean()
         # All zero: tokens count alike.
         return [1 + size / mean.clamp_min(torch.finfo(mean.dtype).tiny) for size in sizes]
 
@@ -140,7 +140,7 @@ class FitToResidualStream(RepairStep):
                     # What is multiplied by zero may be anything.
                     scale = torch.as_tensor(output_scale(site.pruned_block, site.site))
                     target = target / scale.where(scale != 0, 1)
-                folds.update(pruned["consumer_input"], target, site.walk.tokens[batch])
+                folds.update(pruned["consumer_input"], target, site.tokens(batch))
             site.keep_for_replay(batch, pruned["consumer_input"])
         site.discard("target")
         self.context.fit_consumer(site, folds)
@@ -171,7 +171,7 @@ class FitToLayerOutput(RepairStep):
             channels = site.site.consumer.channels(site.unit_mask).to(z.device)
             # `index_select` of the last of three dimensions takes twenty times as long.
             kept = z.gather(2, channels.expand(*z.shape[:2], -1))
-            self.folds[site.name].update(kept, t, site.walk.tokens[batch])
+            self.folds[site.name].update(kept, t, site.tokens(batch))
 
     def skip(self, site: SiteState) -> None:
         """Everything is kept."""

@@ -55,7 +55,7 @@ class RepairContext:
         while the model's output gets worse. Where it does not (LLaMA), fewer help too (benchmarks/README.md, "Few tokens").
         """
         per_channel = 0 if site.walk.layout.is_pre_norm else TOKENS_PER_CHANNEL
-        return site.walk.calibration.distinct_tokens >= max(FEWEST_TOKENS, per_channel * channels)
+        return site.calibration.distinct_tokens >= max(FEWEST_TOKENS, per_channel * channels)
 
     def fit_consumer(self, site: SiteState, folds: Folds) -> None:
         """Solve a site, write the answer into its consumer, and report it."""

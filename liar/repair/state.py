@@ -52,7 +52,7 @@ class Walk:
         calibration: the batches.
         mask: None where nothing is cut: only the dense model is walked.
         store: both streams, how blocks are called, and what the steps keep.
-        tokens: per batch, which positions are real tokens, sorted by fold.
+        tokens: by stack and batch, which positions are real tokens, sorted by fold.
         clock: seconds by stage.
         has_pruned_stream: False where the steps look at the dense stream only.
         drifted: whether the pruned stream differs from the dense one by now.
@@ -65,20 +65,22 @@ class Walk:
     clock: defaultdict[str, float]
     has_pruned_stream: bool
     drifted: bool
-    tokens: list[TokenIndex] = field(init=False)
+    tokens: list[list[TokenIndex]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tokens = [self.sampled(batch, 1) for batch in self.batches]
+        stacks = range(len(self.layout.stacks))
+        self.tokens = [[self.sampled(stack, batch, 1) for batch in self.batches] for stack in stacks]
 
     @property
     def batches(self) -> range:
         """Numbers of the batches."""
         return range(len(self.calibration.batches))
 
-    def sampled(self, batch: int, share: float) -> TokenIndex:
-        """About such a share of the real tokens of a batch, by fold."""
-        mask, fold = self.calibration.token_masks[batch], self.calibration.folds[batch]
-        part = sample_tokens(self.calibration, batch, share)
+    def sampled(self, stack: int, batch: int, share: float) -> TokenIndex:
+        """About such a share of the real tokens that a stack reads in a batch, by fold."""
+        calibration = self.calibration.of_stack(stack)
+        mask, fold = calibration.token_masks[batch], calibration.folds[batch]
+        part = sample_tokens(calibration, batch, share)
         return TokenIndex.of(part, fold[part[mask]], FOLDS)
 
     def arguments(self, stream: str, block: int, batch: int) -> tuple[Tensor, BlockCall]:
@@ -146,6 +148,16 @@ class SiteState:
         return self.site.name
 
     @property
+    def calibration(self) -> Calibration:
+        """The batches, with the tokens that the site sees."""
+        return self.walk.calibration.of_stack(self.site.stack)
+
+    def tokens(self, batch: int, share: float = 1) -> TokenIndex:
+        """The real tokens of a batch, or about such a share of them, by fold."""
+        stack = self.site.stack
+        return self.walk.tokens[stack][batch] if share >= 1 else self.walk.sampled(stack, batch, share)
+
+    @property
     def unit_mask(self) -> Tensor:
         """Bool [units]: True for the units that stay."""
         assert self.walk.mask is not None
@@ -210,7 +222,7 @@ class SiteState:
             self.walk.replays(self.block, batch),
         ):
             run_block(self.pruned_block, *self.walk.arguments(PRUNED, self.block.number, batch))
-        return read_captures(activations, self.pruned_block, self.site, captures)
+        return read_captures(activations, self.pruned_block, self.site, captures, self.calibration.token_masks[batch])
 
     def run_block(self, batch: int) -> None:
         """Run the whole pruned block on a batch, for a step that has hooks of its own."""

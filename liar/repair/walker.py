@@ -15,7 +15,7 @@ from torch import nn
 
 from liar.data import Calibration
 from liar.mask import Mask
-from liar.models import Layout, base_and_prefix, discover
+from liar.models import Layout, base_and_prefix, layout_of
 from liar.repair.captures import Capture, capture_points, read_captures
 from liar.repair.state import DENSE, PRUNED, BlockPair, SiteState, Walk
 from liar.repair.step import RepairStep
@@ -78,18 +78,20 @@ def walk_blocks(
     has_pruned_stream = has_pruned_stream and mask is not None
     if mask is not None:
         layout = layout.matching(mask.masks)
-    source, dense_layout = (model, layout) if teacher is None else (teacher, discover(teacher))
+    source, dense_layout = (model, layout) if teacher is None else (teacher, layout_of(teacher))
     if teacher is not None:
         check_teacher(teacher, dense_layout, model, layout)
     clock = defaultdict(float) if clock is None else clock
     walk = Walk(layout, calibration, mask, ActivationStore(), clock, has_pruned_stream, drifted=teacher is not None)
     with preserve_model_state(model), preserve_model_state(source):
-        with walk.timed("enter"):
-            _enter(walk, source, dense_layout, DENSE)
-            if has_pruned_stream:
-                _enter_pruned(walk, model, share=teacher is None)
         pruned_blocks: list[nn.Module] = []
         for number, (name, dense_name) in enumerate(zip(layout.blocks, dense_layout.blocks, strict=True)):
+            stack = layout.stack_of(name)
+            if name == layout.stacks[stack][0]:
+                with walk.timed("enter"):
+                    _enter(walk, source, dense_layout, DENSE, stack)
+                    if has_pruned_stream:
+                        _enter_pruned(walk, model, stack)
             block = BlockPair(
                 number=number,
                 dense=source.get_submodule(dense_name),
@@ -115,20 +117,25 @@ def _walk_block(walk: Walk, block: BlockPair, steps: Sequence[RepairStep], *, is
     walk.store.discard(*calls, *(f"{site.name} replay" for site in block.replayed))
 
 
-def _enter(walk: Walk, model: nn.Module, layout: Layout, stream: str) -> None:
-    """Store what enters the first block of a model, and how its blocks are called."""
+def _enter(walk: Walk, model: nn.Module, layout: Layout, stream: str, stack: int) -> None:
+    """Store what enters the first block of a stack, and how its blocks are called."""
     base, _ = base_and_prefix(model)
-    blocks = [model.get_submodule(name) for name in layout.blocks]
-    record_block_calls(base, blocks, walk.calibration.batches, walk.store, stream, numbers=walk.calibration.numbers)
+    encoder, blocks = (
+        [model.get_submodule(name) for names in stacks for name in names]
+        for stacks in (layout.stacks[:stack], layout.stacks[stack : stack + 1])
+    )
+    calibration = walk.calibration
+    record_block_calls(base, blocks, calibration.batches, walk.store, stream, numbers=calibration.numbers, encoder=encoder)
 
 
-def _enter_pruned(walk: Walk, model: nn.Module, *, share: bool) -> None:
+def _enter_pruned(walk: Walk, model: nn.Module, stack: int) -> None:
     """The same for the pruned stream, which begins as the dense one where both come from one model."""
-    if not share:
-        _enter(walk, model, walk.layout, PRUNED)
+    if walk.drifted:
+        _enter(walk, model, walk.layout, PRUNED, stack)
         return
     walk.store.share(DENSE, PRUNED)
-    for number in range(len(walk.layout.blocks)):
+    blocks = walk.layout.blocks
+    for number in map(blocks.index, walk.layout.stacks[stack]):
         walk.store.share(calls_of(DENSE, number), calls_of(PRUNED, number))
 
 
@@ -168,7 +175,7 @@ def _dense_batch(
             returned: Any = own["sublayer"]
             block.returns[state.name] = len(returned) if isinstance(returned, tuple) else None
         with walk.timed("dense forward"):
-            dense = read_captures(own, block.dense, state.dense_site, captures)
+            dense = read_captures(own, block.dense, state.dense_site, captures, state.calibration.token_masks[batch])
             if is_pre_norm and "stream" in dense and state is states[-1] and torch.equal(dense["stream"], output):
                 dense["stream"] = output  # the same values: one tensor less to keep
         for step in steps:

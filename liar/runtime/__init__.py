@@ -5,7 +5,7 @@ from liar.runtime.hooks import Point, StopForward, capture_activations, replay_o
 from liar.runtime.outputs import Output, drawn, model_outputs, outputs_of
 from liar.runtime.state import exclusive, layout_when_free, preserve_model_state, record_gradients
 from liar.runtime.store import ActivationStore
-from liar.runtime.stream import added_point, output_scale, residual_points, residual_sum, sequence_sums, widen
+from liar.runtime.stream import added_point, by_sequence, output_scale, residual_points, residual_sum, sequence_sums, widen
 
 __all__ = [
     "ActivationStore",
@@ -14,6 +14,7 @@ __all__ = [
     "Point",
     "StopForward",
     "added_point",
+    "by_sequence",
     "calls_of",
     "capture_activations",
     "drawn",

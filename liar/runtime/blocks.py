@@ -73,37 +73,46 @@ def record_block_calls(
     stream: str,
     *,
     numbers: Sequence[int] | None = None,
+    encoder: Sequence[nn.Module] = (),
 ) -> None:
     """Store what enters the first block for every batch (as `stream`), and how every block is called (see `calls_of`).
 
-    The blocks themselves do not run, but for the first, once: for this pass each only notes its arguments and hands the hidden
-    states on, in a tuple as long as the first block's if that returns one. `numbers` are the places of the batches in what the
-    user gave, where these are some of them.
+    The blocks themselves do not run, but for the first: for this pass each only notes its arguments and hands the hidden states
+    on, beside what the first returns with them. `numbers` are the places of the batches in what the user gave, where these are
+    some of them.
+
+    `encoder`: the blocks of the stack before, if there is one. They do not run: that the last of them gives what the stream is
+    now is all that this stack sees of them.
 
     Raises:
         CalibrationError: the model does not take a batch.
     """
-    running = 0
-    # How the blocks return hidden states: alone, or as the first of so many values.
-    length: int | None = None
-    first, has_run = blocks[0].forward, False
+    running, before = 0, len(encoder)
+    first, first_of_encoder = _FirstBlock(blocks[0]), _FirstBlock(encoder[0]) if encoder else None
 
     def recorder(index: int) -> Callable[..., Any]:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            nonlocal length, has_run
-            if not has_run:
-                output, has_run = first(hidden_states, *args, **kwargs), True
-                length = len(output) if isinstance(output, tuple) else None
             if index == 0:
+                first.see(hidden_states, *args, **kwargs)
                 store.put(stream, running, hidden_states)
-            store.put(calls_of(stream, index), running, BlockCall(args, kwargs))
+            store.put(calls_of(stream, before + index), running, BlockCall(args, kwargs))
             if index == len(blocks) - 1:
                 raise StopForward
-            return hidden_states if length is None else (hidden_states, *[None] * (length - 1))
+            return first.returned(hidden_states)
 
         return forward
 
-    with replace_forwards(blocks, [recorder(index) for index in range(len(blocks))]):
+    def replayer(index: int) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            assert first_of_encoder is not None
+            if index == 0:
+                first_of_encoder.see(hidden_states, *args, **kwargs)
+            return first_of_encoder.returned(store.get(stream, running) if index == before - 1 else hidden_states)
+
+        return forward
+
+    forwards = [*map(replayer, range(before)), *map(recorder, range(len(blocks)))]
+    with replace_forwards([*encoder, *blocks], forwards):
         for number, batch in enumerate(batches):
             running = number
             try:
@@ -111,6 +120,28 @@ def record_block_calls(
             except StopForward:
                 continue
             raise ModelError(f"{type(base).__name__} did not call its last block; the family's table names the wrong blocks")
+
+
+class _FirstBlock:
+    """What the first block of a stack returns beside hidden states (nothing, or a tuple): all blocks do it in that way.
+
+    It runs once; where it makes what the blocks after it read (T5's biases by position), once for every batch.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.run, self.has_run = block.forward, False
+        self.rest: tuple[Any, ...] | None = None
+
+    def see(self, *args: Any, **kwargs: Any) -> None:
+        """Run the block, if needed, on the arguments that it gets."""
+        if self.has_run and not any(isinstance(value, Tensor) for value in self.rest or ()):
+            return
+        output, self.has_run = self.run(*args, **kwargs), True
+        self.rest = output[1:] if isinstance(output, tuple) else None
+
+    def returned(self, hidden: Tensor) -> Any:
+        """Hidden states as a block returns them."""
+        return hidden if self.rest is None else (hidden, *self.rest)
 
 
 @contextmanager

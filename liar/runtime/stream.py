@@ -38,6 +38,11 @@ def output_scale(block: nn.Module, site: Site) -> Tensor | float:
     return scale
 
 
+def by_sequence(value: Tensor, token_mask: Tensor) -> Tensor:
+    """An activation as [sequences, length, channels], where a block flattens its tokens to [tokens, channels], too (OPT)."""
+    return value.reshape(*token_mask.shape, value.shape[-1])
+
+
 def sequence_sums(rows: Tensor, token_mask: Tensor) -> Tensor:
     """Sums over the tokens of each sequence: [tokens, channels] and bool [sequences, length] -> [sequences, channels]."""
     return rows.new_zeros(len(token_mask), rows.shape[1]).index_add_(0, token_mask.nonzero()[:, 0], rows)

@@ -18,7 +18,7 @@ from liar.analysis import channel_moments
 from liar.data import Calibration
 from liar.errors import CalibrationError, check_choice
 from liar.files import replacing_file, user_path
-from liar.models import Layout, discover_with_weights, layer_of
+from liar.models import Layout, layer_of, layout_with_weights
 from liar.options import HEADS, SelectOptions, check_list
 from liar.progress import Progress, ProgressOption, progress_of
 from liar.runtime import exclusive
@@ -185,7 +185,7 @@ def collect(
         check_choice("criterion", criterion, CRITERIA)
     check_choice("heads", heads, HEADS)
     with exclusive(model):
-        layout = discover_with_weights(model).counted_by(heads)
+        layout = layout_with_weights(model).counted_by(heads)
     # Read before the model is locked again: an iterable may need another thread to use the model.
     calibration = Calibration.of(calib, model)
     with exclusive(model), progress_of(progress, "collect", stages_of(criteria)) as shown:

@@ -67,7 +67,7 @@ class ErrorCurves(RepairStep):
     def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
         """Add a batch to the moments."""
         with site.walk.timed("statistics"):
-            token_mask = site.walk.calibration.token_masks[batch]
+            token_mask = site.calibration.token_masks[batch]
             rows = widen(dense["consumer_input"][token_mask])
             rows = reweight_sequence_mean(rows, token_mask, self.sensitivity[site.name].coherence)
             self.moments.setdefault(site.name, Moments()).update(rows, rows[:, :0])
@@ -85,7 +85,7 @@ class ErrorCurves(RepairStep):
         channels = site.site.consumer.by_unit(site.site.units).flatten().to(gram.device)
         weight = consumer.matrix.double() @ root
         curve = eliminate(gram[channels][:, channels], weight[channels], site.site.units, RIDGE)
-        return replace(curve, increases=curve.increases * float(mean) / site.walk.calibration.tokens)
+        return replace(curve, increases=curve.increases * float(mean) / site.calibration.tokens)
 
 
 def reweight_sequence_mean(rows: Tensor, token_mask: Tensor, coherence: float) -> Tensor:

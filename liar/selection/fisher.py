@@ -13,7 +13,7 @@ from liar.data import Calibration, sample, split, take
 from liar.errors import at_site
 from liar.models import Layout, layer_of
 from liar.progress import Progress, timed
-from liar.runtime import Point, drawn, outputs_of, preserve_model_state, record_gradients, sequence_sums
+from liar.runtime import Point, by_sequence, drawn, outputs_of, preserve_model_state, record_gradients, sequence_sums
 from liar.selection.gradients import differentiable, gradients, run_with_gradients
 from liar.selection.loss import sampled_label_loss
 from liar.statistics import check_finite
@@ -71,8 +71,8 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
     # The user may be in inference mode, whose tensors cannot be added to outside of it.
     with torch.inference_mode(False):
         sums = {name: GradientMoments(consumer.matrix.new_zeros(consumer.size("out"))) for name, consumer in consumers.items()}
-    # Gradients flow down to the first block: its consumers make all that comes after them differentiable.
-    first = [consumers[site.name].weight for site in layout.of_block(layout.sites[0].block)]
+    # Gradients flow down to the first block of a stack: its consumers make all that comes after them differentiable.
+    first = [consumers[site.name].weight for stack in layout.stacks for site in layout.of_block(stack[0])]
     calibration, every = sampled(model, calibration)
     with record_gradients(model, first), progress.stage("sensitivity", calibration.tokens) as advance:
         ordinary, outputs = differentiable(calibration), 0
@@ -83,8 +83,9 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
                 loss = sampled_label_loss(predicted, drawn(token_mask, every), ordinary.starts[number])
                 stream_gradients = gradients(loss, [activations[name] for name in sums])
             with timed(progress.seconds, "select: sums of gradients"):
-                for part, gradient in zip(sums.values(), stream_gradients, strict=True):
-                    part.update(gradient[token_mask].float(), token_mask)
+                for site, gradient in zip(layout.sites, stream_gradients, strict=True):
+                    tokens = ordinary.of_stack(site.stack).token_masks[number]
+                    sums[site.name].update(by_sequence(gradient, tokens)[tokens].float(), tokens)
             outputs += len(predicted[0].rows)
             advance(int(token_mask.sum()))
     # From the last site to the first, as gradients flow: the one named is where NaN began.

@@ -13,7 +13,7 @@ from liar.data import Calibration
 from liar.errors import CalibrationError, at_site
 from liar.models import Edge, LayerView, Layout, Site, base_and_prefix, layer_of
 from liar.progress import Progress
-from liar.runtime import Output, Point, capture_activations, outputs_of, record_gradients, widen
+from liar.runtime import Output, Point, by_sequence, capture_activations, outputs_of, record_gradients, widen
 from liar.selection.loss import label_loss, sampled_label_loss
 from liar.statistics import check_finite
 
@@ -56,7 +56,9 @@ def unit_gradients(
             all_gradients = gradients(_loss(model, ordinary, number, outputs), [*inputs, *weights])
             rest = iter(all_gradients[len(inputs) :])
             for part, x, gradient in zip(sums, inputs, all_gradients[: len(inputs)], strict=True):
-                part.update(x, gradient, [next(rest) for _ in part.weights])
+                tokens = ordinary.of_stack(part.site.stack).token_masks[number]
+                own = [next(rest) for _ in part.weights]
+                part.update(by_sequence(x, tokens), by_sequence(gradient, tokens), own)
             advance(int(token_mask.sum()))
     # From the last site to the first, as gradients flow: the one named is where NaN began.
     return {part.site.name: part.result() for part in reversed(sums)}
@@ -96,7 +98,8 @@ def differentiable(calibration: Calibration) -> Calibration:
 
     batches = ({name: copied(value) for name, value in batch.items()} for batch in calibration.batches)
     masks, labels = (tuple(copied(value) for value in values) for values in (calibration.token_masks, calibration.labels))
-    return replace(calibration, batches=tuple(batches), token_masks=masks, labels=labels)
+    encoder = None if calibration.encoder is None else differentiable(calibration.encoder)
+    return replace(calibration, batches=tuple(batches), token_masks=masks, labels=labels, encoder=encoder)
 
 
 def gradients(loss: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from liar.models import Site, layer_of
 from liar.options import CRITERIA as SUMMARIES
+from liar.runtime import output_scale
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class SiteWeights:
 
     Attributes:
         producers: weights that make the units, [units, *] each.
-        consumer: weights that read the units, [units, width, out].
+        consumer: weights that read the units, [units, width, out], with the scale of what they give (see `output_scale`).
         parameters: that go away with one unit.
         statistics: what was collected at the site, by name; see `STATISTICS`.
         seed: for `random`.
@@ -44,7 +45,8 @@ class SiteWeights:
         producers = tuple(
             layer_of(block, edge).matrix.T.double()[edge.by_unit(site.units)].flatten(1) for edge in site.producers
         )
-        consumer = layer_of(block, site.consumer).matrix.double()[site.consumer.by_unit(site.units)]
+        matrix = layer_of(block, site.consumer).matrix.double() * output_scale(block, site)
+        consumer = matrix[site.consumer.by_unit(site.units)].detach()
         return cls(producers, consumer, site.parameters, statistics, seed)
 
     def per_channel(self, values: Tensor) -> Tensor:

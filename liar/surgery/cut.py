@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from liar.errors import ModelError
 from liar.mask import Mask
-from liar.models import Site, discover, layer_of, transformer_in
+from liar.models import Site, layer_of, layout_of, transformer_in
 from liar.runtime import exclusive
 from liar.surgery.heads import adopt_selection, select_heads
 from liar.surgery.stock import uniform_sizes
@@ -73,7 +73,8 @@ def check_adoptable(block: nn.Module, pruned_block: nn.Module) -> None:
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Put every parameter, size and entry of the configuration back if the block ends with an error or is interrupted."""
-    inner = ("_parameters", "_buffers", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+    hooks = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks")
+    inner = ("_parameters", "_buffers", *hooks)
     modules = [(module, dict(vars(module)), {name: dict(vars(module)[name]) for name in inner}) for module in model.modules()]
     config = dict(vars(model.config))
     try:
@@ -118,7 +119,7 @@ def remove(model: nn.Module, mask: Mask | Mapping[str, Any]) -> None:
     """
     model = transformer_in(model)
     with exclusive(model):
-        layout = discover(model)
+        layout = layout_of(model)
         mask = Mask.of(mask, layout)
         layout = layout.matching(mask.masks)
         with all_or_nothing(model):

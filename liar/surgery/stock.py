@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from liar.errors import CheckpointError, ModelError
-from liar.models import Layout, Site, SitePattern, discover, family_of
+from liar.models import Layout, Site, SitePattern, family_of, layout_of, stacks_of
 
 # Parts a class builds unless an argument of its constructor is False -> the module. No configuration says so.
 OPTIONAL_PARTS = {"add_pooling_layer": "pooler"}
@@ -28,12 +28,13 @@ def uniform_sizes(model: nn.Module) -> dict[str, int] | None:
     if stock is None:
         return None
     sizes: dict[str, int] = {}
-    pruned, built = discover(model), discover(stock)
-    for pattern in family_of(model).patterns:
-        widths, stock_widths = ({Width.of(site) for site in layout.of_kind(pattern.kind)} for layout in (pruned, built))
+    pruned, built = layout_of(model), layout_of(stock)
+    for number, pattern in patterns_of(model):
+        sites = [[site for site in each.of_kind(pattern.kind) if site.stack == number] for each in (pruned, built)]
+        widths, stock_widths = ({Width.of(site) for site in each} for each in sites)
         if len(widths) != 1 or len(stock_widths) != 1:
             return None
-        sizes |= scaled_sizes(model, pattern, widths.pop(), stock_widths.pop())
+        sizes |= scaled_sizes(model, pattern.config_keys, widths.pop(), stock_widths.pop())
     again = build_stock(model, sizes)
     return sizes if again is not None and shapes(again) == shapes(model) else None
 
@@ -51,14 +52,14 @@ class Width:
         return cls(site.units, site.query_heads)
 
 
-def scaled_sizes(model: nn.Module, pattern: SitePattern, width: Width, now: Width) -> dict[str, int]:
-    """Entries of the configuration that go with the units of one kind, for another width where they stand for one now.
+def scaled_sizes(model: nn.Module, keys: Iterable[str], width: Width, now: Width) -> dict[str, int]:
+    """Entries of the configuration that go with the units of one kind, by `keys`, for another width where they stand for `now`.
 
     An entry that is None (GPT-2's `n_inner`: the class then takes its default) is the number of units itself, and stays None
     where that is the default. Where keys and values are shared, the entry of that number counts query heads.
     """
     heads, units = width.units * width.query_heads, width.units
-    values = {key: getattr(model.config, key) for key in pattern.config_keys}
+    values = {key: getattr(model.config, key) for key in keys}
 
     def scaled(value: int | None) -> int:
         if value is None:
@@ -66,6 +67,22 @@ def scaled_sizes(model: nn.Module, pattern: SitePattern, width: Width, now: Widt
         return heads if value == now.units * now.query_heads else value * units // now.units
 
     return {key: scaled(value) for key, value in values.items() if value is not None or units != now.units}
+
+
+def patterns_of(model: nn.Module) -> list[tuple[int, SitePattern]]:
+    """The patterns of all stacks of a model, with the number of the stack."""
+    stacks = stacks_of(model, family_of(model))
+    return [(number, pattern) for number, stack in enumerate(stacks) for pattern in stack.patterns]
+
+
+def kind_sizes(model: nn.Module, layout: Layout, kind: str, width: Width) -> dict[str, int]:
+    """Entries of the configuration with which all layers of the stock class have such a width of one kind."""
+    sizes: dict[str, int] = {}
+    for number, pattern in patterns_of(model):
+        if pattern.kind == kind:
+            now = next(Width.of(site) for site in layout.of_kind(kind) if site.stack == number)
+            sizes |= scaled_sizes(model, pattern.config_keys, width, now)
+    return sizes
 
 
 def stock_counts(model: nn.Module, heads: str = "group") -> dict[str, list[int]]:
@@ -78,28 +95,28 @@ def stock_counts(model: nn.Module, heads: str = "group") -> dict[str, list[int]]
         model: of a known family.
         heads: `"group"`, or `"query"`: units of attention that share keys and values are then query heads of each group.
     """
-    layout, counts = discover(model), dict[str, list[int]]()
-    for pattern in family_of(model).patterns:
-        sites = layout.of_kind(pattern.kind)
+    layout, counts = layout_of(model), dict[str, list[int]]()
+    for kind in dict.fromkeys(site.kind for site in layout.sites):
+        sites = layout.of_kind(kind)
         now = Width(max(site.units for site in sites), sites[0].query_heads)
         if heads == "query" and sites[0].by_query is not None:
             widths = [Width(now.units, count) for count in range(1, now.query_heads + 1)]
-            counts[pattern.kind] = [width.query_heads for width in widths if _is_stock(model, layout, pattern, width)]
+            counts[kind] = [width.query_heads for width in widths if _is_stock(model, layout, kind, width)]
             continue
-        tried = range(1, now.units + 1) if pattern.unit_width else [max(1, now.units - 1)]
-        legal = [count for count in tried if _is_stock(model, layout, pattern, replace(now, units=count))]
-        counts[pattern.kind] = legal if pattern.unit_width or not legal else list(range(1, now.units + 1))
+        tried = range(1, now.units + 1) if kind == "heads" else [max(1, now.units - 1)]
+        legal = [count for count in tried if _is_stock(model, layout, kind, replace(now, units=count))]
+        counts[kind] = legal if kind == "heads" or not legal else list(range(1, now.units + 1))
     return counts
 
 
-def _is_stock(model: nn.Module, layout: Layout, pattern: SitePattern, width: Width) -> bool:
+def _is_stock(model: nn.Module, layout: Layout, kind: str, width: Width) -> bool:
     """Whether the stock class with a width of one kind in every layer has such units, and else what it has now."""
-    built = build_stock(model, scaled_sizes(model, pattern, width, Width.of(layout.of_kind(pattern.kind)[0])))
+    built = build_stock(model, kind_sizes(model, layout, kind, width))
     if built is None:
         return False
-    expected = [(site.name, width if site.kind == pattern.kind else Width.of(site), _channels(site)) for site in layout.sites]
+    expected = [(site.name, width if site.kind == kind else Width.of(site), _channels(site)) for site in layout.sites]
     try:
-        found = [(site.name, Width.of(site), _channels(site)) for site in discover(built).sites]
+        found = [(site.name, Width.of(site), _channels(site)) for site in layout_of(built).sites]
     except ModelError:  # some classes build heads that do not add up to their layers
         return False
     return found == expected and _others(built, layout) == _others(model, layout)
@@ -174,6 +191,6 @@ def stock_class(model: nn.Module) -> type[nn.Module]:
         parameters = list(inspect.signature(kind.__init__).parameters.values())[2:]  # type: ignore[misc]
         return any(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters)
 
-    # A class that builds pruned models (`liar.io.modeling_pruned`) extends the one that is meant.
+    # A class that builds pruned models (`liar.surgery.modeling_pruned`) extends the one that is meant.
     kinds = (kind for kind in type(model).__mro__ if not getattr(kind, "builds_pruned", False))
     return next(kind for kind in kinds if not needs_more(kind))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from liar.mask import Mask
-from liar.models import Layout, discover
+from liar.models import Layout, layout_of
 from liar.testing.folder_checks import folder, generation, stock_folder
 from liar.testing.run_checks import error, keep_all, repair, replay, selection
 from liar.testing.state import expect
@@ -50,7 +50,7 @@ def check_family(model: nn.Module, batches: Sequence[Mapping[str, Tensor]] | Non
     batches = [dict(batch) for batch in batches]
     model = copy.deepcopy(model).train(False)
     model.to(torch.float32)
-    layout = discover(model)
+    layout = layout_of(model)
     mask = _some_mask(layout)
     masks = [mask, *([_some_queries(layout)] if any(site.by_query for site in layout.sites) else [])]
     with torch.no_grad():

@@ -65,12 +65,12 @@ def stock_folder(model: Any, layout: Layout, batch: Mapping[str, Tensor]) -> Non
 
 def generation(model: Any, mask: Mask, batch: Mapping[str, Tensor]) -> None:
     """A cut model that generates text gives the same with its cache of keys and values as without, for padded prompts, too."""
-    if not model.can_generate() or "input_ids" not in batch:
+    if not model.can_generate():
         return
     slim = copy.deepcopy(model)
     remove(slim, mask)
     # Prompts are padded on the left.
-    prompts = {name: value.flip(1) for name, value in batch.items()}
+    prompts = {name: value if value.is_floating_point() else value.flip(1) for name, value in batch.items()}
     try:
         first, second = (_generated(slim, prompts, use_cache=use_cache) for use_cache in (True, False))
     except (RuntimeError, TypeError, ValueError) as error:

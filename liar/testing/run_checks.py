@@ -14,7 +14,7 @@ from liar.api import reconstruct, select
 from liar.data import Calibration
 from liar.errors import LiarError
 from liar.mask import Mask
-from liar.models import Layout, discover
+from liar.models import Layout, layout_of
 from liar.options import TARGETS, ReconstructOptions
 from liar.repair import RepairContext, closed_form_steps, walk_blocks
 from liar.runtime import preserve_model_state
@@ -83,7 +83,7 @@ def error(model: nn.Module, mask: Mask, batches: Sequence[Mapping[str, Tensor]])
     """An error in the middle leaves hooks, modes, weights and the random state as they were."""
     model.train()
     next(model.children()).eval()
-    consumer = model.get_submodule(discover(model).sites[-1].module)
+    consumer = model.get_submodule(layout_of(model).sites[-1].module)
     handle = consumer.register_forward_hook(_fail)
     before = model_state(model)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from operator import attrgetter
 
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor, nn
 from liar.data import Calibration
 from liar.errors import ModelError
 from liar.mask import Mask
-from liar.models import LayerView, Layout, Site, discover, family_of, layer_of
+from liar.models import LayerView, Layout, Site, base_and_prefix, layer_of, layout_of
 from liar.models.layers import storage_of
-from liar.models.registry import base_and_prefix
 from liar.runtime import (
     ActivationStore,
     BlockCall,
     Point,
     added_point,
+    by_sequence,
     calls_of,
     capture_activations,
     output_scale,
@@ -32,7 +33,7 @@ from liar.runtime import (
     run_block,
     run_model,
 )
-from liar.surgery import Width, build_stock, remove, scaled_sizes
+from liar.surgery import Width, build_stock, kind_sizes, patterns_of, remove
 from liar.testing.compare import close, last_hidden
 from liar.testing.state import expect
 
@@ -69,40 +70,64 @@ def streams(model: nn.Module, layout: Layout, batches: Sequence[Mapping[str, Ten
     """Blocks run one by one give what the model gives; sites come in order; residual + consumer output is the stream."""
     calibration = Calibration.of(batches[:1], model)
     base, _ = base_and_prefix(model)
-    blocks = [model.get_submodule(name) for name in layout.blocks]
     points = {site.name: Point(model.get_submodule(site.module), None) for site in layout.sites}
     with preserve_model_state(model), capture_activations(points) as in_model:
         run_model(base, calibration.batches[0])
     expected = [site.name for site in layout.sites]
     expect(list(in_model) == expected, f"the data passes the sites in the order {list(in_model)}, the table says {expected}")
     for site in layout.sites:
+        shape, tokens = in_model[site.name].shape[:-1], calibration.of_stack(site.stack).token_masks[0]
         expect(
-            in_model[site.name].shape[:-1] == calibration.token_masks[0].shape,
+            shape in (tokens.shape, (tokens.numel(),)),
             f"{site.name}: {site.consumer.module} gives a tensor {list(in_model[site.name].shape)}, expected [sequences, "
-            "length, channels]; models that flatten tokens (OPT's feed-forward part) are not supported",
+            "length, channels], or [tokens, channels]",
         )
-    store, stream, tokens = ActivationStore(), "dense", calibration.token_masks[0]
+    store, stream, encoder = ActivationStore(), "dense", list[nn.Module]()
     with preserve_model_state(model):
-        record_block_calls(base, blocks, calibration.batches, store, stream)
-        hidden = store.get(stream, 0)
-        for number, (name, block) in enumerate(zip(layout.blocks, blocks, strict=True)):
-            call = store.get(calls_of(stream, number), 0)
-            with capture_activations({site.name: points[site.name] for site in layout.of_block(name)}) as activations:
-                after = run_block(block, hidden, call)
-            for site_name, value in activations.items():
-                close(value, in_model[site_name], tokens, f"{site_name}: a block run alone differs from the model")
-            for site in layout.of_block(name):
-                beside = [other for other in layout.of_block(name) if site.added in other.added_before]
-                close(
-                    _shifted(block, site, beside, hidden, call),
-                    after,
-                    tokens,
-                    f"{site.name}: what comes out of the block is not a function of residual + consumer output; check "
-                    f"residual={site.residual}, is_parallel, output_scale and output_norm in the family's table",
-                )
-            for site in layout.of_block(name):
-                _norm(block, layout, site, hidden, call, tokens)
-            hidden = after
+        for number, names in enumerate(layout.stacks):
+            blocks = [model.get_submodule(name) for name in names]
+            record_block_calls(base, blocks, calibration.batches, store, stream, encoder=encoder)
+            for name, block in zip(names, blocks, strict=True):
+                call = store.get(calls_of(stream, layout.blocks.index(name)), 0)
+                tokens = calibration.of_stack(number).token_masks[0]
+                after = _block_stream(block, layout, name, store.get(stream, 0), call, in_model, tokens)
+                store.put(stream, 0, after)
+            encoder += blocks
+
+
+def _block_stream(
+    block: nn.Module,
+    layout: Layout,
+    name: str,
+    hidden: Tensor,
+    call: BlockCall,
+    in_model: Mapping[str, Tensor],
+    tokens: Tensor,
+) -> Tensor:
+    """One block, run alone: its sites give what they give in the model, and are added to the stream; what comes out of it."""
+    sites = layout.of_block(name)
+    points = {site.name: Point(block.get_submodule(site.consumer.module), None) for site in sites}
+    with capture_activations(points) as activations:
+        after = run_block(block, hidden, call)
+    for site_name, value in activations.items():
+        close(
+            by_sequence(value, tokens),
+            by_sequence(in_model[site_name], tokens),
+            tokens,
+            f"{site_name}: a block run alone differs from the model",
+        )
+    for site in sites:
+        beside = [other for other in sites if site.added in other.added_before]
+        close(
+            _shifted(block, site, beside, hidden, call),
+            after,
+            tokens,
+            f"{site.name}: what comes out of the block is not a function of residual + consumer output; check "
+            f"residual={site.residual}, is_parallel, output_scale and output_norm in the family's table",
+        )
+    for site in sites:
+        _norm(block, layout, site, hidden, call, tokens)
+    return after
 
 
 def _norm(block: nn.Module, layout: Layout, site: Site, hidden: Tensor, call: BlockCall, token_mask: Tensor) -> None:
@@ -154,7 +179,7 @@ def cut(model: nn.Module, layout: Layout, mask: Mask, batches: Sequence[Mapping[
     cut, layout = copy.deepcopy(model), layout.matching(mask.masks)
     try:
         remove(cut, mask)
-        actual = discover(cut)
+        actual = layout_of(cut)
     except ModelError as error:
         raise AssertionError(
             f"the cut model is not what the table says any more; check unit_width and size_attributes: {error}"
@@ -211,30 +236,29 @@ def _as_zeroed(model: nn.Module, cut: nn.Module, layout: Layout, mask: Mask, bat
 
 def sizes(model: nn.Module, layout: Layout) -> None:
     """Every integer on a module that goes with the number of units is in `size_attributes`, so that it is corrected."""
-    for pattern in family_of(model).patterns:
-        sites = layout.of_kind(pattern.kind)
-        units, fewer, heads = sites[0].units, max(1, sites[0].units // 2), sites[0].query_heads
+    for number, pattern in patterns_of(model):
+        kind, first = pattern.kind, layout.stacks[number][0]
         for key in pattern.config_keys:
-            expect(
-                hasattr(model.config, key), f"{pattern.kind}: the configuration has no {key!r}; check config_keys in the table"
-            )
-        stock = build_stock(model, scaled_sizes(model, pattern, Width(fewer, heads), Width(units, heads)))
+            expect(hasattr(model.config, key), f"{kind}: the configuration has no {key!r}; check config_keys in the table")
+        now = Width.of(next(site for site in layout.of_block(first) if site.kind == kind))
+        fewer = replace(now, units=max(1, now.units // 2))
+        stock = build_stock(model, kind_sizes(model, layout, kind, fewer))
         # A class may refuse a configuration, in its own way.
-        if stock is None or not pattern.config_keys or fewer == units:
+        if stock is None or not pattern.config_keys or fewer == now:
             continue
-        built = discover(stock).of_kind(pattern.kind)[0]
+        built = next(site for site in layout_of(stock).of_block(first) if site.kind == kind)
         expect(
-            built.units == fewer,
-            f"{pattern.kind}: config_keys={pattern.config_keys} should make {fewer} units of {units}, made {built.units}",
+            built.units == fewer.units,
+            f"{kind}: config_keys={pattern.config_keys} should make {fewer.units} units of {now.units}, made {built.units}",
         )
-        _attributes(model, stock, layout, pattern.kind, fewer / units)
+        _attributes(model, stock, layout.of_block(first), kind, fewer.units / now.units)
 
 
-def _attributes(model: nn.Module, stock: nn.Module, layout: Layout, kind: str, share: float) -> None:
-    """Integers of the first block that are smaller by a share in a smaller stock model are in `size_attributes`."""
-    listed = {path for site in layout.of_block(layout.blocks[0]) for path in site.size_attributes}
-    dense, small = (m.get_submodule(layout.blocks[0]) for m in (model, stock))
-    edges = [edge.module for site in layout.of_block(layout.blocks[0]) for edge in site.edges]
+def _attributes(model: nn.Module, stock: nn.Module, sites: Sequence[Site], kind: str, share: float) -> None:
+    """Integers of a block that are smaller by a share in a smaller stock model are in `size_attributes`."""
+    listed = {path for site in sites for path in site.size_attributes}
+    dense, small = (m.get_submodule(sites[0].block) for m in (model, stock))
+    edges = [edge.module for site in sites for edge in site.edges]
     for name, module in dense.named_modules():
         if not any(edge == name or edge.startswith(f"{name}.") for edge in edges):
             continue  # nothing of this module is cut (cross-attention, say), so its sizes stay

@@ -128,7 +128,7 @@ def _config_keys(small: nn.Module, family: Family, number: int) -> tuple[str, ..
     Best are entries that leave the width of a unit alone. (BERT has none for heads: fewer heads are wider there. Then it is the
     entry with the number.)
     """
-    pattern, site = family.patterns[number], layout_of(small, family).sites[number]
+    site = layout_of(small, family).sites[number]
     fewer = max(1, site.units // 2)
     entries = [
         key
@@ -138,9 +138,7 @@ def _config_keys(small: nn.Module, family: Family, number: int) -> tuple[str, ..
     second_best: tuple[str, ...] = ()
     moving: list[str] = []
     for keys in chain(((key,) for key in entries), _pairs(moving)):
-        stock = build_stock(
-            small, scaled_sizes(small, replace(pattern, config_keys=keys), Width(fewer, site.query_heads), Width.of(site))
-        )
+        stock = build_stock(small, scaled_sizes(small, keys, Width(fewer, site.query_heads), Width.of(site)))
         if stock is None or shapes(stock) != shapes(small):
             moving += keys
         match _match(stock, small, family, number, fewer):
@@ -180,7 +178,7 @@ def _scaled_attributes(small: nn.Module, family: Family, number: int, integers: 
     layout, pattern = layout_of(small, family), family.patterns[number]
     site = layout.sites[number]
     units, fewer = site.units, max(1, site.units // 2)
-    stock = build_stock(small, scaled_sizes(small, pattern, Width(fewer, site.query_heads), Width.of(site)))
+    stock = build_stock(small, scaled_sizes(small, pattern.config_keys, Width(fewer, site.query_heads), Width.of(site)))
     if stock is None or not pattern.config_keys:
         return []
     block = stock.get_submodule(layout.blocks[0])

@@ -46,7 +46,7 @@ def find_blocks(model: nn.Module, batch: Mapping[str, Any]) -> str:
         with preserve_model_state(model), _recorded_calls(lists) as calls:
             run_model(base, read_batches([batch], model)[0][0])
     except LiarError as error:
-        stacks = "; a model with an encoder and a decoder has two stacks of blocks, a table has one"
+        stacks = "; a model with an encoder and a decoder has two stacks of blocks: its table is written by hand"
         advice = stacks if getattr(config, "is_encoder_decoder", False) else ""
         raise NotFoundError("blocks", f"the model does not run on the batch: {error}{advice}") from error
     unlike = {name: reason for name, modules in lists.items() if (reason := _why_not(modules, calls[name]))}
@@ -54,7 +54,8 @@ def find_blocks(model: nn.Module, batch: Mapping[str, Any]) -> str:
     outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     if len(outer) != 1:
         seen = "; ".join(f"{name}: {reason}" for name, reason in list(unlike.items())[:4]) or "no nn.ModuleList at all"
-        several = f"several stacks of blocks: {', '.join(outer)}; a table has one" if outer else f"none was found ({seen})"
+        several = f"several stacks of blocks: {', '.join(outer)}; such a table is written by hand (Family.decoder)"
+        several = several if outer else f"none was found ({seen})"
         raise NotFoundError(
             "blocks", f"expected one nn.ModuleList whose modules are called in order with the hidden states, {several}"
         )

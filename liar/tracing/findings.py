@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from liar.errors import ModelError
+from liar.models import model_type_of
 
 MOST = 3
 
@@ -37,8 +38,7 @@ class Findings:
 
     def error(self, model: nn.Module) -> ModelError:
         """One error with everything: the fields that are missing and what was seen, and what was found."""
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        lines = [f"no table was found for {type(model).__name__} (model_type {model_type!r})"]
+        lines = [f"no table was found for {type(model).__name__} (model_type {model_type_of(model)!r})"]
         # After several attempts the first, the likeliest, says most.
         lines += [f"- not found: {each}" for each in list(dict.fromkeys(self.missing))[:MOST]]
         lines += [f"- found: {each}" for each in self.found]

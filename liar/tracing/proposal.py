@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from liar.errors import ModelError
-from liar.models import Family, Layout, SitePattern, check_model, families, layout_of, registered
-from liar.models import discover as discover_registered
+from liar.models import Family, Layout, SitePattern, check_model, is_registered, layout_of, model_type_of, registered
 from liar.runtime import exclusive, preserve_model_state
 from liar.surgery import Width, scaled_sizes
 from liar.testing import check_family
@@ -80,9 +79,8 @@ def discover(model: nn.Module, batch: Mapping[str, Tensor] | None = None) -> Lay
         ['heads.0', 'neurons.0', 'heads.1', 'neurons.1']
     """
     check_model(model)
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if batch is None or model_type in {family.model_type for family in families()}:
-        return discover_registered(model)
+    if batch is None or is_registered(model_type_of(model)):
+        return layout_of(model)
     return layout_of(model, propose_family(model, batch))
 
 
@@ -114,8 +112,8 @@ def _propose(model: nn.Module, batch: Mapping[str, Tensor], findings: Findings) 
 
 
 def _observe(model: nn.Module, batch: Mapping[str, Tensor], findings: Findings) -> _Observed:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if not isinstance(model_type, str) or not model_type:
+    model_type = model_type_of(model)
+    if model_type is None:
         raise NotFoundError("model_type", "the model has no config.model_type")
     if "input_ids" not in batch:
         raise NotFoundError("blocks", f"expected a batch with input_ids, got one with {', '.join(batch) or 'nothing'}")
@@ -203,6 +201,6 @@ def _check(small: nn.Module, family: Family) -> None:
     sizes: dict[str, int] = {}
     for pattern, site in zip(family.patterns, layout_of(small, family).sites, strict=False):  # those of the first block
         fewer = Width(min(site.units, CHECKED_UNITS[pattern.kind]), site.query_heads)
-        sizes |= scaled_sizes(small, pattern, fewer, Width.of(site))
+        sizes |= scaled_sizes(small, pattern.config_keys, fewer, Width.of(site))
     with registered(family):
         check_family(random_model(small, sizes) or small)

@@ -1,10 +1,10 @@
-"""Wav2Vec2 and HuBERT: post-norm encoders of sound."""
+"""Wav2Vec2 and HuBERT: encoders of sound; the larger ones are pre-norm."""
 
 from dataclasses import replace
 
 from liar.models.family import Family, SitePattern
 
-WAV2VEC2 = Family(
+POST_NORM = Family(
     model_type="wav2vec2",
     blocks="encoder.layers",
     is_pre_norm=False,
@@ -31,4 +31,14 @@ WAV2VEC2 = Family(
     ),
     note="a unit of attention is a head; stock classes cannot load fewer heads",
 )
-FAMILIES = (WAV2VEC2, replace(WAV2VEC2, model_type="hubert"))
+HEADS, NEURONS = POST_NORM.patterns
+PRE_NORM = replace(
+    POST_NORM,
+    is_pre_norm=True,
+    # Without the adapters of its versions for many languages, which are added to the stream as well.
+    requires=(("do_stable_layer_norm", True), ("adapter_attn_dim", None)),
+    patterns=(replace(HEADS, residual=("layer_norm", 0)), replace(NEURONS, residual=("final_layer_norm", 0))),
+)
+FAMILIES = tuple(
+    replace(POST_NORM, model_type=name, otherwise=replace(PRE_NORM, model_type=name)) for name in ("wav2vec2", "hubert")
+)

@@ -88,7 +88,8 @@ class Side:
             _replaying(block, sites, replayed),
         ):
             self._run(window.start, batch, hidden)
-        return read_captures(activations, block, site, ["stream"])["stream"]
+        # Of the mask only the shape counts.
+        return read_captures(activations, block, site, ["stream"], torch.ones(hidden.shape[:2]))["stream"]
 
     def added(self, window: Window, batch: int, hidden: Tensor) -> list[Tensor]:
         """What the sites before that of a window add to the residual stream."""

@@ -92,8 +92,13 @@ class Budget:
             raise BudgetError(
                 f"keep={self.keep} cannot be met: the least that is possible is {minimum / self.costs.dense:.4f} of the "
                 f"{self.costs.name}, with {', '.join(shown[:4])}{', …' if len(shown) > 4 else ''} in a layer; ask for at "
-                "least that, or for fewer restrictions (round_to, protect, widths)"
+                f"least that, or for fewer restrictions (round_to, protect, widths){self._whole()}"
             )
+
+    def _whole(self) -> str:
+        """A remark where the share that cannot be met is of blocks that mostly are not cut."""
+        part = self.costs.fixed / self.costs.dense
+        return f"; {part:.0%} are in layers that are never cut, such as experts (Layout.uncovered)" if part > 0.5 else ""
 
 
 def _rounded(site: Site, costs: Costs, round_to: int) -> list[int]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from liar.errors import BudgetError, wrap_parse_errors
 from liar.files import user_path, write_text
-from liar.models import Layout, Site, discover, layer_of
+from liar.models import Layout, Site, layer_of, layout_of
 from liar.options import LENGTH, check_count
 
 WRITTEN = "costs as Costs.save or `liar latency` writes them"
@@ -136,7 +136,7 @@ def _plain(number: Any) -> float:
 
 def params(model: nn.Module) -> Costs:
     """Parameters in the blocks of a model."""
-    return params_of(discover(model))
+    return params_of(layout_of(model))
 
 
 def params_of(layout: Layout) -> Costs:
@@ -163,7 +163,7 @@ def flops(model: nn.Module, *, length: int = LENGTH) -> Costs:
         True
     """
     check_count("length", length)
-    return flops_of(model, discover(model), length=int(length))
+    return flops_of(model, layout_of(model), length=int(length))
 
 
 def flops_of(model: nn.Module, layout: Layout, *, length: int = LENGTH) -> Costs:

@@ -17,7 +17,7 @@ from torch.utils.benchmark import Timer
 from liar.data import Calibration
 from liar.errors import OptionError
 from liar.files import user_path
-from liar.models import Layout, Site, base_and_prefix, discover_with_weights
+from liar.models import Layout, Site, base_and_prefix, layout_with_weights
 from liar.options import LENGTH, check_count
 from liar.progress import Progress, ProgressOption, progress_of
 from liar.runtime import ActivationStore, BlockCall, calls_of, exclusive, preserve_model_state, record_block_calls, run_block
@@ -67,11 +67,11 @@ def latency(
         >>> costs.name, costs.about["length"]
         ('seconds', 16)
     """
-    layout = discover_with_weights(model)
-    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+    layout = layout_with_weights(model)
+    if getattr(model, "main_input_name", "input_ids") != "input_ids" or len(layout.stacks) > 1:
         raise OptionError(
-            f"latency: expected a model of texts, which is timed with token ids, got a {type(model).__name__}: choose a "
-            "budget in parameters (budget='params')"
+            "latency: expected a model of texts, with one stack of blocks, which is timed with token ids, got a "
+            f"{type(model).__name__}: choose a budget in parameters (budget='params')"
         )
     _check_batch(model, batch_size, length)
     about = _about(model, batch_size, length)
