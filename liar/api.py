@@ -181,6 +181,7 @@ def reconstruct(
     *,
     target: str = ReconstructOptions.target,
     ridge: float | str = ReconstructOptions.ridge,
+    drift_ridge: float | None = ReconstructOptions.drift_ridge,
     refit: bool = ReconstructOptions.refit,
     solver: str = ReconstructOptions.solver,
     bias: str = ReconstructOptions.bias,
@@ -198,6 +199,9 @@ def reconstruct(
             less what the pruned model's stream is before it, on the pruned model's activations.
         ridge: pull toward the kept weights, relative to the mean diagonal of the Gram matrix; 0 is none. `"auto"` chooses
             it per site on held-out sequences, and keeps the weights as they are where no update is better.
+        drift_ridge: with `"residual_stream"`, a ridge of its own for what the pruned stream has lost before a layer; what the
+            layer gives by itself has `ridge`. 1 serves language models well whose calibration text is of another kind than what
+            they are for. It takes one more pass over every layer.
         refit: with `"residual_stream"`, first fit the layers that feed the kept units (query, key and value; the first
             feed-forward projections) to what they give in the dense model, since their input has drifted.
         solver: `"auto"`, `"cholesky"`, `"eigh"` or `"lstsq"`.
@@ -217,7 +221,9 @@ def reconstruct(
         >>> report.sites[0].verdict.value
         'ridged'
     """
-    return reconstruct_with(model, mask, calib, ReconstructOptions(target, ridge, refit, solver, bias), progress=progress)
+    return reconstruct_with(
+        model, mask, calib, ReconstructOptions(target, ridge, drift_ridge, refit, solver, bias), progress=progress
+    )
 
 
 def reconstruct_with(
@@ -290,6 +296,7 @@ def prune(
     heads: str = SelectOptions.heads,
     target: str = ReconstructOptions.target,
     ridge: float | str = ReconstructOptions.ridge,
+    drift_ridge: float | None = ReconstructOptions.drift_ridge,
     refit: bool = ReconstructOptions.refit,
     solver: str = ReconstructOptions.solver,
     bias: str = ReconstructOptions.bias,
@@ -303,7 +310,7 @@ def prune(
         True
     """
     selection = SelectOptions(keep, criterion, budget, widths, round_to, protect, seed, heads)
-    how = ReconstructOptions(target, ridge, refit, solver, bias)
+    how = ReconstructOptions(target, ridge, drift_ridge, refit, solver, bias)
     selection.check()
     how.check()
     model, calib = _inside(model, calib)
