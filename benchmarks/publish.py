@@ -12,14 +12,28 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 import pandas
 from matplotlib.figure import Figure
 
-from benchmarks import damping, families, growth, inference, samples, speed, squad, standing
+from benchmarks import (
+    damping,
+    families,
+    free_lunch,
+    growth,
+    inference,
+    rethinking,
+    samples,
+    self_generation,
+    speed,
+    squad,
+    standing,
+    starts,
+    steps,
+)
 from benchmarks.baselines import CLOSED_FORM
 from benchmarks.elimination import rows as above_best
 from benchmarks.few_tokens import HEADINGS as FEW_TOKENS
@@ -49,6 +63,8 @@ FINE_TUNED = {
 }
 # Of the rules what their authors published, and ours.
 PUBLISHED = ("mask_only", "bias", "mask_tuning", "liar", "grail", "rcpu", "kprune", "osscar", "ours")
+# Models of benchmarks/speed.py with trained weights.
+REAL = {"minilm": "all-MiniLM-L6-v2", "smollm2": "SmolLM2-135M"}
 # Of a run of benchmarks/lora.py, in the order of its table.
 SCORES_OF_LORA = ("dense", "pruned", "tuned")
 # Titles of figures.
@@ -123,20 +139,63 @@ def fine_tuning(criterion: str = CRITERION) -> str:
 
 def share_of_dense(rules: Sequence[str] = CLOSED_FORM, criterion: str = "reconstruction") -> str:
     """Scores of fine-tuned models as shares of the dense model's: a row per benchmark and kept share, a column per rule."""
-    frame = part(criterion, source="own", place=0)
-    frame = frame.assign(share=frame["value"] / frame["dense"])
     rows = []
-    for benchmark, (tasks, tokens) in FINE_TUNED.items():
-        scores = common_samples(frame[frame["task"].isin(tasks) & (frame["tokens"] == tokens)], rules)
-        # A mean over fewer tasks is another number.
-        scores = scores[scores.groupby(["keep", "rule"])["task"].transform("nunique") == len(tasks)]
-        means = scores.pivot_table(index="keep", columns="rule", values="share", aggfunc="mean").reindex(columns=[*rules])
-        for keep, row in means.dropna(thresh=2).sort_index(ascending=False).iterrows():
+    for benchmark, means in _shares(rules, criterion):
+        for keep, row in means.iterrows():
             shown = [
                 "" if pandas.isna(share) else f"**{share:.1%}**" if share == row.max() else f"{share:.1%}" for share in row
             ]
             rows.append([benchmark, f"{keep:.0%}", *shown])
     return lined(["benchmark", "kept", *("**ours**" if rule == "ours" else LABELS[rule] for rule in rules)], rows)
+
+
+def _shares(rules: Sequence[str], criterion: str = "reconstruction") -> Iterator[tuple[str, pandas.DataFrame]]:
+    """Of every benchmark of fine-tuned models, means of the shares of the dense score, [kept share, rule]."""
+    frame = part(criterion, source="own", place=0)
+    frame = frame.assign(share=frame["value"] / frame["dense"])
+    for benchmark, (tasks, tokens) in FINE_TUNED.items():
+        scores = common_samples(frame[frame["task"].isin(tasks) & (frame["tokens"] == tokens)], rules)
+        # A mean over fewer tasks is another number.
+        scores = scores[scores.groupby(["keep", "rule"])["task"].transform("nunique") == len(tasks)]
+        means = scores.pivot_table(index="keep", columns="rule", values="share", aggfunc="mean").reindex(columns=[*rules])
+        yield benchmark, means.dropna(thresh=2).sort_index(ascending=False)
+
+
+def headline() -> str:
+    """The main results for a reader who is new: the mask alone, the best of the other published rules, and ours."""
+    rows = [
+        [f"MiniLM, {benchmark}, share of dense ↑", f"{keep:.0%}", "100%", *_in_short(row, ".1%", more=True)]
+        for benchmark, means in _shares(PUBLISHED)
+        for keep, row in means.iterrows()
+    ]
+    frame = wikitext()
+    frame = common_samples(frame[frame["criterion"] == "reconstruction"], PUBLISHED)
+    means = frame.pivot_table(index=["keep", "dense"], columns="rule", values="value", aggfunc="mean")
+    for (keep, dense), row in means.sort_index(ascending=False).iterrows():
+        title = "SmolLM2-135M, WikiText-2: perplexity ↓"
+        rows.append([title, f"{keep:.0%}", f"{dense:.1f}", *_in_short(row, ".1f", more=False)])
+    return lined(["model and task", "kept", "dense", "mask only", "best other method", "**liar**"], rows)
+
+
+def _in_short(row: pandas.Series, form: str, *, more: bool) -> list[str]:
+    """The mask alone, the best of the other rules with its name, and ours; the best is bold."""
+    others = row.drop(["mask_only", "ours"]).dropna()
+    name = others.idxmax() if more else others.idxmin()
+    values = [row["mask_only"], others[name], row["ours"]]
+    best = max(values) if more else min(values)
+    shown = [f"**{value:{form}}**" if value == best else f"{value:{form}}" for value in values]
+    return [shown[0], f"{shown[1]} ({LABELS[name]})", shown[2]]
+
+
+def cost() -> str:
+    """What `prune` takes of real models."""
+    rows = []
+    for run in read_records(RESULTS / "speed.jsonl"):
+        if run["model"] in REAL:
+            seconds, ratio = run["plain_seconds_median"], run["ratio_median"]["prune"]
+            tokens = f"{run['tokens']:,}"
+            rows.append([REAL[run["model"]], tokens, f"{seconds:.0f} s", f"{ratio:.1f} times that: {seconds * ratio:.0f} s"])
+    return lined(["model", "calibration tokens", "one forward pass over them", "`liar.prune`"], rows)
 
 
 def wikitext(source: str = "own", task: str = WIKITEXT) -> pandas.DataFrame:
@@ -223,6 +282,13 @@ def lora() -> str:
     return lined(["task", "kept", "rule", "dense", "pruned", "after LoRA", "answers that LoRA changed"], rows)
 
 
+def self_generation_table() -> str:
+    """How long a model takes to write calibration texts."""
+    return lined(
+        self_generation.HEADINGS, [self_generation.row(run) for run in read_records(RESULTS / "self_generation.jsonl")]
+    )
+
+
 def llama_cpp() -> str:
     """How far llama.cpp is from PyTorch."""
     rows = [
@@ -258,8 +324,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "standing by task": lambda: standing.by_task(compared(), "ours"),
     "behind": lambda: standing.behind(compared(), "ours"),
     "share of dense": share_of_dense,
-    "share of dense published": lambda: share_of_dense(PUBLISHED),
-    "wikitext published": lambda: wikitext_rules(rules=PUBLISHED),
+    "headline": headline,
+    "cost": cost,
     "grid squad": lambda: markdown(part("reconstruction", task=SQUAD, source="own"), ["keep", "number"], CLOSED_FORM),
     "squad more text": lambda: markdown(
         part("reconstruction", task="squad", number="f1"), ["keep", "tokens", "source"], CLOSED_FORM
@@ -307,7 +373,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "onnx": onnx,
     "lora": lora,
     "llama cpp": llama_cpp,
+    "self generation": self_generation_table,
     "elimination": elimination,
+    "rethinking": rethinking.table,
+    "free lunch": free_lunch.table,
+    "free lunch costs": free_lunch.costs,
+    "starts": starts.table,
+    "starts saved": starts.saved,
+    "steps": steps.table,
     "label sampling": label_sampling,
 }
 RESULT_BLOCK = re.compile(r"(<!-- results: (?P<name>[\w -]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -376,6 +449,8 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "growth.png": lambda: growth.draw(read_records(RESULTS / "growth.jsonl")),
     "tokens.png": tokens_figure,
     "criteria.png": criteria_figure,
+    "rethinking.png": rethinking.draw,
+    "free_lunch.png": free_lunch.draw,
 }
 
 

@@ -2,7 +2,8 @@
 
 The three verbs are `select`, `reconstruct` and `prune`; `calibration` makes batches from texts, `save` and `load` keep pruned
 models, `collect` reuses statistics for many budgets, `discover` shows where a model can be cut, `remove` cuts without repair,
-`moments` and `interpolation` let you look inside.
+`refine` goes on with gradients, `moments` and `interpolation` let you look inside, `self_generate` lets a model write its
+calibration texts.
 
 What a name stands for is imported when it is first used: torch and transformers take seconds, and `liar --help` needs neither.
 """
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from liar.analysis import Interpolation, interpolation, moments
-    from liar.api import prune, reconstruct, select
+    from liar.api import prune, reconstruct, refine, select
     from liar.data import Calibration, calibration
     from liar.errors import LiarError
+    from liar.generation import SelfGenerated, self_generate
     from liar.io import load, make_standalone, save
     from liar.mask import Mask
     from liar.models import Family, FusedProducer, HeadArgument, SitePattern, Stack, families, register
@@ -29,9 +31,10 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "analysis": ("Interpolation", "interpolation", "moments"),
-    "api": ("prune", "reconstruct", "select"),
+    "api": ("prune", "reconstruct", "refine", "select"),
     "data": ("Calibration", "calibration"),
     "errors": ("LiarError",),
+    "generation": ("SelfGenerated", "self_generate"),
     "io": ("load", "make_standalone", "save"),
     "mask": ("Mask",),
     "models": ("Family", "FusedProducer", "HeadArgument", "SitePattern", "Stack", "families", "register"),
@@ -56,6 +59,7 @@ __all__ = [
     "Mask",
     "ProgressUpdate",
     "Report",
+    "SelfGenerated",
     "SitePattern",
     "Stack",
     "Verdict",
@@ -73,10 +77,12 @@ __all__ = [
     "propose_family",
     "prune",
     "reconstruct",
+    "refine",
     "register",
     "remove",
     "save",
     "select",
+    "self_generate",
 ]
 
 
@@ -84,7 +90,7 @@ def __getattr__(name: str) -> Any:
     """A public name, or a package of the library, imported now (PEP 562)."""
     if name in _HOME:
         value = getattr(import_module(f"liar.{_HOME[name]}"), name)
-    elif name in {*_MODULES, "options", "repair", "runtime", "solve", "statistics", "files"}:
+    elif name in {*_MODULES, "options", "repair", "runtime", "solve", "statistics", "files", "unstructured"}:
         value = import_module(f"liar.{name}")
     else:
         raise AttributeError(f"module 'liar' has no attribute {name!r}")

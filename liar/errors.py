@@ -27,27 +27,77 @@ class LiarError(ValueError):
 
 
 class ModelError(LiarError):
-    """The model cannot be processed as it is: on the meta device, quantised, or of an unknown family."""
+    """The model cannot be processed as it is: on the meta device, quantised, or of an unknown family.
+
+    Example:
+        >>> try:
+        ...     liar.prune(torch.nn.Linear(2, 2), calib, keep=0.5)
+        ... except liar.errors.ModelError as error:
+        ...     print(error)
+        expected a model of a known family, got a Linear without config.model_type; ...
+    """
 
 
 class MaskError(LiarError):
-    """The mask does not fit the model's sites."""
+    """The mask does not fit the model's sites.
+
+    Example:
+        >>> try:
+        ...     liar.remove(model, {"heads.9": [0]})
+        ... except liar.errors.MaskError as error:
+        ...     print(error)
+        mask['heads.9']: no such site in this model; expected ...
+    """
 
 
 class CalibrationError(LiarError):
-    """The calibration data cannot be used: empty, all padding, not what the model takes, or not finite inside it."""
+    """The calibration data cannot be used: empty, all padding, not what the model takes, or not finite inside it.
+
+    Example:
+        >>> try:
+        ...     liar.prune(model, [], keep=0.5)
+        ... except liar.errors.CalibrationError as error:
+        ...     print(error)
+        the calibration data is empty: expected at least one batch, got none (a used-up generator?)
+    """
 
 
 class BudgetError(LiarError):
-    """The requested budget cannot be met."""
+    """The requested budget cannot be met.
+
+    Example:
+        >>> try:
+        ...     liar.select(model, keep=0.001, criterion="magnitude")
+        ... except liar.errors.BudgetError as error:
+        ...     print(error)
+        keep=0.001 cannot be met: the least that is possible is 0.1527 of the parameters, with ...
+    """
 
 
 class OptionError(LiarError):
-    """An option has a value that is not among the possible ones."""
+    """An option has a value that is not among the possible ones.
+
+    Example:
+        >>> try:
+        ...     liar.select(model, keep=0.5, criterion="guess")
+        ... except liar.errors.OptionError as error:
+        ...     print(error)
+        criterion='guess' is not known; expected one of ...
+    """
 
 
 class CheckpointError(LiarError):
-    """A folder or file cannot be read or must not be written."""
+    """A folder or file cannot be read or must not be written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> Path("empty").mkdir()
+        >>> try:
+        ...     liar.load("empty")
+        ... except liar.errors.CheckpointError as error:
+        ...     print(error)
+        empty: expected a model folder with a readable config.json...
+    """
 
 
 @contextmanager

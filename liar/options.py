@@ -52,7 +52,11 @@ def _option(
 LENGTH = 128
 # Larger counts do not fit where numbers of tokens and sequences are kept.
 LARGEST_COUNT = 2**31 - 1
+# Tokens of a text that a model writes: one at random, the next four greedily, and at least one that is sampled.
+SHORTEST_GENERATED = 6
 LARGEST_SEED = 2**62
+# Of neighbouring inputs, for patterns such as 2:4.
+LARGEST_GROUP = 64
 # A larger ridge changes nothing, but for overflows.
 LARGEST_RIDGE = 1e12
 
@@ -80,6 +84,16 @@ def check_count(name: str, value: Any) -> None:
     """Raise an `OptionError` unless the value is an integer from 1 to `LARGEST_COUNT`."""
     if not _is_number(value, Integral) or not 1 <= int(value) <= LARGEST_COUNT:
         raise OptionError(f"{name}={_shown(value)}: expected a whole number, at least 1 and at most {LARGEST_COUNT:,}")
+
+
+def check_generated_length(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is a count that leaves a token to be sampled."""
+    check_count(name, value)
+    if value < SHORTEST_GENERATED:
+        raise OptionError(
+            f"{name}={_shown(value)}: expected at least {SHORTEST_GENERATED}: one random token, the next "
+            f"{SHORTEST_GENERATED - 2} greedily, and one that is sampled"
+        )
 
 
 def check_optional_count(name: str, value: Any) -> None:
@@ -112,6 +126,27 @@ def check_optional_text(name: str, value: Any) -> None:
         check_text(name, value)
 
 
+def check_rate(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is a learning rate: a number above 0 and at most 1."""
+    if not _is_number(value, Real) or not 0 < value <= 1:
+        raise OptionError(f"{name}={_shown(value)}: expected a learning rate, above 0 and at most 1")
+
+
+def check_part(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is a share from 0 to 1."""
+    if not _is_number(value, Real) or not 0 <= value <= 1:
+        raise OptionError(f"{name}={_shown(value)}: expected a share from 0 to 1")
+
+
+def check_granularity(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value names a granularity or is a number of blocks."""
+    if _is_number(value, Integral):
+        check_count(name, value)
+    elif not isinstance(value, str) or value not in GRANULARITIES:
+        expected = f"one of {', '.join(map(repr, GRANULARITIES))}, or a number of blocks"
+        raise OptionError(f"{name}={_shown(value)}: expected {expected}")
+
+
 def check_ridge(name: str, value: Any) -> None:
     """Raise an `OptionError` unless the value is "auto" or a number from 0 to `LARGEST_RIDGE`."""
     automatic = isinstance(value, str) and value == "auto"
@@ -125,6 +160,29 @@ def check_optional_ridge(name: str, value: Any) -> None:
     if value is not None and (not _is_number(value, Real) or not 0 <= value <= LARGEST_RIDGE):
         expected = f"None or a number >= 0, at most {LARGEST_RIDGE:g} (relative to the mean diagonal of the Gram)"
         raise OptionError(f"{name}={_shown(value)}: expected {expected}")
+
+
+def check_sparsity(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is a share above 0 and below 1, or a pattern such as "2:4"."""
+    if isinstance(value, str):
+        kept, _, group = value.partition(":")
+        if kept.isdecimal() and group.isdecimal() and 0 < int(kept) < int(group) <= LARGEST_GROUP:
+            return
+    elif _is_number(value, Real) and 0 < value < 1:
+        return
+    raise OptionError(
+        f"{name}={_shown(value)}: expected the share of weights that is removed, above 0 and below 1, or a pattern such as "
+        f'"2:4" (2 of 4 neighbouring inputs stay; groups of at most {LARGEST_GROUP})'
+    )
+
+
+def check_quality(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is "auto" or an integer from 0 to `LARGEST_COUNT`."""
+    automatic = isinstance(value, str) and value == "auto"
+    if not automatic and (not _is_number(value, Integral) or not 0 <= int(value) <= LARGEST_COUNT):
+        raise OptionError(
+            f'{name}={_shown(value)}: expected "auto" or a number of sequences, from 0 (none) to {LARGEST_COUNT:,}'
+        )
 
 
 def _check_budget(name: str, value: Any) -> None:
@@ -158,7 +216,7 @@ def _check_names(name: str, value: Any) -> None:
 
 # The criteria of the library; `liar.selection.register_criterion` adds to them.
 CRITERIA: dict[str, str] = {
-    "reconstruction": "what the output loses without the unit once the rest is reconstructed",
+    "reconstruction": "change of the output when the unit is removed and the rest reconstructed",
     "fluctuation": "variance of the unit's activations times the weights that read them (FLAP)",
     "wanda": "absolute weights times the norm of their input (Wanda)",
     "taylor": "change of the loss to first order, from gradients",
@@ -166,6 +224,11 @@ CRITERIA: dict[str, str] = {
     "snip": "absolute weights times their gradients",
     "magnitude": "root mean square of the weights; needs no data",
     "random": "uniform scores; needs no data",
+}
+WEIGHT_CRITERIA: dict[str, str] = {
+    "magnitude": "absolute weights, compared within a layer; needs no data",
+    "wanda": "absolute weights times the norm of their input, compared within an output (Wanda)",
+    "sparsegpt": "what the layer's output loses, column by column, with an update of the columns that follow (SparseGPT)",
 }
 BUDGETS: dict[str, str] = {
     "params": "parameters in the transformer blocks",
@@ -178,8 +241,8 @@ WIDTHS: dict[str, str] = {
     "uniform": "the same widths in every layer, and only those that the stock class can load",
 }
 HEADS: dict[str, str] = {
-    "group": "query heads that share a key and value head go together with it",
-    "query": "single query heads go, equally many of every group; all key and value heads stay",
+    "group": "a key and value head with its query heads",
+    "query": "a single query head, equally many of every group; all key and value heads stay",
 }
 TARGETS: dict[str, str] = {
     "residual_stream": "the dense model's residual stream after the layer, on the pruned model's own activations",
@@ -194,6 +257,16 @@ SOLVERS: dict[str, str] = {
 BIASES: dict[str, str] = {
     "preserve": "a bias is refitted where the layer has one",
     "create": "layers without a bias get one; stock classes may then be unable to load the model",
+}
+GRANULARITIES: dict[str, str] = {
+    "matrix": "every matrix by itself, to the teacher's output of it",
+    "sublayer": "attention and feed-forward part of every block separately, each to the teacher's residual stream after it",
+    "block": "block by block, to the teacher's output of the block",
+}
+PROPAGATIONS: dict[str, str] = {
+    "global": "windows read the model's own activations and are fitted to those of the teacher's own pass",
+    "pruned": "windows read the model's own activations and are fitted to what the teacher's window makes of the same ones",
+    "dense": "windows read the teacher's activations and are fitted to what the teacher makes of them",
 }
 DTYPES: dict[str, str] = {
     "auto": "as stored",
@@ -233,25 +306,23 @@ class CalibrationOptions(OptionGroup):
     pack: bool = _option(
         "Join the texts and cut full sequences, as language models are trained.", default=False, check=check_flag
     )
-    mixed_lengths: bool = _option(
-        "Take an encoder's long texts in pieces, from short to the longest length.", default=True, check=check_flag
-    )
+    mixed_lengths: bool = _option("Split an encoder's long texts into pieces of mixed lengths.", default=True, check=check_flag)
 
 
 @dataclass(frozen=True)
 class SelectOptions(OptionGroup):
     """Which units stay; see `liar.select`."""
 
-    keep: float = _option("Share that stays of what the budget counts, above 0, at most 1.", check=check_share)
+    keep: float = _option("Share to keep of what the budget counts, above 0 and at most 1.", check=check_share)
     criterion: str = _option("What makes a head or neuron worth keeping.", default="reconstruction", choices=CRITERIA)
-    budget: Any = _option("What the kept share is a share of.", default="params", choices=BUDGETS, check=_check_budget)
+    budget: Any = _option("What the share is counted in.", default="params", choices=BUDGETS, check=_check_budget)
     widths: str = _option("How widths may differ between layers.", default="free", choices=WIDTHS)
     round_to: int = _option("Kept channels of a layer are a multiple of this number, or all.", default=1, check=check_count)
     protect: Sequence[str | int] = _option(
-        "Sites (heads.0) and numbers of layers of which nothing is cut.", default=(), check=_check_names
+        "Sites (heads.0) and layers (by number) that are not cut.", default=(), check=_check_names
     )
     seed: int = _option("For the random criterion.", default=0, check=check_integer)
-    heads: str = _option("What goes together where query heads share keys and values.", default="group", choices=HEADS)
+    heads: str = _option("What is removed as one unit where query heads share keys and values.", default="group", choices=HEADS)
 
 
 @dataclass(frozen=True)
@@ -273,6 +344,17 @@ class ReconstructOptions(OptionGroup):
     refit: bool = _option("First fit the layers before the kept units to their dense output.", default=True, check=check_flag)
     solver: str = _option("How the least squares are solved.", default="auto", choices=SOLVERS)
     bias: str = _option("What happens to biases.", default="preserve", choices=BIASES)
+    quality: int | str = _option(
+        "Sequences on which the finished model's output is compared with the dense model's: a number, 0 for no comparison, or "
+        "auto (so few that it costs little, at most 16).",
+        default="auto",
+        check=check_quality,
+    )
+    set_aside: bool = _option(
+        "Take these sequences out of the calibration data first, so that nothing is fitted to what is compared.",
+        default=False,
+        check=check_flag,
+    )
 
     def check(self) -> None:
         """Raise an `OptionError` that names the first bad value, or options that exclude each other."""
@@ -282,6 +364,81 @@ class ReconstructOptions(OptionGroup):
                 f"drift_ridge={self.drift_ridge!r} needs target='residual_stream': with target={self.target!r} no layer makes "
                 "up for what is lost before it"
             )
+
+
+@dataclass(frozen=True)
+class UnstructuredOptions(OptionGroup):
+    """Which single weights are removed; see `liar.unstructured.prune`."""
+
+    sparsity: float | str = _option(
+        "Share of the weights that is removed from every layer, or a pattern: 2:4 keeps 2 of 4 neighbouring inputs.",
+        default=0.5,
+        check=check_sparsity,
+    )
+    criterion: str = _option("What makes a single weight worth keeping.", default="wanda", choices=WEIGHT_CRITERIA)
+
+
+@dataclass(frozen=True)
+class GenerateOptions(OptionGroup):
+    """How a model writes calibration texts; see `liar.self_generate`."""
+
+    tokens: int = _option("Tokens to generate, at least; the last text is not cut.", check=check_count)
+    max_length: int = _option("Tokens per text, at most.", default=256, check=check_generated_length)
+    batch_size: int = _option("Texts that are generated at a time.", default=32, check=check_count)
+    language: str = _option(
+        "Texts that are kept: any (in some natural language), the code of one (en, de, …), or off (all texts).",
+        default="any",
+        check=check_text,
+    )
+    seed: int = _option("For the tokens that are drawn.", default=0, check=check_integer)
+
+
+@dataclass(frozen=True)
+class TeacherOptions(OptionGroup):
+    """Where the command line finds the dense model that the repair is fitted to, where it is not MODEL itself."""
+
+    teacher: str | None = _option(
+        "Dense model, a folder or a name on the hub, whose activations the repair is fitted to.",
+        default=None,
+        check=check_optional_text,
+    )
+
+
+@dataclass(frozen=True)
+class PruneOptions(OptionGroup):
+    """How `liar.prune` gets to the share that stays."""
+
+    steps: int = _option(
+        "Prune and repair in so many steps of equal ratio, measuring anew after each; always fitted to the dense model.",
+        default=1,
+        check=check_count,
+    )
+
+
+@dataclass(frozen=True)
+class RefineOptions(OptionGroup):
+    """How kept weights are trained on the teacher's activations; see `liar.refine`."""
+
+    granularity: int | str = _option(
+        "What is trained together, or a number: windows of so many blocks, of which neighbours share one.",
+        default="sublayer",
+        choices=GRANULARITIES,
+        check=check_granularity,
+    )
+    propagation: str = _option("What windows read and what they are fitted to.", default="global", choices=PROPAGATIONS)
+    epochs: int = _option("Passes over the calibration data, for every window.", default=10, check=check_count)
+    sequences: int = _option("Sequences per step of the optimizer.", default=8, check=check_count)
+    learning_rate: float = _option("Largest learning rate; it falls linearly to zero.", default=2e-4, check=check_rate)
+    warmup: float = _option("Share of the steps in which the learning rate rises first.", default=0.0, check=check_part)
+    patience: int = _option(
+        "Passes without a smaller error on held-out sequences after which a window ends.", default=2, check=check_count
+    )
+    lora: int | None = _option(
+        "Rank of low-rank updates (LoRA, by peft), merged at the end; all weights are trained if not given.",
+        default=None,
+        check=check_optional_count,
+    )
+    seed: int = _option("Of the order of the batches, and of the first low-rank updates.", default=0, check=check_integer)
 
 
 @dataclass(frozen=True)

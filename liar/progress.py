@@ -59,6 +59,7 @@ class Progress:
         verb: what the user asked for.
         stages: what is done for it, in order: name -> share of the time, in any unit.
         show: show a bar, or a function that is called in its place.
+        rounds: how often all of the stages are gone through.
 
     Example:
         >>> progress = Progress("prune", {"select": 3, "repair": 2}, show=False)
@@ -68,10 +69,10 @@ class Progress:
         3.0
     """
 
-    def __init__(self, verb: str, stages: Mapping[str, float], *, show: ProgressOption) -> None:
+    def __init__(self, verb: str, stages: Mapping[str, float], *, show: ProgressOption, rounds: int = 1) -> None:
         self.done = 0.0
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._verb, self._stages, self._total = verb, dict(stages), sum(stages.values())
+        self._verb, self._stages, self._total = verb, dict(stages), rounds * sum(stages.values())
         self._function = show if callable(show) else None
         self._bar = tqdm(total=self._total, desc=verb, bar_format=FORMAT, disable=callable(show) or not show)
 
@@ -103,12 +104,14 @@ class Progress:
 
 
 @contextmanager
-def progress_of(progress: ProgressOption | Progress, verb: str, stages: Mapping[str, float]) -> Iterator[Progress]:
+def progress_of(
+    progress: ProgressOption | Progress, verb: str, stages: Mapping[str, float], *, rounds: int = 1
+) -> Iterator[Progress]:
     """A run's progress: the caller's, whose run has these stages among others, or one of its own."""
     if isinstance(progress, Progress):
         yield progress
         return
-    own = Progress(verb, stages, show=progress)
+    own = Progress(verb, stages, show=progress, rounds=rounds)
     try:
         yield own
     finally:

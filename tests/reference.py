@@ -71,7 +71,7 @@ RESIDUALS = {
     "llama": {"heads": ("self_attn.o_proj", "", "in"), "neurons": ("mlp.down_proj", "post_attention_layernorm", "in")},
     "gpt2": {"heads": ("attn.c_proj", "", "in"), "neurons": ("mlp.c_proj", "ln_2", "in")},
 }
-BLOCKS = {"bert": "encoder.layer", "llama": "layers", "gpt2": "h"}
+BLOCKS = {"bert": "encoder.layer", "llama": "layers", "gpt2": "h", "opt": "decoder.layers"}
 NEURONS = {"bert": "intermediate_size", "llama": "intermediate_size", "gpt2": "n_inner"}
 PRE_NORM = ("llama", "gpt2")
 
@@ -141,6 +141,7 @@ def masked(model: torch.nn.Module, keep: dict[str, list[list[bool]]]) -> torch.n
 PRODUCERS = {
     "bert": {"heads": [f"attention.self.{name}" for name in ("query", "key", "value")], "neurons": ["intermediate.dense"]},
     "llama": {"heads": [f"self_attn.{name}_proj" for name in "qkv"], "neurons": ["mlp.gate_proj", "mlp.up_proj"]},
+    "opt": "decoder.layers",
     "gpt2": {"heads": ["attn.c_attn"], "neurons": ["mlp.c_fc"]},
 }
 
@@ -261,3 +262,50 @@ def residual_stream(
             if affine:
                 consumer.bias.data = torch.from_numpy(bias)
     return pruned
+
+
+def lowest(scores: np.ndarray, sparsity: float | str) -> np.ndarray:
+    """Row by row (or group by group, for a pattern such as "2:4") which entries have the lowest scores."""
+    removed = np.zeros(scores.shape, bool)
+    for row in range(len(scores)):
+        if isinstance(sparsity, str):
+            kept, group = map(int, sparsity.split(":"))
+            for start in range(0, scores.shape[1], group):
+                order = sorted(range(start, start + group), key=lambda column: scores[row, column])
+                removed[row, order[: group - kept]] = True
+        else:
+            order = sorted(range(scores.shape[1]), key=lambda column: scores[row, column])
+            removed[row, order[: round(sparsity * scores.shape[1])]] = True
+    return removed
+
+
+def sparse(criterion: str, weight: np.ndarray, x: np.ndarray, sparsity: float | str) -> tuple[np.ndarray, np.ndarray]:
+    """A weight [out, in] without some entries, and which these are, by the papers' formulas on the rows x [tokens, in]."""
+    if criterion == "sparsegpt":
+        return sparsegpt(weight, x, sparsity)
+    scores = np.abs(weight) * (np.sqrt((x * x).sum(0)) if criterion == "wanda" else 1)
+    whole = criterion == "magnitude" and not isinstance(sparsity, str)
+    removed = lowest(scores.reshape(1, -1) if whole else scores, sparsity).reshape(weight.shape)
+    return np.where(removed, 0, weight), removed
+
+
+def sparsegpt(weight: np.ndarray, x: np.ndarray, sparsity: float | str) -> tuple[np.ndarray, np.ndarray]:
+    """Column by column, with the inverse of what is left of the damped Gram matrix computed anew for every column."""
+    weight, gram = weight.copy(), x.T @ x
+    silent = gram.diagonal() == 0
+    gram = gram + 0.01 * gram.diagonal().mean() * np.eye(len(gram))
+    gram[silent, silent] = 1
+    weight[:, silent] = 0
+    columns = weight.shape[1]
+    inverse = [np.linalg.inv(gram[column:, column:]) for column in range(columns)]
+    removed = np.zeros(weight.shape, bool)
+    width = int(sparsity.split(":")[1]) if isinstance(sparsity, str) else 128
+    for column in range(columns):
+        if column % width == 0:
+            part = range(column, min(column + width, columns))
+            scores = np.stack([weight[:, each] ** 2 / inverse[each][0, 0] for each in part], 1)
+            chosen = lowest(scores if isinstance(sparsity, str) else scores.reshape(1, -1), sparsity)
+            removed[:, part] = chosen.reshape(scores.shape)
+        for row in np.flatnonzero(removed[:, column]):
+            weight[row, column:] -= weight[row, column] / inverse[column][0, 0] * inverse[column][0]
+    return np.where(removed, 0, weight), removed

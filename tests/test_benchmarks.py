@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import scipy.special
 import scipy.stats
@@ -441,6 +442,12 @@ def test_the_dense_score_has_its_chance(pages, tmp_path):
     assert [row[4] for row in body(pages.glue())] == ["0.950 ± 0.010", "0.000", "1.000"]
 
 
+def test_results_in_short_name_the_best_of_the_others():
+    row = pandas.Series({"mask_only": 30.0, "liar": 20.0, "grail": np.nan, "osscar": 22.0, "ours": 21.0})
+    assert publish._in_short(row, ".1f", more=False) == ["30.0", "**20.0** (LIAR)", "21.0"]
+    assert publish._in_short(row, ".1f", more=True) == ["**30.0**", "22.0 (OSSCAR)", "21.0"]
+
+
 def write_runs(folder, values, **coordinates):
     """{(rule, keep, tokens, source, seed): accuracy} as a file of records of a task, with that of its dense model."""
     shared = {"task": "glue-sst2", "model": "m", "criterion": "fluctuation", **coordinates}
@@ -542,6 +549,7 @@ def test_selections_are_compared_on_the_texts_that_most_have_had(pages, tmp_path
 ELSEWHERE = (
     "families",
     "speed",
+    "cost",
     "select",
     "growth",
     "samples",
@@ -559,6 +567,13 @@ ELSEWHERE = (
     "onnx",
     "lora",
     "llama cpp",
+    "self generation",
+    "rethinking",
+    "free lunch",
+    "free lunch costs",
+    "starts",
+    "starts saved",
+    "steps",
 )
 
 

@@ -33,11 +33,15 @@ from liar.cli import app
 from liar.cli.run import Run
 from liar.options import (
     CalibrationOptions,
+    GenerateOptions,
     LoadOptions,
+    PruneOptions,
     ReconstructOptions,
+    RefineOptions,
     SaveOptions,
     SelectOptions,
     SourceOptions,
+    TeacherOptions,
     options_in,
 )
 from liar.versions import versions
@@ -161,6 +165,45 @@ def test_prune_does_what_the_library_does(home, tmp_path):
     model = liar.load(home / "llama")
     liar.prune(model, calib, keep=0.6, criterion="wanda", target="layer_output", ridge=0.01, solver="eigh", progress=False)
     torch.testing.assert_close(tensors(tmp_path / "slim"), model.state_dict(), rtol=0, atol=0)
+
+
+# Options -> (sequences compared, held out, tokens fitted to): the texts are 80 lines of 12 tokens.
+COMPARED = {
+    (): (4, False, 960),
+    ("--tokens", 600): (4, True, 600),
+    ("--tokens", 600, "--quality", 7): (7, True, 600),
+    ("--tokens", 950): (4, False, 950),
+    ("--tokens", 924): (3, True, 924),
+    ("--set-aside",): (4, True, 912),
+    ("--set-aside", "--quality", 10, "--tokens", 600): (10, True, 480),
+    ("--pack", "--max-length", 48, "--tokens", 480): (1, True, 480),
+}
+
+
+@pytest.mark.parametrize("options", COMPARED, ids=str)
+def test_outputs_are_compared_on_texts_that_are_left_over(home, tmp_path, options):
+    call("prune", home / "bert", tmp_path / "slim", "--keep", 0.5, "--calib", home / "texts.txt", *options)
+    report = liar.Report.load(tmp_path / "slim" / "report.json")
+    assert (report.quality.sequences, report.quality.held_out, report.tokens) == COMPARED[options]
+    done = call("replay", tmp_path / "slim" / "run.json", "--out", tmp_path / "again")
+    assert liar.Report.load(tmp_path / "again" / "report.json").quality == report.quality
+    assert report.quality.verdict.value in done.stdout
+
+
+def test_the_comparison_can_be_turned_off(home, tmp_path):
+    arguments = ["prune", home / "bert", tmp_path / "slim", "--keep", 0.5, "--calib", home / "texts.txt", "--tokens", 600]
+    done = call(*arguments, "--quality", 0)
+    assert liar.Report.load(tmp_path / "slim" / "report.json").quality is None
+    assert "compared" not in done.stdout
+    assert "set_aside=True says which sequences" in refused(*arguments, "--quality", 0, "--set-aside", "--force")
+
+
+def test_texts_that_only_repeat_are_not_held_out(home, tmp_path):
+    lines = (home / "texts.txt").read_text().splitlines()[:30]
+    (tmp_path / "texts.txt").write_text("\n".join(lines * 2))
+    call("prune", home / "bert", tmp_path / "slim", "--keep", 0.5, "--calib", tmp_path / "texts.txt", "--tokens", 360)
+    report = liar.Report.load(tmp_path / "slim" / "report.json")
+    assert (report.tokens, report.quality.sequences, report.quality.held_out) == (360, 3, False)
 
 
 @pytest.mark.parametrize(("option", "mixed"), [("--mixed-lengths", True), ("--no-mixed-lengths", False)])
@@ -460,6 +503,10 @@ def test_unusable_run_json(tmp_path):
         ({"select": {"keep": 0.5, "budget": {"name": "time"}}}, "expected costs as Costs.save"),
         ({"select": None}, "command='prune': expected options that select units and no mask, got neither"),
         ({"mask": {"heads.0": [0]}}, "command='prune': expected options that select units and no mask, got select and mask"),
+        ({"teacher": {"teacher": 3}}, "teacher=3: expected a text"),
+        ({"stepping": {"steps": 0}}, "steps=0: expected a whole number"),
+        ({"command": "refine", "refine": {}}, "command='refine': expected the dense model as a teacher"),
+        ({"command": "refine", "select": None, "refine": {"epochs": 0}}, "epochs=0: expected a whole number"),
         ({"load": {"dtype": "int8"}}, "dtype='int8' is not known; expected one of 'auto', 'float32'"),
         ({"load": {"device": "warp"}}, "device='warp': expected one torch can use here"),
         ({"reconstruct": {"ridge": -1}}, "ridge=-1: expected"),
@@ -486,10 +533,12 @@ def test_a_run_json_is_checked_like_options(home, tmp_path, change, message):
 
 SOURCE = (SourceOptions, CalibrationOptions, LoadOptions)
 GROUPS = {
-    "prune": (SelectOptions, ReconstructOptions, *SOURCE, SaveOptions),
-    "reconstruct": (ReconstructOptions, *SOURCE, SaveOptions),
+    "prune": (SelectOptions, PruneOptions, ReconstructOptions, *SOURCE, SaveOptions),
+    "reconstruct": (ReconstructOptions, TeacherOptions, *SOURCE, SaveOptions),
+    "refine": (TeacherOptions, RefineOptions, *SOURCE, SaveOptions),
     "select": (SelectOptions, *SOURCE),
     "latency": (LoadOptions,),
+    "calibrate": (GenerateOptions, LoadOptions),
 }
 # A value of every option that is refused as wrong usage ...
 WRONG = {
@@ -504,14 +553,24 @@ WRONG = {
     "ridge": ["-1", "nan", "inf", "much"],
     "solver": ["qr"],
     "bias": ["keep"],
+    "quality": ["-1", "many", "1.5"],
     "max_length": ["0"],
     "batch_size": ["0"],
     "tokens": ["0"],
     "dtype": ["int8"],
+    "steps": ["0", "x"],
+    "granularity": ["row", "0"],
+    "propagation": ["both"],
+    "epochs": ["0"],
+    "sequences": ["0"],
+    "learning_rate": ["0", "2"],
+    "warmup": ["-1", "2"],
+    "patience": ["0"],
+    "lora": ["0", "x"],
 }
 # ... but for switches, which have no value, and for what only the model or the data can refuse.
-SWITCHES = {"refit", "pack", "mixed_lengths", "standalone"}
-UNCHECKED = {"protect", "calib", "config", "split", "column", "device"}
+SWITCHES = {"refit", "set_aside", "pack", "mixed_lengths", "standalone"}
+UNCHECKED = {"protect", "calib", "config", "split", "column", "device", "language", "teacher"}
 
 
 def flag(name):
@@ -537,7 +596,7 @@ def test_options_of_a_command_are_those_of_the_library(command):
 
 
 def test_every_option_is_refused_somewhere():
-    names = {each.name for each, _ in options_in(*GROUPS["prune"])}
+    names = {each.name for command in GROUPS for each, _ in options_in(*GROUPS[command])}
     assert names == WRONG.keys() | SWITCHES | UNCHECKED
 
 
@@ -549,11 +608,13 @@ def test_a_bad_value_is_wrong_usage(home, tmp_path, command, name):
     needed = {"prune": {"--keep": 0.5}, "select": {"--keep": 0.5}, "reconstruct": {"--mask": home / "texts.txt"}}.get(
         command, {}
     )
-    needed |= {"--calib": home / "texts.txt"} if command != "latency" else {}
+    needed |= {"--calib": home / "texts.txt"} if command not in ("latency", "calibrate") else {}
+    needed |= {"--tokens": 9} if command == "calibrate" else {}
+    out = [tmp_path / "out"] if command != "calibrate" else ["--out", tmp_path / "out"]
     bad = [[flag(name), value] for value in WRONG[name]] if name in WRONG else [[f"{flag(name)}=maybe"]]
     for wrong in bad:
         rest = [part for option, value in needed.items() if option != flag(name) for part in (option, value)]
-        done = call(command, home / "bert", tmp_path / "out", *rest, *wrong, code=2)
+        done = call(command, home / "bert", *out, *rest, *wrong, code=2)
         assert flag(name) in plain(done.stderr)
         assert not (tmp_path / "out").exists()
 
@@ -562,6 +623,40 @@ def test_a_bad_value_is_wrong_usage(home, tmp_path, command, name):
 def test_wrong_usage_ends_with_2(home, tmp_path, wrong):
     done = call("prune", home / "bert", tmp_path / "slim", "--calib", home / "texts.txt", *wrong, code=2)
     assert "Usage" in done.stderr
+
+
+def test_repair_of_a_model_that_was_cut_elsewhere(home, pruned, tmp_path):
+    """The folder of a slim model, without its mask: repaired against the dense one, and the run can be repeated."""
+    options = ["--teacher", home / "bert", "--calib", home / "texts.txt"]
+    call("reconstruct", pruned, tmp_path / "repaired", *options)
+    assert {each.name for each in (tmp_path / "repaired").iterdir()} >= WRITTEN - {"mask.json"}
+    assert not (tmp_path / "repaired" / "mask.json").exists()
+    call("replay", tmp_path / "repaired" / "run.json", "--out", tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "repaired" / "model.safetensors").read_bytes()
+    assert "expected a mask" in refused("reconstruct", pruned, tmp_path / "none", "--calib", home / "texts.txt")
+    assert "OUT is the folder of the teacher" in refused("reconstruct", pruned, home / "bert", *options, "--force")
+
+
+def test_refine(home, pruned, tmp_path):
+    options = ["--teacher", home / "bert", "--calib", home / "texts.txt", "--epochs", 1, "--granularity", 2]
+    done = call("refine", pruned, tmp_path / "refined", *options)
+    assert "window.0" in done.stdout
+    report = liar.Report.load(tmp_path / "refined" / "report.json")
+    assert report.options["granularity"] == 2
+    assert "repair: granularity `2`" in (tmp_path / "refined" / "README.md").read_text()
+    call("replay", tmp_path / "refined" / "run.json", "--out", tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "refined" / "model.safetensors").read_bytes()
+    assert "expected the dense model as a teacher" in refused(
+        "refine", pruned, tmp_path / "none", "--calib", home / "texts.txt"
+    )
+
+
+def test_prune_in_steps(home, tmp_path):
+    call("prune", home / "llama", tmp_path / "slim", "--keep", 0.5, "--steps", 2, "--calib", home / "texts.txt")
+    mask, slim = liar.Mask.load(tmp_path / "slim" / "mask.json"), liar.load(tmp_path / "slim")
+    dense = liar.load(home / "llama")
+    liar.remove(dense, mask)
+    assert [each.shape for each in dense.parameters()] == [each.shape for each in slim.parameters()]
 
 
 def test_report(pruned, tmp_path):
@@ -579,6 +674,46 @@ def test_report_of_something_else(home, tmp_path):
     )
     (tmp_path / "report.json").write_text('{"sites": 3}')
     assert "expected a report.json that liar wrote, got TypeError" in refused("report", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def writer(home, tmp_path_factory):
+    """The folder of a model whose tokenizer has an end token."""
+    folder = tmp_path_factory.mktemp("writer")
+    liar.load(home / "llama").save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(home / "llama")
+    tokenizer.eos_token = "[EOS]"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_calibrate_writes_texts_that_prune_reads(home, writer, tmp_path):
+    own, how = tmp_path / "own.jsonl", ("--max-length", 12, "--language", "off", "--seed", 3)
+    done = call("calibrate", writer, "--tokens", 600, "--out", own, *how)
+    lines = own.read_text().splitlines()
+    assert re.search(rf"^{len(lines)} texts with 6\d\d tokens; 0 of {len(lines)} rejected$", done.stdout, re.M)
+    assert f"written to {own}" in done.stdout
+    # Called again, it goes on with a file that was cut, and leaves one that is complete.
+    for size in (own.stat().st_size // 2, own.stat().st_size):
+        content = own.read_bytes()
+        own.write_bytes(content[:size])
+        call("calibrate", writer, "--tokens", 600, "--out", own, *how)
+        assert own.read_bytes() == content
+    call("prune", writer, tmp_path / "slim", "--keep", 0.5, "--calib", own, "--criterion", "wanda")
+    assert liar.Report.load(tmp_path / "slim" / "report.json").sequences == len(lines)
+    # A pruned model writes, too.
+    call("calibrate", tmp_path / "slim", "--tokens", 100, "--out", tmp_path / "slim.jsonl", *how)
+
+
+def test_what_calibrate_refuses(home, writer, tmp_path):
+    own, how = tmp_path / "own.jsonl", ("--tokens", 100, "--language", "off")
+    assert "cannot write texts: expected a causal language model" in refused("calibrate", home / "bert", "--out", own, *how)
+    assert "the tokenizer has no end token" in refused("calibrate", home / "llama", "--out", own, *how)
+    assert "there is no folder" in refused("calibrate", writer, "--out", tmp_path / "none" / "own.jsonl", *how)
+    assert not own.exists()
+    own.write_text("notes\n")
+    assert "expected texts as liar.self_generate writes them" in refused("calibrate", writer, "--out", own, *how)
+    assert own.read_text() == "notes\n"
 
 
 def test_families():

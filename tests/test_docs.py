@@ -5,6 +5,7 @@ command line in between. All of it in an empty folder and without a network.
 """
 
 import ast
+import doctest
 import importlib
 import inspect
 import re
@@ -18,19 +19,24 @@ import typer
 from typer.testing import CliRunner
 
 import liar
-from benchmarks import publish
-from liar import options
+from benchmarks import publish, tutorials
+from liar import options, testing
 from liar.cli import app
 from liar.models import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 API = ROOT / "docs" / "api.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+# They take longer: `make tutorials`.
+TUTORIALS = set((ROOT / "docs" / "tutorials").glob("*.md"))
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 HUB = ("sentence-transformers/all-MiniLM-L6-v2",)
 NOT_OURS = ("pip", "make", "git")
 # An absolute path: a slash in front of a name, after a blank, a quote, a bracket or at the start of a line; or a drive.
 ABSOLUTE = re.compile(r"(?:^|[\s\"'`(=\[])(?:file://|~/|/(?=[A-Za-z_.]))[\w./-]+|\b[A-Z]:\\", re.MULTILINE)
+
+
+RUN_HERE = [page for page in PAGES if page not in TUTORIALS and FENCE.search(page.read_text(encoding="utf-8"))]
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,9 @@ def _isolated(tmp_path, tmp_path_factory, monkeypatch, criteria):
 
 
 @pytest.mark.usefixtures("_isolated")
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page.read_text(encoding="utf-8"))], ids=name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page not in TUTORIALS and blocks(page.read_text("utf-8"))], ids=name
+)
 def test_blocks_run(page, request):
     text = page.read_text(encoding="utf-8")
     local = str(request.getfixturevalue("minilm_folder")) if any(hub in text for hub in HUB) else ""
@@ -156,6 +164,14 @@ def test_no_absolute_paths(page):
     assert ABSOLUTE.findall(page.read_text(encoding="utf-8")) == []
 
 
+@pytest.mark.parametrize("page", sorted(TUTORIALS), ids=name)
+def test_tutorials_show_the_output_of_their_code(page):
+    """`python -m benchmarks.tutorials` writes it."""
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"^<!-- run: (\w+) -->$", text, re.MULTILINE) == [tutorials.fingerprint(text)]
+    assert tutorials.fingerprint(text.replace("import liar\n", "import liar  # changed\n", 1)) != tutorials.fingerprint(text)
+
+
 def test_every_page_is_on_the_map():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     for page in (ROOT / "docs").rglob("*.md"):
@@ -166,9 +182,10 @@ def test_contributing_is_short():
     assert len((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()) < 60
 
 
-def test_changelog_has_this_version():
+def test_changelog_and_citation_have_this_version():
     version = re.search(r"^version = (.+)$", (ROOT / "setup.cfg").read_text(encoding="utf-8"), re.MULTILINE)[1]
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def sections():
@@ -213,13 +230,67 @@ def test_api_page_has_the_signatures(public):
     assert as_written(sections()[public]) == as_it_is(getattr(liar, public))
 
 
-@pytest.mark.parametrize(
-    "public", ["Calibration", "Costs", "CriterionStatistics", "Interpolation", "Mask", "ProgressUpdate", "Report"]
-)
+MEMBERS = ("Calibration", "Costs", "CriterionStatistics", "Interpolation", "Mask", "ProgressUpdate", "Report", "SelfGenerated")
+
+
+@pytest.mark.parametrize("public", MEMBERS)
 def test_api_page_has_the_members(public):
     thing = getattr(liar, public)
     members = {n for n in [*vars(thing), *thing.__dataclass_fields__] if not n.startswith("_")}
     assert sorted(described(sections()[public])) == sorted(members)
+
+
+def entries():
+    """Name -> the file of the reference that describes it, from its docstring."""
+    files = sorted((ROOT / "docs" / "reference").glob("*.md"))
+    return {
+        entry: file for file in files for entry in re.findall(r"^::: (\S+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+
+
+def thing_of(path):
+    """What a dotted name stands for."""
+    module, _, attribute = path.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def named_on(page):
+    """Functions and classes of packages of the library that a page imports or mentions: dotted names."""
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"`(liar\.\w+\.\w+)`", text))
+    for block in blocks(text):
+        if block.info == "python":
+            for node in ast.walk(ast.parse(block.text)):
+                if isinstance(node, ast.ImportFrom) and re.fullmatch(r"liar\.\w+", node.module or ""):
+                    named |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {path for path in named if inspect.isclass(thing_of(path)) or inspect.isfunction(thing_of(path))}
+
+
+def public_names():
+    """All that users are told of: names of the library, of its tests for families, and what pages name beside them."""
+    return {
+        *(f"liar.{name}" for name in liar.__all__),
+        *(f"liar.testing.{name}" for name in testing.__all__),
+        *(f"liar.errors.{kind.__name__}" for kind in liar.LiarError.__subclasses__()),
+        *(path for page in PAGES for path in named_on(page)),
+    }
+
+
+def test_the_reference_has_every_public_name():
+    assert public_names() - set(entries()) == set()
+
+
+@pytest.mark.parametrize("path", entries())
+def test_every_entry_has_an_example_that_runs(path):
+    """`test_flow.py` runs the examples of all docstrings; those marked as skipped do not count."""
+    examples = doctest.DocTestParser().get_examples(inspect.getdoc(thing_of(path)) or "")
+    assert [example for example in examples if not example.options.get(doctest.SKIP)], path
+
+
+def test_what_pages_name_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("`liar.solve.fit`, `liar.selection.STATISTICS`\n```python\nfrom liar.repair import SiteState\n```\n")
+    assert named_on(page) == {"liar.solve.fit", "liar.repair.SiteState"}
 
 
 def test_api_page_has_the_options():

@@ -13,16 +13,38 @@ import torch
 import liar
 from liar import options
 from liar.errors import LiarError, OptionError
-from liar.options import CalibrationOptions, LoadOptions, ReconstructOptions, SelectOptions, SourceOptions
+from liar.options import (
+    CalibrationOptions,
+    GenerateOptions,
+    LoadOptions,
+    PruneOptions,
+    ReconstructOptions,
+    RefineOptions,
+    SelectOptions,
+    SourceOptions,
+    TeacherOptions,
+    UnstructuredOptions,
+)
 from liar.repair import RepairContext, closed_form_steps
 from liar.selection import CRITERIA
 from liar.solve import solvers
 from liar.statistics import Factor
 from liar.testing import tiny_batches, tiny_model
 
-CLASSES = (SelectOptions, ReconstructOptions, CalibrationOptions, SourceOptions, LoadOptions)
+CLASSES = (
+    SelectOptions,
+    PruneOptions,
+    ReconstructOptions,
+    RefineOptions,
+    TeacherOptions,
+    CalibrationOptions,
+    SourceOptions,
+    LoadOptions,
+    GenerateOptions,
+    UnstructuredOptions,
+)
 # What an option without a default is given here.
-REQUIRED = {SelectOptions: {"keep": 0.5}, SourceOptions: {"calib": "texts.txt"}}
+REQUIRED = {SelectOptions: {"keep": 0.5}, SourceOptions: {"calib": "texts.txt"}, GenerateOptions: {"tokens": 1000}}
 COUNTS = [0, -1, 1.5, "3", True, np.float32(2), np.True_, 2**31, 10**400, b"3", [3], {}]
 # class -> option -> bad values, and what the error says was expected
 BAD = {
@@ -50,16 +72,46 @@ BAD = {
         "drift_ridge": ([-1, nan, inf, "auto", True, 1.1e12, [1]], "expected None or a number >= 0"),
         "solver": (["qr"], "expected one of 'auto', 'cholesky', 'eigh', 'lstsq'"),
         "bias": (["keep", False], "expected one of 'preserve', 'create'"),
+        "quality": (
+            ["all", -1, 1.5, None, True, 2**31, 10**400, [1], np.float32(2)],
+            'expected "auto" or a number of sequences',
+        ),
     },
+    PruneOptions: {"steps": ([*COUNTS, None], "expected a whole number, at least 1")},
+    RefineOptions: {
+        "granularity": (["row", None, 1.5, True], "expected one of 'matrix', 'sublayer', 'block', or a number of blocks"),
+        "propagation": (["both", None], "expected one of 'global', 'pruned', 'dense'"),
+        "epochs": ([*COUNTS, None], "expected a whole number, at least 1"),
+        "sequences": ([*COUNTS, None], "expected a whole number, at least 1"),
+        "learning_rate": ([0, -1, 2, nan, inf, None, "1", True], "expected a learning rate, above 0 and at most 1"),
+        "warmup": ([-0.1, 1.1, nan, None, "0", True], "expected a share from 0 to 1"),
+        "patience": ([*COUNTS, None], "expected a whole number, at least 1"),
+        "lora": (COUNTS, "expected a whole number, at least 1"),
+    },
+    TeacherOptions: {"teacher": ([3, "", ["bert"]], "expected a text")},
     CalibrationOptions: {
         "max_length": ([*COUNTS, None], "expected a whole number, at least 1"),
         "batch_size": ([*COUNTS, None], "expected a whole number, at least 1"),
         "tokens": (COUNTS, "expected a whole number, at least 1"),
     },
+    GenerateOptions: {
+        "tokens": ([*COUNTS, None], "expected a whole number, at least 1"),
+        "max_length": ([5, 1], "expected at least 6: one random token, the next 4 greedily, and one that is sampled"),
+        "batch_size": ([*COUNTS, None], "expected a whole number, at least 1"),
+        "language": (["", None, 5, ["en"]], "expected a text"),
+        "seed": ([0.5, None, "x"], "expected a whole number"),
+    },
+    UnstructuredOptions: {
+        "sparsity": (
+            [0, 1, -0.1, 1.5, nan, inf, None, True, "0.5", "4:2", "2:2", "0:4", "2:", ":4", "2:4:8", "1:65", [0.5], "²:4"],
+            "expected the share of weights that is removed, above 0 and below 1, or a pattern",
+        ),
+        "criterion": (["taylor", None], "expected one of 'magnitude', 'wanda', 'sparsegpt'"),
+    },
     LoadOptions: {"dtype": (["int8", None], "expected one of 'auto', 'float32', 'bfloat16', 'float16'")},
 }
 # Any text, switch or number will do, as far as can be said before the model and the data are there.
-UNCHECKED = {"seed", "refit", "pack", "mixed_lengths", "calib", "config", "split", "column", "device"}
+UNCHECKED = {"seed", "refit", "set_aside", "pack", "mixed_lengths", "calib", "config", "split", "column", "device"}
 GOOD = [
     SelectOptions(1),
     SelectOptions(1e-9, protect=["heads.0", 1], round_to=8, budget="flops"),
@@ -70,7 +122,14 @@ GOOD = [
     CalibrationOptions(tokens=None, max_length=1, batch_size=1),
     SelectOptions(np.float32(0.5), round_to=np.int64(8), seed=np.int32(3)),
     ReconstructOptions(ridge=np.float64(0.1), refit=np.True_),
+    ReconstructOptions(quality=0),
+    ReconstructOptions(quality=np.int64(8), set_aside=True),
     CalibrationOptions(tokens=np.int64(10)),
+    GenerateOptions(np.int64(10), max_length=6, language="off"),
+    RefineOptions(granularity=3, lora=8, warmup=0),
+    RefineOptions(granularity=np.int64(2), learning_rate=np.float32(1e-3), warmup=1),
+    UnstructuredOptions("1:64", criterion="sparsegpt"),
+    UnstructuredOptions(np.float32(0.3)),
 ]
 
 
@@ -126,9 +185,12 @@ def test_options_are_frozen_and_explained(kind):
     ("verb", "kinds", "own"),
     [
         (liar.select, [SelectOptions], {"model", "calib", "progress"}),
-        (liar.reconstruct, [ReconstructOptions], {"model", "mask", "calib", "progress"}),
-        (liar.prune, [SelectOptions, ReconstructOptions], {"model", "calib", "progress"}),
+        (liar.reconstruct, [ReconstructOptions], {"model", "mask", "calib", "teacher", "held_out", "progress"}),
+        (liar.refine, [RefineOptions], {"model", "teacher", "calib", "progress"}),
+        (liar.prune, [SelectOptions, PruneOptions, ReconstructOptions], {"model", "calib", "held_out", "progress"}),
         (liar.calibration, [CalibrationOptions], {"texts", "tokenizer", "progress"}),
+        (liar.self_generate, [GenerateOptions], {"model", "tokenizer", "file", "progress"}),
+        (liar.unstructured.prune, [UnstructuredOptions], {"model", "calib", "progress"}),
     ],
 )
 def test_keywords_and_defaults_are_those_of_the_classes(verb, kinds, own):
@@ -160,9 +222,17 @@ def test_criteria_are_those_that_have_a_score():
     assert list(options.CRITERIA) == list(CRITERIA)
 
 
+def test_criteria_of_weights_are_those_that_are_known():
+    assert list(options.WEIGHT_CRITERIA) == list(liar.unstructured.CRITERIA)
+
+
 def test_widths_and_budgets_are_those_that_selection_knows():
     assert options.WIDTHS.keys() == import_module("liar.selection.allocate").COMPARED.keys()
-    assert options.BUDGETS.keys() == import_module("liar.api").COSTS.keys()
+    assert (
+        options.BUDGETS.keys()
+        == import_module("liar.api.select").COSTS.keys()
+        >= import_module("liar.api.prune").STEPPED.keys()
+    )
 
 
 def test_every_target_has_steps_of_its_own():
@@ -212,7 +282,7 @@ def test_the_table_for_the_docs():
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
     assert [row[0] for row in rows] == [f"`{each.name}`" for each, _ in options.options_in(SelectOptions, LoadOptions)]
     table = {row[0]: row[1:] for row in rows}
-    assert table["`keep`"] == ["required", "Share that stays of what the budget counts, above 0, at most 1."]
+    assert table["`keep`"] == ["required", "Share to keep of what the budget counts, above 0 and at most 1."]
     assert table["`round_to`"][0] == "`1`"
     assert table["`widths`"][0] == "`'free'`"
     for name, meaning in options.WIDTHS.items():

@@ -107,6 +107,19 @@ def test_no_held_out_errors(report):
     assert lower.get_yscale() == "linear"
 
 
+def test_limits_of_errors_far_apart(report):
+    """Every error that is more than rounding is inside of the axes, and their numbers can be read."""
+    sites = (replace(report.sites[1], before=2e10, after=1e-4), replace(report.sites[3], before=1e-3, after=1e-9))
+    _, lower = liar.plot(replace(report, sites=sites)).axes
+    low, high = lower.get_ylim()
+    assert low == 1e-6
+    assert high > 2e10
+    assert lower.get_yscale() == "log"
+    assert len(lower.get_yticks()) < 20
+    low, _ = liar.plot(report).axes[1].get_ylim()
+    assert 0.01 < low < 0.05
+
+
 def test_the_global_state_of_matplotlib_is_left_alone(report):
     import matplotlib.pyplot as plt  # noqa: PLC0415
 

@@ -577,6 +577,8 @@ def test_report_fields(model):
         "refit": True,
         "solver": "auto",
         "bias": "preserve",
+        "quality": "auto",
+        "set_aside": False,
     }
     assert report.dtype == "float32"
     assert all(value >= 0 for value in report.seconds.values())

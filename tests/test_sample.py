@@ -13,8 +13,8 @@ from liar.data import Calibration, sample, sample_tokens, split, take
 from liar.errors import CalibrationError
 from liar.models import layout_of
 from liar.repair import closed_form
+from liar.runtime import drawn, outputs_of
 from liar.selection import error_curves, fisher
-from liar.selection.gradients import drawn, outputs_of
 from liar.testing import tiny_batches, tiny_model
 
 MODEL = tiny_model("bert")

@@ -41,12 +41,20 @@ def windows(tokens: int, length: int, stride: int) -> Iterator[tuple[int, int]]:
         yield begin, 1 if begin == 0 else max(1, length - stride)
 
 
-@torch.inference_mode()
 def predict(
     model: nn.Module, tokenizer: Any, data_dir: Path | None, *, length: int, stride: int, tokens: int | None
 ) -> Predictions:
     """Of every window the `loss` (summed negative log-likelihood) and the predicted `tokens`: [windows] each."""
-    ids = tokenizer(joined(data_dir, "test"), return_tensors="pt", verbose=False)["input_ids"][0, :tokens]
+    return losses_of(model, tokenizer, joined(data_dir, "test"), length=length, stride=stride, tokens=tokens)
+
+
+@torch.inference_mode()
+def losses_of(
+    model: nn.Module, tokenizer: Any, text: str, *, length: int, stride: int | None = None, tokens: int | None = None
+) -> Predictions:
+    """The same for any text."""
+    stride = stride or length
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0, :tokens]
     ids = ids.to(next(model.parameters()).device)
     losses, counts = [], []
     for begin, first in tqdm(list(windows(len(ids), length, stride)), desc="perplexity", leave=False):

@@ -19,19 +19,19 @@ from liar.statistics import ChannelMoments, Moments
 def moments(
     model: nn.Module, calib: Iterable[Any], *, sites: Sequence[str] | None = None, progress: ProgressOption = True
 ) -> dict[str, Moments]:
-    """Moments of what each site's consumer reads in the dense model: one pass, good for every mask.
+    """Moments of the input of each site's consumer in the dense model, in one pass, for any mask.
 
     Args:
         model: a Hugging Face model of a known family; it is not changed.
         calib: calibration batches (see `Calibration.of`).
-        sites: names of the sites wanted, all by default; memory is 8 bytes times the square of the channels for each.
+        sites: names of sites, all by default; memory is 8 bytes times the square of the channels for each.
         progress: show a bar, or a function that is called in its place (see `ProgressUpdate`).
 
     Returns:
         Site name -> `Moments`; `liar.interpolation` turns one into Q and P.
 
     Raises:
-        MaskError, CalibrationError, ModelError: with what was expected, what came, and what to do.
+        MaskError, CalibrationError, ModelError: the message says what was expected and given, and what to do.
 
     Example:
         >>> gathered = liar.moments(model, calib, sites=["neurons.0"])

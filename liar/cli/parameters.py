@@ -22,13 +22,16 @@ MaskFile = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="JSON 
 BUDGET_HELP = f"{', '.join(BUDGETS)}, or a file that liar latency wrote"
 
 
-def _ridge(value: str) -> float | str:
-    if value == "auto":
-        return value
-    try:
-        return float(value)
-    except ValueError as error:
-        raise OptionError(f"expected auto or a number >= 0, got {value!r}") from error
+def _automatic(number: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A reader of `auto` or a number."""
+
+    def read(value: str) -> Any:
+        try:
+            return value if value == "auto" else number(value)
+        except ValueError as error:
+            raise OptionError(f"expected auto or a number >= 0, got {value!r}") from error
+
+    return read
 
 
 def _budget(value: str) -> str:
@@ -41,11 +44,17 @@ def _protect(value: Sequence[str]) -> list[str | int]:
     return [int(name) if name.isdecimal() else name for name in value]
 
 
+def _granularity(value: str) -> int | str:
+    return int(value) if value.isdecimal() else value
+
+
 # What the command line reads where Python takes more than text: type, text -> value.
 READERS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
-    "ridge": (str, _ridge),
+    "ridge": (str, _automatic(float)),
+    "quality": (str, _automatic(int)),
     "budget": (str, _budget),
     "protect": (list[str], _protect),
+    "granularity": (str, _granularity),
 }
 
 # Read, but not yet what the library takes: a file's name in place of costs, texts that may be left out.
@@ -94,6 +103,8 @@ def _parameter(each: Field[Any], option: Option, kind: Any, *, required: bool) -
 def _help(name: str, option: Option) -> str:
     if name == "budget":
         return f"{option.help} One of {BUDGET_HELP}."
+    if name == "granularity":
+        return f"{option.help} One of {', '.join(option.choices or ())}, or a number."
     return f"{option.help} One of {', '.join(option.choices)}." if option.choices else option.help
 
 

@@ -6,11 +6,19 @@ from typing import Any
 
 from liar.cli.app import app, report_errors
 from liar.cli.parameters import Force, Model, Out, with_options
-from liar.options import CalibrationOptions, LoadOptions, ReconstructOptions, SaveOptions, SelectOptions, SourceOptions
+from liar.options import (
+    CalibrationOptions,
+    LoadOptions,
+    PruneOptions,
+    ReconstructOptions,
+    SaveOptions,
+    SelectOptions,
+    SourceOptions,
+)
 
 
 @app.command()
-@with_options(SelectOptions, ReconstructOptions, SourceOptions, CalibrationOptions, LoadOptions, SaveOptions)
+@with_options(SelectOptions, PruneOptions, ReconstructOptions, SourceOptions, CalibrationOptions, LoadOptions, SaveOptions)
 def prune(model: Model, out: Out, force: Force = False, **options: Any) -> None:
     """Choose what stays, remove the rest, and repair the model by least squares.
 

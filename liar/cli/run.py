@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 import typer
 from torch import Tensor, nn
 
-from liar.api import prune_progress, reconstruct_with, select_with, with_selection
-from liar.data import builder_of, calibration, texts
+from liar.api import prune_with, reconstruct_with, refine_with
+from liar.cli.source import SourceTexts
+from liar.data import builder_of
 from liar.errors import MaskError, OptionError, check_choice, wrap_parse_errors
 from liar.files import user_path
 from liar.io import check_target, load, load_tokenizer, save
@@ -24,10 +25,13 @@ from liar.options import (
     BUDGETS,
     CalibrationOptions,
     LoadOptions,
+    PruneOptions,
     ReconstructOptions,
+    RefineOptions,
     SaveOptions,
     SelectOptions,
     SourceOptions,
+    TeacherOptions,
     check_text,
 )
 from liar.report import Report
@@ -36,30 +40,55 @@ from liar.versions import versions
 
 logger = logging.getLogger(__name__)
 
-COMMANDS = ("prune", "reconstruct")
 GROUPS: dict[str, type] = {
     "source": SourceOptions,
     "calibration": CalibrationOptions,
     "load": LoadOptions,
     "select": SelectOptions,
     "reconstruct": ReconstructOptions,
+    "refine": RefineOptions,
+    "stepping": PruneOptions,
+    "teacher": TeacherOptions,
     "save": SaveOptions,
+}
+# What each subcommand has options for.
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "prune": ("source", "calibration", "load", "select", "reconstruct", "stepping", "save"),
+    "reconstruct": ("source", "calibration", "load", "reconstruct", "teacher", "save"),
+    "refine": ("source", "calibration", "load", "refine", "teacher", "save"),
+}
+# A run.json may be from before these were there.
+DEFAULTED = {"stepping", "teacher", "save"}
+# What has to be given, in words, and whether it is: units to select, a mask, a teacher.
+EXPECTED: dict[str, tuple[str, Callable[[bool, bool, bool], bool]]] = {
+    "prune": ("options that select units and no mask", lambda select, mask, _: select and not mask),
+    "reconstruct": (
+        "a mask and no options that select units, or the dense model as a teacher",
+        lambda select, mask, teacher: (mask or teacher) and not select,
+    ),
+    "refine": (
+        "the dense model as a teacher (--teacher), and no mask",
+        lambda select, mask, teacher: teacher and not (select or mask),
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """All arguments of `liar prune` or `liar reconstruct`.
+    """All arguments of `liar prune`, `liar reconstruct` or `liar refine`.
 
     Attributes:
-        command: `"prune"` or `"reconstruct"`.
+        command: `"prune"`, `"reconstruct"` or `"refine"`.
         model: folder, or name on the hub.
         out: folder that is written.
         source: where the texts are.
         calibration: how they become batches.
         load: how the model is loaded.
-        reconstruct: how it is repaired.
+        reconstruct: how it is repaired (prune, reconstruct).
         select: which units stay (prune). A `budget` that is a mapping is the content of a file that `liar latency` wrote.
+        stepping: in how many steps (prune).
+        teacher: the dense model (reconstruct, refine).
+        refine: how it is trained (refine).
         save: how the result is saved.
         mask: content of a mask file, in any form `Mask.of` takes or as `Mask.save` writes it (reconstruct).
     """
@@ -70,8 +99,11 @@ class Run:
     source: SourceOptions
     calibration: CalibrationOptions
     load: LoadOptions
-    reconstruct: ReconstructOptions
+    reconstruct: ReconstructOptions | None = None
     select: SelectOptions | None = None
+    stepping: PruneOptions = field(default_factory=PruneOptions)
+    teacher: TeacherOptions = field(default_factory=TeacherOptions)
+    refine: RefineOptions | None = None
     save: SaveOptions = field(default_factory=SaveOptions)
     mask: Mapping[str, Any] | None = None
 
@@ -79,23 +111,24 @@ class Run:
         """Check everything that can be checked before anything is loaded.
 
         Raises:
-            LiarError: of the kind that fits, with what was expected, what came, and what to do.
+            LiarError: of the kind that fits, the message says what was expected and given, and what to do.
         """
         check_choice("command", self.command, COMMANDS)
         check_text("model", self.model)
         check_text("out", self.out)
         check_target(self.out, overwrite=overwrite)
-        if user_path(self.out).resolve() == user_path(self.model).resolve():
-            raise OptionError(f"OUT is the folder of MODEL ({self.out}): it could not be repeated; choose another OUT")
         for name in GROUPS:
             if (group := getattr(self, name)) is not None:
                 group.check()
-        prunes = self.command == "prune"
-        if prunes != (self.select is not None) or prunes == (self.mask is not None):
-            expected = "options that select units and no mask" if prunes else "a mask and no options that select units"
-            given = " and ".join(name for name in ("select", "mask") if getattr(self, name) is not None) or "neither"
-            raise OptionError(f"command={self.command!r}: expected {expected}, got {given}")
-        if not prunes:
+        for what, folder in (("MODEL", self.model), ("the teacher", self.teacher.teacher)):
+            if folder is not None and user_path(self.out).resolve() == user_path(folder).resolve():
+                raise OptionError(f"OUT is the folder of {what} ({self.out}): it could not be repeated; choose another OUT")
+        given = {"select": self.select, "mask": self.mask, "teacher": self.teacher.teacher}
+        expected, is_met = EXPECTED[self.command]
+        if not is_met(*(value is not None for value in given.values())):
+            named = " and ".join(name for name, value in given.items() if value is not None) or "neither"
+            raise OptionError(f"command={self.command!r}: expected {expected}, got {named}")
+        if self.mask is not None:
             self._checked_mask()
         _ = self._selection()
         check_source(self.source, self.load)
@@ -104,24 +137,36 @@ class Run:
         """Check, load, prune or reconstruct, and write `out`: model, tokenizer, mask, report and `run.json`, in one step.
 
         Raises:
-            LiarError: with what was expected, what came, and what to do; `out` is then as it was.
+            LiarError: the message says what was expected and given, and what to do; `out` is then as it was.
         """
         self.check(overwrite=overwrite)
         tokenizer = load_tokenizer(self.model)
-        batches = calibration_batches(tokenizer, self.source, self.calibration, progress=progress)
+        source = SourceTexts(self.source, tokenizer, self.calibration)
+        batches = source.batches(progress=progress)
         model = load_model(self.model, self.load)
-        selection = self._selection()
-        if selection is not None:
-            with prune_progress(progress, selection) as shown:
-                mask = select_with(model, batches, selection, progress=shown)
-                report = with_selection(reconstruct_with(model, mask, batches, self.reconstruct, progress=shown), selection)
-        else:
-            mask = Mask.of(self._checked_mask(), layout_of(model))
-            report = reconstruct_with(model, mask, batches, self.reconstruct, progress=progress)
-        extra = {"mask.json": mask.to_json(), "run.json": self.to_json()}
+        mask, report = self._applied(model, source, batches, progress=progress)
+        extra = {**({} if mask is None else {"mask.json": mask.to_json()}), "run.json": self.to_json()}
         how: dict[str, Any] = {**asdict(self.save), "extra": extra, "overwrite": overwrite}
         save(model, self.out, tokenizer=tokenizer, mask=mask, report=report, **how)
         return report
+
+    def _applied(
+        self, model: nn.Module, source: SourceTexts, batches: list[dict[str, Tensor]], *, progress: bool
+    ) -> tuple[Mask | None, Report]:
+        """Prune, reconstruct or refine: the mask, if there is one, and the report."""
+        folder = self.teacher.teacher
+        teacher = None if folder is None else load_model(folder, self.load)
+        if self.refine is not None:
+            assert teacher is not None
+            return None, refine_with(model, teacher, batches, self.refine, progress=progress)
+        options = self.reconstruct
+        assert options is not None
+        held_out = None if options.set_aside else source.left_over(options.quality, batches)
+        if (selection := self._selection()) is not None:
+            return prune_with(model, batches, selection, options, self.stepping, held_out=held_out, progress=progress)
+        mask = None if self.mask is None else Mask.of(self._checked_mask(), layout_of(model))
+        report = reconstruct_with(model, mask, batches, options, teacher=teacher, held_out=held_out, progress=progress)
+        return mask, report
 
     def _selection(self) -> SelectOptions | None:
         """The options that select units, with a measured budget as `Costs`."""
@@ -150,8 +195,9 @@ class Run:
         with wrap_parse_errors(OptionError, f'a run.json with {{"run": {{…}}}} of {names}'):
             content = json.loads(text)
             entries = dict(content["run"])
-            left_out = {"select"} - {name for name in entries if entries[name] is not None} | {"save"} - entries.keys()
-            given = [name for name in GROUPS if name not in left_out]
+            own = COMMANDS.get(entries["command"], COMMANDS["prune"])
+            needed = set(own) - {"select"} - (DEFAULTED - entries.keys())
+            given = [name for name in GROUPS if name in needed or entries.get(name) is not None]
             groups = {name: GROUPS[name](**entries[name]) for name in given}
             run = cls(**{**entries, **groups})
             earlier = dict(content.get("versions", {}))
@@ -169,7 +215,9 @@ def run_from(command: str, model: str, out: Path, options: Mapping[str, Any], *,
         given["budget"] = json.loads(Costs.load(given["budget"]).to_json())
     # A run.json has to work from anywhere.
     given["calib"] = _absolute(given["calib"])
-    groups = {name: group_options(group, given) for name, group in GROUPS.items() if name != "select" or command == "prune"}
+    if given.get("teacher") is not None:
+        given["teacher"] = _absolute(given["teacher"])
+    groups = {name: group_options(GROUPS[name], given) for name in COMMANDS[command]}
     return Run(command, _absolute(model), str(user_path(out).resolve()), mask=mask, **groups)
 
 
@@ -193,14 +241,6 @@ def load_model(model: str, options: LoadOptions) -> nn.Module:
     """The model of a folder, on the device."""
     loaded: nn.Module = load(model, dtype=options.dtype)
     return loaded.to(options.device)
-
-
-def calibration_batches(
-    tokenizer: Any, source: SourceOptions, options: CalibrationOptions, *, progress: bool = True
-) -> list[dict[str, Tensor]]:
-    """The texts of a source as batches."""
-    lines: Iterator[Any] = texts(source.calib, config=source.config, split=source.split, column=source.column)
-    return calibration(lines, tokenizer, **asdict(options), progress=progress)
 
 
 def check_source(source: SourceOptions | None, load: LoadOptions) -> None:

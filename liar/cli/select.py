@@ -30,7 +30,8 @@ def select(
         liar select bert-base-uncased mask.json --keep 0.5 --criterion magnitude
     """
     from liar.api import select_with  # noqa: PLC0415 (help needs no torch)
-    from liar.cli.run import calibration_batches, check_source, group_options, load_model  # noqa: PLC0415 (help needs no torch)
+    from liar.cli.run import check_source, group_options, load_model  # noqa: PLC0415 (help needs no torch)
+    from liar.cli.source import SourceTexts  # noqa: PLC0415 (help needs no torch)
     from liar.io import check_file, load_tokenizer  # noqa: PLC0415 (help needs no torch)
     from liar.models import layout_of  # noqa: PLC0415 (help needs no torch)
     from liar.selection import CRITERIA, Costs  # noqa: PLC0415 (help needs no torch)
@@ -47,7 +48,7 @@ def select(
         check_source(source, load)
         batches = None
         if source is not None:
-            batches = calibration_batches(load_tokenizer(model), source, group_options(CalibrationOptions, options))
+            batches = SourceTexts(source, load_tokenizer(model), group_options(CalibrationOptions, options)).batches()
         loaded = load_model(model, load)
         mask = select_with(loaded, batches, selection)
         mask.save(out)

@@ -41,7 +41,7 @@ class Calibration:
         token_masks: per batch bool [sequences, length]: True for real tokens.
         folds: per batch int64 [tokens]: the cross-validation fold (0 to `FOLDS` - 1) of each real token.
         tokens: real tokens in all batches.
-        distinct_tokens: those that are not copies: a text that comes again, cut elsewhere or not, counts once.
+        distinct_tokens: real tokens without copies: a repeated text counts once, even if it is cut at other places.
         sequences: sequences in all batches.
         labels: per batch its `labels`, or None: only criteria that need gradients look at them.
         numbers: per batch its place in what the user gave, for messages.
@@ -128,8 +128,7 @@ class Calibration:
             raise CalibrationError(
                 "no token of the calibration data is kept: attention_mask is 0 everywhere (1 marks real tokens)"
             )
-        piece = max(min(PIECE, (total_tokens or tokens) // PIECES), 1)
-        folds, distinct = _folds(inputs, first_sequence, piece)
+        folds, distinct = _folds(inputs, first_sequence, total_tokens or tokens)
         return cls(
             batches=tuple(batch for batch, _ in pairs),
             token_masks=tuple(token_masks),
@@ -146,11 +145,24 @@ class Calibration:
         """The batches with the tokens that a stack of blocks reads: 0 for the only one or an encoder, 1 for its decoder."""
         return self.encoder if stack == 0 and self.encoder is not None else self
 
+    @property
+    def inputs(self) -> list[tuple[Tensor, Tensor]]:
+        """Per batch the token mask, and what the masked stack reads: ids, embeddings or a signal."""
+        read = main_input if self.encoder is None else decoder_input
+        return [(mask, read(batch)) for mask, batch in zip(self.token_masks, self.batches, strict=True)]  # type: ignore[misc]
+
     @cached_property
     def starts(self) -> tuple[int, ...]:
         """Per batch the global number of its first sequence."""
         lengths = (len(mask) for mask in self.token_masks[:-1])
         return tuple(itertools.accumulate(lengths, initial=self.first_sequence))
+
+
+def refold(calibration: Calibration) -> Calibration:
+    """The same batches with folds of their own, as if they were all that the user gave."""
+    folds, distinct = _folds(calibration.inputs, calibration.first_sequence, calibration.tokens)
+    encoder = calibration.encoder and refold(calibration.encoder)
+    return replace(calibration, folds=folds, distinct_tokens=distinct, encoder=encoder)
 
 
 def _token_mask(batch: Batch, model: nn.Module, skeleton: nn.Module | None) -> Tensor:
@@ -170,19 +182,20 @@ def _token_mask(batch: Batch, model: nn.Module, skeleton: nn.Module | None) -> T
     return torch.ones(shape, dtype=torch.bool, device=main.device) if mask is None else mask.bool()
 
 
-def _folds(inputs: Sequence[tuple[Tensor, Tensor]], first_sequence: int, length: int) -> tuple[tuple[Tensor, ...], int]:
+def _folds(inputs: Sequence[tuple[Tensor, Tensor]], first_sequence: int, total_tokens: int) -> tuple[tuple[Tensor, ...], int]:
     """The fold of each real token, per batch, and how many tokens are not copies.
 
-    A fold holds whole pieces of `length` tokens. Its number follows from the sequence's global number, plus one for every
-    piece before it; copies are in the fold of the first of them, wherever they are.
+    A fold holds whole pieces of sequences. Its number follows from the sequence's global number, plus one for every piece
+    before it; copies are in the fold of the first of them, wherever they are.
     """
+    length = max(min(PIECE, total_tokens // PIECES), 1)
     numbers, keys = [], []
     token_masks = [mask for mask, _ in inputs]
     starts = itertools.accumulate((len(mask) for mask in token_masks), initial=first_sequence)
     for (mask, main), start in zip(inputs, starts, strict=False):
         sequence = torch.arange(start, start + len(mask), device=mask.device)[:, None].expand_as(mask)
         numbers.append(torch.stack([sequence, (mask.cumsum(1) - 1) // length])[:, mask].cpu())
-        keys.append(_keys(main, mask)[mask].cpu())
+        keys.append(token_keys(main, mask)[mask].cpu())
     sequence, piece_of = torch.cat(numbers, 1)
     # Tokens of one piece are neighbours.
     is_first = torch.ones_like(sequence, dtype=torch.bool)
@@ -199,7 +212,7 @@ def _folds(inputs: Sequence[tuple[Tensor, Tensor]], first_sequence: int, length:
     return tuple(part.to(mask.device) for part, mask in zip(parts, token_masks, strict=True)), int(new.sum())
 
 
-def _keys(main: Tensor, token_mask: Tensor) -> Tensor:
+def token_keys(main: Tensor, token_mask: Tensor) -> Tensor:
     """A number for every token, the same for the same token, or for the same image or sound: int64 [sequences, length].
 
     Args:

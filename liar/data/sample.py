@@ -83,6 +83,31 @@ def sample_tokens(calibration: Calibration, number: int, share: float) -> Tensor
     return mask & (place % 1 < share)
 
 
+def evenly(total: int, count: int) -> Tensor:
+    """So many of the numbers below `total`, evenly spaced, all if there are no more: int64, ascending."""
+    return torch.arange(total) if count >= total else (2 * torch.arange(count) + 1) * total // (2 * count)
+
+
+def spread(calibration: Calibration, count: int, among: Tensor | None = None) -> Tensor:
+    """Which sequences to take where so many are to be: bool [sequences], spread evenly over the data, all if there are no more.
+
+    Args:
+        calibration: the whole.
+        count: how many to take.
+        among: bool [sequences], those that may be taken; None: all.
+    """
+    places = torch.arange(calibration.sequences) if among is None else among.nonzero().squeeze(1)
+    chosen = places[evenly(len(places), count)]
+    return torch.zeros(calibration.sequences, dtype=torch.bool).index_fill_(0, chosen, True)
+
+
+def take_sequences(calibration: Calibration, chosen: Tensor) -> Calibration:
+    """Some of the sequences, bool [sequences], in the batches they are in."""
+    parts = torch.split(chosen, [len(mask) for mask in calibration.token_masks])
+    rows = [part.nonzero().squeeze(1) for part in parts]
+    return take(calibration, [(number, part) for number, part in enumerate(rows) if len(part)])
+
+
 def split(calibration: Calibration, sequences: int) -> Calibration:
     """The same sequences in batches of at most so many."""
     pieces = []

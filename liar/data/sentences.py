@@ -9,6 +9,13 @@ from torch import Tensor
 
 from liar.data.batches import ROWS
 from liar.errors import CalibrationError
+from liar.models import transformer_in
+
+
+def transformer_and_data(model: Any, calib: Any) -> tuple[Any, Any]:
+    """The transformer inside a model of sentence-transformers, and texts as that model reads them; others as they are."""
+    inner = transformer_in(model)
+    return (model, calib) if inner is model else (inner, read_by(model, calib))
 
 
 def read_by(model: Any, calib: Any) -> Any:

@@ -62,15 +62,15 @@ def calibration(
 
     Args:
         texts: a list, a generator, or a `datasets` dataset, of strings, pairs of strings, chats (lists of messages with a
-            `role` and a `content`, which the tokenizer's chat template joins), or rows with a `text` or `messages`. What is
-            None, blank, or gives no token is passed over.
+            `role` and a `content`, which the tokenizer's chat template joins), or rows with a `text` or `messages`. Entries
+            that are None, blank, or without any token are skipped.
         tokenizer: a Hugging Face tokenizer; it need not have a padding token. It is not changed.
-        max_length: longer texts are cut to so many tokens.
+        max_length: longer texts are cut to this number of tokens.
         batch_size: sequences per batch.
-        tokens: stop after so many tokens (the last sequence is cut); all texts otherwise.
+        tokens: stop after this number of tokens (the last sequence is cut); None takes all texts.
         pack: join the texts and cut them into full sequences of `max_length`, as language models are trained.
-        mixed_lengths: with an encoder's tokenizer (one that has a CLS token), take long texts in pieces, so that the repair is
-            right for short inputs and for long ones: what attention heads give changes with the length. Texts of at least
+        mixed_lengths: with an encoder's tokenizer (one that has a CLS token), take long texts in pieces, so that the repair
+            suits short and long inputs: the output of attention heads depends on the length. Texts of at least
             128 tokens (or `max_length`, if that is less) are long; each has its own length of piece, from 8 tokens to
             `max_length`, drawn evenly on a logarithmic scale and the same every time. The first piece of every text comes
             before the second of any, and of no text more than `max_length` tokens are taken. Pairs and packed sequences stay

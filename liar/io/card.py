@@ -16,6 +16,13 @@ from liar.versions import versions
 
 # What a pruned model has in common with the model that it was made from: entries of the card.
 INHERITED = ("datasets", "language", "license", "license_name", "license_link")
+COMPUTED = (
+    "The remaining weights were computed by least squares, so that the outputs of the layers change little. There was no "
+    "training."
+)
+TRAINED = (
+    "The remaining weights were trained, layer by layer, so that the outputs of the layers are near those of the dense model."
+)
 PRUNED = "This is `{}` with fewer attention heads or feed-forward neurons."
 
 
@@ -82,7 +89,7 @@ def _numbers(report: Report) -> list[str]:
         f"parameters: {after:,} (before: {before:,})",
         f"parameters of the transformer blocks: {report.achieved:.1%} kept{requested}",
         *(f"{name} of the selection: `{options[name]}`" for name in ("criterion", "budget", "widths") if name in options),
-        f"repair: target `{options['target']}`, ridge `{options['ridge']}`",
+        _how(report),
         f"calibration: {report.tokens:,} tokens in {report.sequences:,} sequences",
     ]
     errors = [(site.before, site.after) for site in report.sites if isfinite(site.before) and isfinite(site.after)]
@@ -92,9 +99,17 @@ def _numbers(report: Report) -> list[str]:
             f"relative error of a layer's output on held-out data, median of {len(errors)} layers: {last:.3g} "
             f"(without the repair: {first:.3g})"
         )
+    if report.quality is not None:
+        facts += [f"{measure}, on {report.quality.where}, against the dense model" for measure in report.quality.measures]
+        facts.append(f"the output is {report.quality.verdict.text}")
     return [
-        "The remaining weights were computed by least squares, so that the outputs of the layers change little. There was no "
-        "training.",
+        TRAINED if "granularity" in options else COMPUTED,
         "\n".join(f"- {fact}" for fact in facts),
         "`report.json` has the numbers of every layer. Measure the model on your task before you use it.",
     ]
+
+
+def _how(report: Report) -> str:
+    """What was done, in one line."""
+    names = ("granularity", "propagation", "lora") if "granularity" in report.options else ("target", "ridge")
+    return "repair: " + ", ".join(f"{name} `{report.options[name]}`" for name in names)

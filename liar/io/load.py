@@ -65,7 +65,9 @@ def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
             configured class has, or another model than `liar.json` describes.
 
     Example:
-        >>> model = liar.load("slim", dtype=torch.bfloat16)  # doctest: +SKIP
+        >>> liar.save(model, "slim")
+        >>> liar.load("slim", dtype=torch.bfloat16).dtype
+        torch.bfloat16
     """
     where = _where(folder)
     place = {name: kwargs[name] for name in PLACE if name in kwargs}

@@ -38,12 +38,12 @@ def save(
     standalone: bool = False,
     overwrite: bool = True,
 ) -> None:
-    """Write a model, pruned or not, as a Hugging Face folder that a kill at any moment leaves whole: as it was, or new.
+    """Write a model, pruned or not, as a Hugging Face folder, completely or not at all, even if the process is killed.
 
     Beside the usual files there is `liar.json` (class of the model, units of every site, versions, names of the files).
     Where all layers keep equally many units and the stock class can express the number, plain transformers loads the folder.
-    Otherwise `config.json` gets a `per_layer_config`, at which `from_pretrained` of the stock class stops; use `liar.load`, or
-    write a standalone folder. Auto classes that do not build the model (`AutoConfig`, `AutoTokenizer`) work on both.
+    Otherwise `config.json` gets a `per_layer_config`, and `from_pretrained` of the stock class raises an error; use
+    `liar.load`, or write a standalone folder. Auto classes that build no model (`AutoConfig`, `AutoTokenizer`) read both.
 
     `README.md` is a model card, with the licence of the model that this one was made from and the numbers of the report.
 
@@ -70,9 +70,11 @@ def save(
         ModelError: the model is of no known family, or quantised.
 
     Example:
-        >>> report = liar.prune(model, calib, keep=0.5)  # doctest: +SKIP
-        >>> liar.save(model, "slim", report=report)  # doctest: +SKIP
-        >>> model = liar.load("slim")  # doctest: +SKIP
+        >>> report = liar.prune(model, calib, keep=0.5, progress=False)
+        >>> liar.save(model, "slim", report=report)
+        >>> again = liar.load("slim")
+        >>> torch.equal(again(**calib[0]).last_hidden_state, model(**calib[0]).last_hidden_state)
+        True
     """
     inner: PreTrainedModel = transformer_in(model)
     layout = layout_with_weights(inner)

@@ -90,12 +90,12 @@ class Form:
 
 
 def make_standalone(model: nn.Module) -> None:
-    """Let a pruned model be saved with the code that builds it, by its own `save_pretrained` too.
+    """Change a pruned model so that its own `save_pretrained` also saves the code that builds it.
 
-    From now on whatever saves the model (`save_pretrained`, `push_to_hub`, a Trainer, a `SentenceTransformer`) writes a folder
-    that loads without this library, by `AutoModel….from_pretrained(folder, trust_remote_code=True)`. The model's class becomes
-    a subclass of what it was, with the same name; outputs do not change. A model that plain transformers can load stays as it
-    is. After another cut, call it again.
+    From now on everything that saves the model (`save_pretrained`, `push_to_hub`, a Trainer, `SentenceTransformer`) writes a
+    folder that loads without this library, by `AutoModel….from_pretrained(folder, trust_remote_code=True)`. The model's class
+    becomes a subclass of what it was, with the same name; outputs do not change. A model that plain transformers can load
+    stays as it is. After another cut, call it again.
 
     Args:
         model: of a known family, or a model of sentence-transformers with one inside; changed in place.

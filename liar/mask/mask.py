@@ -16,6 +16,7 @@ from liar.files import user_path, write_text
 from liar.mask.formats import FORMATS, abridged, read_kept, read_removed
 from liar.models import Layout
 from liar.options import check_share
+from liar.templates import render
 
 WRITTEN = 'a JSON with {"mask": {site: {"units", "kept"}}}, as Mask.save writes it'
 # Units of a site; a damaged file should not ask for all memory there is.
@@ -72,6 +73,15 @@ class Mask:
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        kept, total = (sum(map(size, self.masks.values())) for size in (lambda row: int(row.sum()), len))
+        rows = [
+            {"site": name, "kept": self.kept(name), "total": len(row), "share": self.kept(name) / max(len(row), 1)}
+            for name, row in self.masks.items()
+        ]
+        return render("mask_cell.html.j2", title=f"{kept:,} of {total:,} units kept", rows=rows)
 
     def __and__(self, other: Mask) -> Mask:
         """The units that both masks keep; `requested` is None.

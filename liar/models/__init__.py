@@ -1,8 +1,8 @@
 """What the library knows about models: one table per family, the layout of a model's sites, and one view of every layer."""
 
 from liar.models.family import Family, FusedProducer, SitePattern, Stack
-from liar.models.layers import Axis, LayerView, is_plain
-from liar.models.layout import Edge, HeadArgument, Layout, Segment, Site, layer_of
+from liar.models.layers import Axis, LayerView, is_plain, linear_layers
+from liar.models.layout import Edge, HeadArgument, Layout, Segment, Site, check_one_stack, count_parameters, layer_of
 from liar.models.ownership import check_default_device, check_model, why_unusable
 from liar.models.registry import families, family_for, family_of, is_registered, model_type_of, register, registered
 from liar.models.sites import base_and_prefix, layout_of, layout_with_weights, stacks_of, takes_choices
@@ -23,6 +23,8 @@ __all__ = [
     "base_and_prefix",
     "check_default_device",
     "check_model",
+    "check_one_stack",
+    "count_parameters",
     "families",
     "family_for",
     "family_of",
@@ -31,6 +33,7 @@ __all__ = [
     "layer_of",
     "layout_of",
     "layout_with_weights",
+    "linear_layers",
     "model_type_of",
     "register",
     "registered",

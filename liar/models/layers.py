@@ -166,3 +166,12 @@ def _is_ordinary(weight: Any) -> bool:
 def storage_of(module: nn.Module) -> Storage | None:
     """How a module stores its weight; None where it is no layer of a known class."""
     return next((storage for kind, storage in STORAGE.items() if isinstance(module, kind)), None)
+
+
+def linear_layers(block: nn.Module) -> dict[str, LayerView]:
+    """The linear layers of a block by name, whether they belong to a site or not.
+
+    Raises:
+        ModelError: one of them cannot be rewritten.
+    """
+    return {name: LayerView.of(module, name) for name, module in block.named_modules() if storage_of(module)}

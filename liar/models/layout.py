@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from liar.errors import ModelError
 from liar.models.layers import Axis, LayerView
 
 Kind = Literal["heads", "neurons"]
@@ -112,6 +113,11 @@ class Site:
         by_query: the same site with a query head as its unit, where keys and values are shared and stay; None elsewhere.
         parameters: parameters removed with one unit.
         out: output channels of the consumer.
+
+    Example:
+        >>> site = liar.discover(model)["neurons.0"]
+        >>> site.module, site.units, [edge.module for edge in site.producers]
+        ('encoder.layer.0.output.dense', 64, ['intermediate.dense'])
     """
 
     name: str
@@ -164,6 +170,13 @@ class Layout:
         parameters: parameters in all blocks together (the base that budgets refer to).
         uncovered: linear layers inside the blocks that belong to no site, so are never cut.
         is_pre_norm: whether a block outputs its last residual sum as it is (see `Family`).
+
+    Example:
+        >>> layout = liar.discover(model)
+        >>> layout.blocks
+        ('encoder.layer.0', 'encoder.layer.1')
+        >>> [site.name for site in layout.of_kind("neurons")], layout["heads.1"].units
+        (['neurons.0', 'neurons.1'], 4)
     """
 
     sites: tuple[Site, ...]
@@ -215,3 +228,21 @@ class Layout:
 def layer_of(block: nn.Module, edge: Edge) -> LayerView:
     """The layer of an edge inside its block."""
     return LayerView.of(block.get_submodule(edge.module), edge.module)
+
+
+def check_one_stack(layout: Layout, model: nn.Module, what: str) -> None:
+    """Check that a model has one stack of blocks, for what knows no others.
+
+    Raises:
+        ModelError: it has an encoder and a decoder.
+    """
+    if len(layout.stacks) > 1:
+        raise ModelError(
+            f"{what}: expected a model with one stack of blocks, got a {type(model).__name__}, which has an encoder and a "
+            "decoder; liar.prune and liar.reconstruct take it"
+        )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a whole model; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())

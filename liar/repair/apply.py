@@ -40,10 +40,28 @@ def apply_steps(
 
     Raises:
         ModelError, CalibrationError: as `walk_blocks`; or a step has added or removed modules or parameters.
+
+    Example:
+        >>> from liar.options import ReconstructOptions
+        >>> from liar.repair import RepairContext, apply_steps, closed_form_steps
+        >>> context = RepairContext(ReconstructOptions(), advance=lambda: None)
+        >>> layout, batches = liar.discover(model), liar.Calibration.of(calib, model)
+        >>> apply_steps(model, layout, batches, closed_form_steps(context), mask)
+        >>> [report.site for report in context.reports]
+        ['heads.0', 'neurons.0', 'heads.1', 'neurons.1']
     """
     pruned_blocks = walk_blocks(
         model, layout, calibration, steps, mask=mask, teacher=teacher, has_pruned_stream=has_pruned_stream, clock=clock
     )
+    adopt_blocks(model, layout, pruned_blocks)
+
+
+def adopt_blocks(model: nn.Module, layout: Layout, pruned_blocks: Sequence[nn.Module]) -> None:
+    """Put the cut and repaired copies of the blocks in the place of a model's own; on an error it is as it was.
+
+    Raises:
+        ModelError: a copy has other modules or parameters than its block.
+    """
     pairs = [(model.get_submodule(name), pruned) for name, pruned in zip(layout.blocks, pruned_blocks, strict=True)]
     for pair in pairs:
         check_adoptable(*pair)

@@ -241,7 +241,15 @@ class FitToLayerOutput(RepairStep):
 
 
 def closed_form_steps(context: RepairContext) -> list[RepairStep]:
-    """The steps that the options ask for."""
+    """The steps of `liar.reconstruct` with some options, for `apply_steps`.
+
+    Example:
+        >>> from liar.options import ReconstructOptions
+        >>> from liar.repair import RepairContext, closed_form_steps
+        >>> context = RepairContext(ReconstructOptions(), advance=lambda: None)
+        >>> [type(step).__name__ for step in closed_form_steps(context)]
+        ['RefitProducers', 'FitToResidualStream']
+    """
     if context.options.target == "layer_output":
         return [FitToLayerOutput(context)]
     refit: list[RepairStep] = [RefitProducers(context)] if context.options.refit else []

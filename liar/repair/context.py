@@ -31,6 +31,12 @@ class RepairContext:
         advance: called after every site.
         reports: of the sites that are done, in order.
         starts: by kind of site, the ridge that was chosen last.
+
+    Example:
+        >>> from liar.options import ReconstructOptions
+        >>> from liar.repair import RepairContext
+        >>> RepairContext(ReconstructOptions(ridge=0.1), advance=lambda: None).reports
+        []
     """
 
     options: ReconstructOptions

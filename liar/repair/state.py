@@ -120,6 +120,21 @@ class SiteState:
         block: the dense block and its pruned copy.
         site: of the pruned block.
         dense_site: of the dense block.
+
+    Example:
+        A step that halves the output of every site that is cut.
+
+        >>> from liar.repair import RepairStep, apply_steps
+        >>> class Halve(RepairStep):
+        ...     def repair(self, site):
+        ...         weight, bias = site.consumer.initial_weights()
+        ...         site.consumer.write(weight / 2, bias / 2)
+        ...         print(site.name, int(site.unit_mask.sum()), site.drifted)
+        >>> layout, batches = liar.discover(model), liar.Calibration.of(calib, model)
+        >>> apply_steps(model, layout, batches, [Halve()], liar.Mask.of({"neurons.0": range(32)}, layout))
+        neurons.0 32 False
+        heads.1 4 True
+        neurons.1 64 True
     """
 
     walk: Walk
@@ -208,6 +223,11 @@ class SiteState:
         ):
             run_block(self.pruned_block, *self.walk.arguments(PRUNED, self.block.number, batch))
         return read_captures(activations, self.pruned_block, self.site, captures, self.calibration.token_masks[batch])
+
+    def run_block(self, batch: int) -> None:
+        """Run the whole pruned block on a batch, for a step that has hooks of its own."""
+        with self.walk.timed("pruned forward"), self.walk.replays(self.block, batch):
+            run_block(self.pruned_block, *self.walk.arguments(PRUNED, self.block.number, batch))
 
     def keep_for_replay(self, batch: int, consumer_input: Tensor) -> None:
         """Note what the consumer read, so that the site's sublayer need not run again while later sites are repaired.

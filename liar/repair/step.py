@@ -15,9 +15,26 @@ class RepairStep:
 
     Attributes:
         captures: what `observe` gets of the dense block.
+        changes_all: whether it repairs sites too of which everything is kept and before which nothing has changed.
+
+    Example:
+        A step that only looks, and so needs no mask: the largest activation that each consumer reads.
+
+        >>> from liar.repair import RepairStep, walk_blocks
+        >>> class Largest(RepairStep):
+        ...     captures = frozenset({"consumer_input"})
+        ...     found = {}
+        ...     def observe(self, site, batch, dense):
+        ...         largest = dense["consumer_input"].abs().max().item()
+        ...         self.found[site.name] = max(self.found.get(site.name, 0), largest)
+        >>> step = Largest()
+        >>> _ = walk_blocks(model, liar.discover(model), liar.Calibration.of(calib, model), [step])
+        >>> sorted(step.found)
+        ['heads.0', 'heads.1', 'neurons.0', 'neurons.1']
     """
 
     captures: frozenset[Capture] = frozenset()
+    changes_all: bool = False
 
     def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
         """See one batch at a site of the dense block, [sequences, length, channels] by capture, before any site is cut.

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from liar.data import Calibration
-from liar.errors import ModelError
 from liar.mask import Mask
 from liar.models import Layout, base_and_prefix, layout_of
 from liar.repair.captures import Capture, capture_points, read_captures
 from liar.repair.state import DENSE, PRUNED, BlockPair, SiteState, Walk
 from liar.repair.step import RepairStep
+from liar.repair.teacher import check_teacher
 from liar.runtime import (
     ActivationStore,
     Point,
@@ -63,14 +63,24 @@ def walk_blocks(
         The pruned and repaired copy of every block, in order; empty without a mask.
 
     Raises:
-        ModelError: the teacher has other blocks than the model.
+        ModelError: the teacher does not fit the model (see `check_teacher`).
         CalibrationError: the model does not take a batch.
+
+    Example:
+        >>> from liar.repair import RepairStep, walk_blocks
+        >>> layout, batches = liar.discover(model), liar.Calibration.of(calib, model)
+        >>> pruned = walk_blocks(model, layout, batches, [RepairStep()], mask=mask)  # only cuts
+        >>> pruned[0].intermediate.dense.out_features == mask.kept("neurons.0")
+        True
+        >>> liar.discover(model) == layout  # the model itself is not changed
+        True
     """
     has_pruned_stream = has_pruned_stream and mask is not None
     if mask is not None:
         layout = layout.matching(mask.masks)
     source, dense_layout = (model, layout) if teacher is None else (teacher, layout_of(teacher))
-    _check_teacher(dense_layout, layout)
+    if teacher is not None:
+        check_teacher(teacher, dense_layout, model, layout)
     clock = defaultdict(float) if clock is None else clock
     walk = Walk(layout, calibration, mask, ActivationStore(), clock, has_pruned_stream, drifted=teacher is not None)
     with preserve_model_state(model), preserve_model_state(source):
@@ -105,16 +115,6 @@ def _walk_block(walk: Walk, block: BlockPair, steps: Sequence[RepairStep], *, is
         _advance(walk, block)
     calls = (calls_of(stream, block.number) for stream in (DENSE, PRUNED))
     walk.store.discard(*calls, *(f"{site.name} replay" for site in block.replayed))
-
-
-def _check_teacher(dense: Layout, pruned: Layout) -> None:
-    shapes = [([site.name for site in layout.sites], [site.out for site in layout.sites]) for layout in (dense, pruned)]
-    if len(dense.blocks) != len(pruned.blocks) or shapes[0] != shapes[1]:
-        widths = [sorted({site.out for site in layout.sites}) for layout in (dense, pruned)]
-        raise ModelError(
-            f"the teacher has {len(dense.blocks)} blocks and a residual stream of width {widths[0]}, the model "
-            f"{len(pruned.blocks)} and {widths[1]}: expected the same; only heads and neurons may differ"
-        )
 
 
 def _enter(walk: Walk, model: nn.Module, layout: Layout, stream: str, stack: int) -> None:
@@ -185,7 +185,8 @@ def _dense_batch(
 def _visit(state: SiteState, steps: Sequence[RepairStep]) -> None:
     """Cut one site and let the steps repair it."""
     walk = state.walk
-    if walk.mask is not None and state.keeps_all and not walk.drifted:
+    changes = walk.drifted or any(step.changes_all for step in steps)
+    if walk.mask is not None and state.keeps_all and not changes:
         for step in steps:
             step.skip(state)
         return

@@ -6,12 +6,16 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liar.errors import CheckpointError, wrap_parse_errors
 from liar.files import user_path, write_text
+from liar.mask import Mask
+from liar.report.content import CostChange, ReportContent, SiteReport
+from liar.report.page import PageSource, notebook_cell, write_page
+from liar.report.quality import METRICS, Measure, Quality
 from liar.verdicts import Verdict
 
 if TYPE_CHECKING:
@@ -23,39 +27,7 @@ CAPTION = "error: squared error on held-out tokens over the target's energy (0 i
 
 
 @dataclass(frozen=True)
-class SiteReport:
-    """One site.
-
-    Attributes:
-        site: name, such as `"neurons.3"`.
-        module: full name of the consumer.
-        kept: units left.
-        total: units before.
-        before: residual energy over the target's, on held-out tokens, with the kept weights as they were (NaN if nothing
-            could be held out).
-        after: the same after reconstruction (fitted without those tokens).
-        verdict: how the solve ended.
-        ridge: relative ridge; infinite where the kept weights stayed.
-        condition: of the system solved.
-        seconds: of the solve for the weights of the consumer, without passes and without the refit of the producers.
-        bias_created: whether the layer got a bias it did not have.
-    """
-
-    site: str
-    module: str
-    kept: int
-    total: int
-    before: float
-    after: float
-    verdict: Verdict
-    ridge: float
-    condition: float
-    seconds: float
-    bias_created: bool = False
-
-
-@dataclass(frozen=True)
-class Report:
+class Report(ReportContent):
     """The outcome of one reconstruction.
 
     Attributes:
@@ -65,9 +37,13 @@ class Report:
         parameters: of the whole model, (before, after).
         tokens: calibration tokens used.
         sequences: calibration sequences used.
-        options: target, ridge, refit, solver, bias; after `liar.prune` also criterion, budget and widths.
+        options: target, ridge, refit, solver, bias, quality, set_aside; after `liar.prune` also criterion, budget and widths.
         dtype: of the weights.
         seconds: wall time by stage.
+        quality: the output beside the dense model's; None if it was not compared.
+        distinct_tokens: calibration tokens that are not copies; None in reports of earlier versions.
+        lengths: of the calibration sequences in tokens: (shortest, median, longest); None in reports of earlier versions.
+        cost: by the budget that units were selected by; None if the mask came from elsewhere.
 
     Example:
         >>> report = liar.prune(model, calib, keep=0.5)
@@ -77,16 +53,6 @@ class Report:
         True
     """
 
-    sites: tuple[SiteReport, ...]
-    requested: float | None
-    achieved: float
-    parameters: tuple[int, int]
-    tokens: int
-    sequences: int
-    options: Mapping[str, Any]
-    dtype: str
-    seconds: Mapping[str, float] = field(default_factory=dict)
-
     @property
     def verdicts(self) -> dict[str, Verdict]:
         """Site name -> verdict."""
@@ -94,12 +60,7 @@ class Report:
 
     def to_json(self) -> str:
         """JSON text; NaN and infinity become strings, since JSON has no such numbers."""
-        content = asdict(self)
-        content["sites"] = [
-            {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in site.items()}
-            for site in content["sites"]
-        ]
-        return json.dumps(content, indent=1)
+        return json.dumps(_with_plain_numbers(asdict(self)), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -128,6 +89,29 @@ class Report:
         """
         with wrap_parse_errors(CheckpointError, WRITTEN, path):
             return cls.from_json(user_path(path).read_text(encoding="utf-8"))
+
+    def to_html(self, path: str | Path, *, name: str = "This model", mask: Mask | None = None) -> None:
+        """Write one self-contained web page: warnings, output, what was kept, errors, calibration data, how to load.
+
+        Args:
+            path: of the page, which ends in `.html`.
+            name: what the page calls the model.
+            mask: which units stay: heads are then shown one by one.
+
+        Raises:
+            OptionError: another ending.
+            ImportError: matplotlib is not installed.
+            CheckpointError: the file cannot be written.
+
+        Example:
+            >>> report = liar.prune(model, calib, keep=0.5)
+            >>> report.to_html("report.html", name="slim")
+        """
+        write_page([PageSource(name, self, mask)], path)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        return notebook_cell(self)
 
     def table(self) -> Table:
         """A `rich` table; `print(report)` shows it."""
@@ -167,17 +151,27 @@ class Report:
 
     def __str__(self) -> str:
         verdicts = [f"{verdict.value}: {verdict.text}" for verdict in sorted({site.verdict for site in self.sites})]
+        below = [*verdicts, *(self.quality.lines() if self.quality else [])]
         try:
             from rich.console import Console  # noqa: PLC0415 (an extra)
         except ImportError:
             rows = ["\t".join(row) for row in (HEADINGS, *self.rows())]
-            return "\n".join([self._title(), *rows, *verdicts, ""])
+            return "\n".join([self._title(), *rows, *below, ""])
         console = Console(file=io.StringIO(), width=120)
         console.print(self.table())
-        for line in verdicts:
-            console.print(line)
+        for line in below:
+            console.print(line, highlight=False, markup=False)
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue()
+
+
+def _with_plain_numbers(content: Any) -> Any:
+    """The same with NaN and infinity as text: JSON has no such numbers."""
+    if isinstance(content, Mapping):
+        return {name: _with_plain_numbers(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_with_plain_numbers(value) for value in content]
+    return str(content) if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _count(value: Any) -> int:
@@ -227,6 +221,25 @@ def _pair(value: Any) -> tuple[int, int]:
     return _count(before), _count(after)
 
 
+def _lengths(value: Any) -> tuple[int, int, int]:
+    shortest, median, longest = value
+    return _count(shortest), _count(median), _count(longest)
+
+
+def _metric(value: Any) -> str:
+    if value not in METRICS:
+        raise ValueError(f"expected one of {', '.join(METRICS)}, got {value!r}")
+    return _text(value)
+
+
+def _measures(value: Any) -> tuple[Measure, ...]:
+    return tuple(Measure(**_read(MEASURE, each)) for each in value)
+
+
+def _optional(reader: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else reader(value)
+
+
 # What a field of a file becomes.
 Readers = Mapping[str, Callable[[Any], Any]]
 SITE: Readers = {
@@ -242,8 +255,17 @@ SITE: Readers = {
     "seconds": _number,
     "bias_created": _flag,
 }
+MEASURE: Readers = {"output": _text, "metric": _metric, "repaired": _number, "mask_only": _number}
+QUALITY: Readers = {
+    "measures": _measures,
+    "sequences": _count,
+    "tokens": _count,
+    "predictions": _count,
+    "held_out": _flag,
+}
+COST: Readers = {"name": _text, "before": _number, "after": _number}
 REPORT: Readers = {
-    "requested": lambda value: None if value is None else _share(value),
+    "requested": _optional(_share),
     "achieved": _share,
     "parameters": _pair,
     "tokens": _count,
@@ -251,6 +273,10 @@ REPORT: Readers = {
     "options": lambda value: {_text(name): each for name, each in value.items()},
     "dtype": _text,
     "seconds": lambda value: {_text(name): _number(each) for name, each in value.items()},
+    "quality": _optional(lambda value: Quality(**_read(QUALITY, value))),
+    "distinct_tokens": _optional(_count),
+    "lengths": _optional(_lengths),
+    "cost": _optional(lambda value: CostChange(**_read(COST, value))),
 }
 
 

@@ -112,7 +112,7 @@ def record_block_calls(
         return forward
 
     forwards = [*map(replayer, range(before)), *map(recorder, range(len(blocks)))]
-    with _replaced([*encoder, *blocks], forwards):
+    with replace_forwards([*encoder, *blocks], forwards):
         for number, batch in enumerate(batches):
             running = number
             try:
@@ -145,18 +145,17 @@ class _FirstBlock:
 
 
 @contextmanager
-def _replaced(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Give blocks other forwards for a while."""
-    owned = [vars(block).get("forward") for block in blocks]
+def replace_forwards(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Let other functions run in place of some modules; whatever happens, the modules are then as they were."""
+    owned: list[Callable[..., Any] | None] = [vars(block).get("forward") for block in blocks]
     try:
         for block, forward in zip(blocks, forwards, strict=True):
             block.forward = forward
         yield
     finally:
         for block, own in zip(blocks, owned, strict=True):
-            if own is None:
-                vars(block).pop("forward", None)
-            else:
+            vars(block).pop("forward", None)
+            if own is not None:
                 block.forward = own
 
 

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from liar.data import Calibration
 from liar.errors import ModelError
+from liar.models import takes_choices
+from liar.runtime.blocks import run_model
 from liar.runtime.stream import widen
 
 # Question answering: every position of a sequence is a class, for the beginning and for the end of the answer.
@@ -75,3 +78,24 @@ def model_outputs(returned: Any, token_mask: Tensor, *, several_labels: bool = F
         else:
             outputs.append(Output(name, rows, "numbers", by_token))
     return outputs
+
+
+def outputs_of(model: nn.Module, calibration: Calibration, number: int, *, every: int = 1) -> list[Output]:
+    """Run one batch: the model's outputs, above 1 for `every` so-many-th position only.
+
+    Such a model has to take `logits_to_keep`.
+    """
+    batch, token_mask = calibration.batches[number], calibration.token_masks[number]
+    if takes_choices(model):
+        # Every sequence is a question of its own, with one choice.
+        batch = {name: value.unsqueeze(1) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    if every > 1:
+        positions = torch.arange(token_mask.shape[1], device=token_mask.device)
+        token_mask, batch = drawn(token_mask, every), {**batch, "logits_to_keep": drawn(positions[None], every)[0]}
+    several_labels = getattr(model.config, "problem_type", None) == "multi_label_classification"
+    return model_outputs(run_model(model, batch, calibration.numbers[number]), token_mask, several_labels=several_labels)
+
+
+def drawn(positions: Tensor, every: int) -> Tensor:
+    """Every so-many-th position of [sequences, length], the last of each stretch: it has seen the others."""
+    return positions[:, every - 1 :: every]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from liar.errors import ModelError
-from liar.models import check_default_device, check_model
+from liar.models import Layout, check_default_device, check_model, layout_with_weights
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
@@ -44,6 +44,16 @@ def exclusive(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(_ordinary_settings())
         yield
+
+
+def layout_when_free(model: nn.Module) -> Layout:
+    """The sites of a model, which no other thread works with meanwhile.
+
+    Raises:
+        ModelError: as `exclusive`, and as `layout_with_weights`.
+    """
+    with exclusive(model):
+        return layout_with_weights(model)
 
 
 @dataclass

@@ -173,7 +173,7 @@ def collect(
         Frozen `CriterionStatistics`, to be given to `select` in place of calibration batches.
 
     Raises:
-        OptionError, CalibrationError, ModelError: with what was expected, what came, and what to do.
+        OptionError, CalibrationError, ModelError: the message says what was expected and given, and what to do.
 
     Example:
         >>> statistics = liar.collect(model, calib, criteria=["fluctuation", "wanda"])

@@ -13,8 +13,8 @@ from liar.data import Calibration, sample, split, take
 from liar.errors import at_site
 from liar.models import Layout, layer_of
 from liar.progress import Progress, timed
-from liar.runtime import Point, by_sequence, preserve_model_state, record_gradients, sequence_sums
-from liar.selection.gradients import differentiable, drawn, gradients, outputs_of, run_with_gradients
+from liar.runtime import Point, by_sequence, drawn, outputs_of, preserve_model_state, record_gradients, sequence_sums
+from liar.selection.gradients import differentiable, gradients, run_with_gradients
 from liar.selection.loss import sampled_label_loss
 from liar.statistics import check_finite
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from liar.data import Calibration
 from liar.errors import CalibrationError, at_site
-from liar.models import Edge, LayerView, Layout, Site, base_and_prefix, layer_of, takes_choices
+from liar.models import Edge, LayerView, Layout, Site, base_and_prefix, layer_of
 from liar.progress import Progress
-from liar.runtime import Output, Point, by_sequence, capture_activations, model_outputs, record_gradients, run_model, widen
+from liar.runtime import Output, Point, by_sequence, capture_activations, outputs_of, record_gradients, widen
 from liar.selection.loss import label_loss, sampled_label_loss
 from liar.statistics import check_finite
 
@@ -88,27 +88,6 @@ def run_with_gradients(
     with at_site("output", type(model).__name__):
         check_finite(*(output.rows for output in outputs))
     return activations, outputs
-
-
-def outputs_of(model: nn.Module, calibration: Calibration, number: int, *, every: int = 1) -> list[Output]:
-    """Run one batch: the model's outputs, above 1 for `every` so-many-th position only.
-
-    Such a model has to take `logits_to_keep`.
-    """
-    batch, token_mask = calibration.batches[number], calibration.token_masks[number]
-    if takes_choices(model):
-        # Every sequence is a question of its own, with one choice.
-        batch = {name: value.unsqueeze(1) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    if every > 1:
-        positions = torch.arange(token_mask.shape[1], device=token_mask.device)
-        token_mask, batch = drawn(token_mask, every), {**batch, "logits_to_keep": drawn(positions[None], every)[0]}
-    several_labels = getattr(model.config, "problem_type", None) == "multi_label_classification"
-    return model_outputs(run_model(model, batch, calibration.numbers[number]), token_mask, several_labels=several_labels)
-
-
-def drawn(positions: Tensor, every: int) -> Tensor:
-    """Every so-many-th position of [sequences, length], the last of each stretch: it has seen the others."""
-    return positions[:, every - 1 :: every]
 
 
 def differentiable(calibration: Calibration) -> Calibration:

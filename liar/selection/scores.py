@@ -24,6 +24,13 @@ class SiteWeights:
         parameters: that go away with one unit.
         statistics: what was collected at the site, by name; see `STATISTICS`.
         seed: for `random`.
+
+    Example:
+        >>> from liar.selection import SiteWeights
+        >>> site = liar.discover(model)["heads.0"]
+        >>> weights = SiteWeights.of(model.get_submodule(site.block), site, statistics={})
+        >>> [producer.shape[0] for producer in weights.producers], weights.consumer.shape
+        ([4, 4, 4], torch.Size([4, 8, 32]))
     """
 
     producers: tuple[Tensor, ...]
@@ -130,6 +137,12 @@ class Criterion:
         score: one number per unit; high ones stay.
         needs: a key of `STATISTICS`, or None if the weights are enough.
         comparable: whether scores of different sites are in one unit.
+
+    Example:
+        >>> from liar.selection import Criterion
+        >>> largest = Criterion(lambda units: units.consumer.flatten(1).abs().amax(1), needs=None)
+        >>> largest.comparable
+        False
     """
 
     score: Callable[[SiteWeights], Tensor]

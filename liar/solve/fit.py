@@ -29,6 +29,14 @@ class Solution:
         target_energy: sum of squares of the (centred) target per token.
         before: residual energy without any update, over the target's, on held-out tokens.
         after: the same for a solution fitted without those tokens.
+
+    Example:
+        >>> from liar.statistics import Moments
+        >>> moments = Moments()
+        >>> moments.update(torch.eye(3).repeat(9, 1), torch.ones(27, 1))
+        >>> solution = fit(moments.normal(affine=True), [], torch.zeros(3, 1), torch.zeros(1), ridge=1.0)
+        >>> solution.verdict.value, solution.rank, solution.bias
+        ('ridged', 3, tensor([1.], dtype=torch.float64))
     """
 
     weight: Tensor
@@ -67,6 +75,15 @@ def fit(
         solver: one of the solvers.
         enough: False if there is too little data to change anything by it; see `RepairContext.is_enough`.
         start: the ridge at which the search for "auto" begins.
+
+    Example:
+        >>> from liar.statistics import Moments
+        >>> z = torch.randn(500, 4, dtype=torch.float64)
+        >>> moments = Moments()
+        >>> moments.update(z, z @ torch.ones(4, 2, dtype=torch.float64) + 3)
+        >>> solution = fit(moments.normal(affine=True), [], torch.zeros(4, 2), torch.zeros(2), ridge=0)
+        >>> solution.weight.round(decimals=6).unique(), solution.bias.round(decimals=6).unique()
+        (tensor([1.], dtype=torch.float64), tensor([3.], dtype=torch.float64))
     """
     weight, bias = weight.double(), bias.double()
     held_energy = sum(held.target_energy for _, held in splits)

@@ -16,6 +16,14 @@ class Factor:
     """The triangular factor R of the rows [1, z, t], updated by QR in float64: half the condition of a Gram matrix.
 
     Same use as `Moments`; slower (a QR per chunk), for badly conditioned sites and `solver="lstsq"`.
+
+    Example:
+        >>> z = torch.randn(100, 3, dtype=torch.float64)
+        >>> factor = Factor()
+        >>> factor.update(z, z.sum(1, keepdim=True))
+        >>> normal = factor.normal(affine=True)
+        >>> torch.allclose(normal.gram @ torch.ones(3, 1, dtype=torch.float64), normal.cross)
+        True
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """Cutting models: layers to the kept units, and what the stock class can still build."""
 
-from liar.surgery.cut import adopt, all_or_nothing, check_adoptable, copy_block, cut_site, remove, update_config
+from liar.surgery.cut import adopt, all_or_nothing, check_adoptable, copy_block, copy_dense, cut_site, remove, update_config
 from liar.surgery.heads import selection_of
 from liar.surgery.stock import (
     OPTIONAL_PARTS,
@@ -24,6 +24,7 @@ __all__ = [
     "build_stock",
     "check_adoptable",
     "copy_block",
+    "copy_dense",
     "cut_site",
     "kind_sizes",
     "patterns_of",

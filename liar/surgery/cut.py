@@ -46,6 +46,14 @@ def copy_block(block: nn.Module) -> nn.Module:
     return copy.deepcopy(block, {id(shared): shared for shared in (*block.parameters(), *block.buffers(), *configs)})
 
 
+def copy_dense(model: nn.Module) -> nn.Module:
+    """A copy of a model with its own modules and configuration but the same parameters and buffers.
+
+    It stays as it is when the model is cut, since cutting replaces parameters and changes none in place.
+    """
+    return copy.deepcopy(model, {id(shared): shared for shared in (*model.parameters(), *model.buffers())})
+
+
 def check_adoptable(block: nn.Module, pruned_block: nn.Module) -> None:
     """Check that a block can take over its cut copy: the same modules, and every parameter (a bias may have been added).
 
@@ -102,7 +110,7 @@ def remove(model: nn.Module, mask: Mask | Mapping[str, Any]) -> None:
         mask: a `Mask`, or one made elsewhere (see `Mask.of`).
 
     Raises:
-        MaskError, ModelError: with what was expected, what came, and what to do; the model is then as it was.
+        MaskError, ModelError: the message says what was expected and given, and what to do; the model is then as it was.
 
     Example:
         >>> liar.remove(model, mask)

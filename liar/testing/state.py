@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
-    """Everything of a model that a failed call must leave as it was: compare two of them with `assert_same_state`."""
+    """Everything of a model that a failed call must leave as it was: compare two of them with `assert_same_state`.
+
+    Example:
+        >>> from liar.testing import model_state
+        >>> sorted(model_state(model))[:3]
+        ['attributes', 'classes', 'configuration']
+    """
     modules = dict(model.named_modules())
     config: Any = getattr(model, "config", None)
     return {
@@ -36,7 +42,21 @@ def model_state(model: nn.Module) -> dict[str, Any]:
 
 
 def assert_same_state(model: nn.Module, before: Mapping[str, Any]) -> None:
-    """Fail if anything that `model_state` recorded of a model has changed since; weights are compared bit for bit."""
+    """Fail if anything that `model_state` recorded of a model has changed since; weights are compared bit for bit.
+
+    Args:
+        model: the model.
+        before: what `model_state` returned for it.
+
+    Raises:
+        AssertionError: something has changed; it says what.
+
+    Example:
+        >>> from liar.testing import assert_same_state, model_state
+        >>> before = model_state(model)
+        >>> _ = liar.select(model, calib, keep=0.5, progress=False)
+        >>> assert_same_state(model, before)
+    """
     after = model_state(model)
     for what, old in before.items():
         if what == "weights":

@@ -126,7 +126,21 @@ def tiny_model(
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Give all parameters random values, in place: large enough that every layer matters, biases and norms too."""
+    """Give all parameters random values, in place: large enough that every layer matters, biases and norms too.
+
+    Args:
+        model: any model.
+        seed: of the values; the global random state is left alone.
+
+    Example:
+        >>> from liar.testing import randomise
+        >>> bias = model.encoder.layer[0].output.dense.bias
+        >>> torch.nn.init.zeros_(bias).any().item()
+        False
+        >>> randomise(model)
+        >>> bias.any().item()
+        True
+    """
     generator = torch.Generator().manual_seed(seed)
     # Tables of positions that a class makes anew whenever it is built.
     fixed = getattr(model, "_keys_to_ignore_on_save", None) or ()

@@ -13,8 +13,7 @@ from transformers import PreTrainedConfig
 
 from liar.data.batches import read_batches
 from liar.errors import ModelError
-from liar.models import LayerView, base_and_prefix
-from liar.models.layers import storage_of
+from liar.models import base_and_prefix, linear_layers
 from liar.runtime import ActivationStore, BlockCall, calls_of, record_block_calls
 from liar.surgery import build_stock
 from liar.testing import randomise, tiny_batches
@@ -25,15 +24,6 @@ VOCABULARY = 512
 # Copies of one sequence that run side by side, and its tokens: so many channels are tried in one run of a block.
 PROBES = 48
 LENGTH = 4
-
-
-def linear_layers(block: nn.Module) -> dict[str, LayerView]:
-    """The linear layers of a block, by name.
-
-    Raises:
-        ModelError: one of them cannot be rewritten.
-    """
-    return {name: LayerView.of(module, name) for name, module in block.named_modules() if storage_of(module)}
 
 
 @dataclass(frozen=True)

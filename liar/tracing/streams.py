@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from liar.models import linear_layers
 from liar.tracing.findings import NotFoundError
-from liar.tracing.small import linear_layers
 from liar.tracing.trace import Trace
 from liar.tracing.units import Units
 

@@ -47,7 +47,7 @@ def latency(
     Each width is timed in a copy of a block in which only that site is cut, and layers of one shape are timed once. Times are
     medians over rounds, each relative to all that was timed in its round, and do not fall as a layer grows. What is saved in
     single blocks is scaled by one factor, so that it adds up for the model with half of all units, which is timed too. That it
-    adds up elsewhere is an assumption; time the slim model to see.
+    also adds up elsewhere is an assumption: time the pruned model to verify it.
 
     Args:
         model: a Hugging Face model of a known family, on the device and in the dtype it will run with; it is not changed.
@@ -60,7 +60,7 @@ def latency(
         `Costs` in seconds per batch of the whole model. Sites may keep the widths that were timed.
 
     Raises:
-        ModelError, OptionError, BudgetError: with what was expected, what came, and what to do.
+        ModelError, OptionError, BudgetError: the message says what was expected and given, and what to do.
 
     Example:
         >>> costs = liar.latency(model, batch_size=2, length=16)

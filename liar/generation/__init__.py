@@ -1,0 +1,5 @@
+"""Calibration texts that the dense model writes itself."""
+
+from liar.generation.generate import SelfGenerated, self_generate
+
+__all__ = ["SelfGenerated", "self_generate"]

@@ -1,0 +1,150 @@
+"""The output of the finished model beside the dense model's: what the repair is worth where it counts.
+
+The errors of the sites are errors of activations; a user wants to know what comes out. So a few sequences go through the dense
+model, through the same model with its cut and repaired blocks, and through one whose blocks are cut and nothing else. All three
+are one model: for a pass, other blocks run in place of its own. The blocks of the mask alone are cut one at a time, when they
+run, so that never more than one of them is there.
+
+Which sequences. The fit reads all calibration data: the least squares become better by every sequence, and weights must not
+depend on whether somebody looks at the result. So by default a few of the sequences that the fit has seen are compared, and the
+report says so, in words that promise less: such numbers flatter the repair, the more the fewer tokens there are. Numbers on
+text that nothing was fitted to need text to spare: `held_out` batches, what the command line finds left over in its texts, or
+`set_aside=True`, which takes sequences out of the calibration data and says so, too.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, logsigmoid
+
+from liar.data import Calibration, split, take
+from liar.mask import Mask
+from liar.models import Layout, Site
+from liar.report import Measure, Quality
+from liar.runtime import Output, outputs_of, preserve_model_state, replace_forwards
+from liar.surgery import copy_block, cut_site
+
+# Sequences that are compared if nobody says how many: a 32nd of the calibration data, at most 16; of little data an eighth, up
+# to 4. Then three passes over them take a few per cent of the time of a run, which reads all data several times.
+MOST, PART = 16, 32
+FEW, PART_OF_LITTLE = 4, 8
+# Numbers in the outputs of one pass: all of three models' are there at a time.
+NUMBERS = 2**25
+
+
+def sequences_to_compare(quality: int | str, sequences: int) -> int:
+    """How many sequences `quality` means, where there are so many calibration sequences."""
+    if quality != "auto":
+        return int(quality)
+    return max(min(MOST, sequences // PART), min(FEW, sequences // PART_OF_LITTLE), 1)
+
+
+def compare_outputs(
+    model: nn.Module,
+    layout: Layout,
+    mask: Mask,
+    repaired_blocks: Sequence[nn.Module],
+    compared: Calibration,
+    *,
+    held_out: bool,
+    teacher: nn.Module | None = None,
+) -> Quality:
+    """Compare the repaired model, and the one with the mask alone, with the dense model; see the top of this file.
+
+    Args:
+        model: the model that is repaired, with its task head if it has one; it is left alone.
+        layout: its sites.
+        mask: the units that stay.
+        repaired_blocks: the cut and repaired copy of every block.
+        compared: the sequences.
+        held_out: whether nothing was fitted to them.
+        teacher: the dense model, if that is not `model` as it is.
+
+    Raises:
+        ModelError: the outputs are of a kind that cannot be compared.
+        CalibrationError: the model does not take a batch.
+    """
+    layout = layout.matching(mask.masks)
+    blocks = [model.get_submodule(name) for name in layout.blocks]
+    sites = [layout.of_block(name) for name in layout.blocks]
+    cut = [partial(_run_cut, copy_block(block), own, mask) for block, own in zip(blocks, sites, strict=True)]
+    variants: dict[str, Sequence[Callable[..., Any]]] = {
+        "repaired": [each.__call__ for each in repaired_blocks],
+        "mask_only": cut,
+    }
+    sums: defaultdict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
+    counts: defaultdict[str, int] = defaultdict(int)
+    source = model if teacher is None else teacher
+    with preserve_model_state(model), preserve_model_state(source):
+        for block in repaired_blocks:
+            block.eval()
+        parts, every = _in_passes(model, compared)
+        for number in range(len(parts.batches)):
+            dense = outputs_of(source, parts, number, every=every)
+            for output in dense:
+                counts[output.name] += len(output.rows)
+            for variant, forwards in variants.items():
+                with replace_forwards(blocks, forwards):
+                    changed = outputs_of(model, parts, number, every=every)
+                for one, other in zip(dense, changed, strict=True):
+                    for metric, values in distances(one, other).items():
+                        total = sums[one.name, metric]
+                        total[variant] = total.get(variant, 0) + values.sum(dtype=torch.float64)
+    means = {key: {variant: float(total / max(counts[key[0]], 1)) for variant, total in by.items()} for key, by in sums.items()}
+    return Quality(
+        measures=tuple(
+            Measure(output, metric, **{variant: FINISH.get(metric, float)(mean) for variant, mean in by_variant.items()})
+            for (output, metric), by_variant in means.items()
+        ),
+        sequences=compared.sequences,
+        tokens=compared.tokens,
+        predictions=max(counts.values(), default=0),
+        held_out=held_out,
+    )
+
+
+def distances(dense: Output, other: Output) -> dict[str, Tensor]:
+    """For every row of an output, by metric (see `liar.report.METRICS`; the square of a difference): each [rows]."""
+    p, q = dense.rows, other.rows
+    if dense.kind == "classes":
+        return {"kl": (p.exp() * (p - q)).sum(-1), "agreement": (p.argmax(-1) == q.argmax(-1)).to(p)}
+    if dense.kind == "labels":
+        sides = ((sign * p, sign * q) for sign in (1, -1))
+        divergence = sum(one.sigmoid() * (logsigmoid(one) - logsigmoid(two)) for one, two in sides)
+        assert isinstance(divergence, Tensor)
+        return {"kl": divergence.sum(-1), "agreement": ((p > 0) == (q > 0)).to(p).mean(-1)}
+    if dense.name in ("hidden", "embeddings"):
+        return {"cosine": cosine_similarity(p, q, dim=-1)}
+    return {"difference": (p - q).square().mean(-1)}
+
+
+# What is done to a mean over rows, if anything.
+FINISH: dict[str, Callable[[float], float]] = {"difference": lambda mean: mean**0.5}
+
+
+def _run_cut(block: nn.Module, sites: Sequence[Site], mask: Mask, *args: Any, **kwargs: Any) -> Any:
+    """Cut a copy of a block, run it, and forget it."""
+    cut = copy_block(block)
+    for site in sites:
+        cut_site(cut, site, mask[site.name])
+    return cut.eval()(*args, **kwargs)
+
+
+def _in_passes(model: nn.Module, compared: Calibration) -> tuple[Calibration, int]:
+    """The sequences in batches whose outputs fit in memory, and every which position of them is compared.
+
+    Only where the outputs of a single sequence are too many, and the model can leave some out, are positions left out.
+    """
+    first = outputs_of(model, take(compared, [(0, torch.zeros(1, dtype=torch.int64))]), 0)
+    widest = max((output.rows.shape[-1] for output in first if output.by_token), default=1)
+    longest = max(mask.shape[1] for mask in compared.token_masks)
+    can_leave_out = widest > 1 and "logits_to_keep" in signature(model.forward).parameters
+    every = max(longest * widest // NUMBERS, 1) if can_leave_out else 1
+    return split(compared, max(NUMBERS * every // (longest * widest), 1)), every
