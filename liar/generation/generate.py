@@ -88,9 +88,8 @@ def self_generate(
 
     Example:
         >>> import copy
-        >>> from transformers import AutoModelForCausalLM
         >>> from liar.testing import tiny_model
-        >>> writer, own = tiny_model("llama", AutoModelForCausalLM), copy.deepcopy(tokenizer)
+        >>> writer, own = tiny_model("llama", head="causal-lm"), copy.deepcopy(tokenizer)
         >>> own.eos_token = "[SEP]"  # the tokenizer of a language model has one
         >>> written = liar.self_generate(writer, own, tokens=60, max_length=16, language="off")
         >>> written.tokens >= 60
