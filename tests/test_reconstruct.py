@@ -574,6 +574,7 @@ def test_report_fields(model):
     assert {**report.options} == {
         "target": "residual_stream",
         "ridge": 0.01,
+        "drift_ridge": None,
         "refit": True,
         "solver": "auto",
         "bias": "preserve",
