@@ -32,6 +32,7 @@ LABELS = {
     "osscar_fullseq": "OSSCAR, fullseq",
     "ours_no_refit": "ours, no refit",
     "ours": "ours",
+    "ours_drift_ridge": "ours, `drift_ridge=1`",
     "fine_tuning": "fine-tuning",
     "kwon": "Kwon et al.",
     "query_heads": "ours, by query head",

@@ -155,6 +155,13 @@ def check_ridge(name: str, value: Any) -> None:
         raise OptionError(f"{name}={_shown(value)}: expected {expected}")
 
 
+def check_optional_ridge(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is None or a number from 0 to `LARGEST_RIDGE`."""
+    if value is not None and (not _is_number(value, Real) or not 0 <= value <= LARGEST_RIDGE):
+        expected = f"None or a number >= 0, at most {LARGEST_RIDGE:g} (relative to the mean diagonal of the Gram)"
+        raise OptionError(f"{name}={_shown(value)}: expected {expected}")
+
+
 def check_sparsity(name: str, value: Any) -> None:
     """Raise an `OptionError` unless the value is a share above 0 and below 1, or a pattern such as "2:4"."""
     if isinstance(value, str):
@@ -329,6 +336,11 @@ class ReconstructOptions(OptionGroup):
         default="auto",
         check=check_ridge,
     )
+    drift_ridge: float | None = _option(
+        "A ridge of its own for what the pruned stream has lost before a layer; the same for all if not given.",
+        default=None,
+        check=check_optional_ridge,
+    )
     refit: bool = _option("First fit the layers before the kept units to their dense output.", default=True, check=check_flag)
     solver: str = _option("How the least squares are solved.", default="auto", choices=SOLVERS)
     bias: str = _option("What happens to biases.", default="preserve", choices=BIASES)
@@ -343,6 +355,15 @@ class ReconstructOptions(OptionGroup):
         default=False,
         check=check_flag,
     )
+
+    def check(self) -> None:
+        """Raise an `OptionError` that names the first bad value, or options that exclude each other."""
+        super().check()
+        if self.drift_ridge is not None and self.target != "residual_stream":
+            raise OptionError(
+                f"drift_ridge={self.drift_ridge!r} needs target='residual_stream': with target={self.target!r} no layer makes "
+                "up for what is lost before it"
+            )
 
 
 @dataclass(frozen=True)

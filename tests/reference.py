@@ -184,6 +184,29 @@ def refit(pruned: torch.nn.Module, dense: torch.nn.Module, batches: list[dict], 
         module.bias.data[torch.from_numpy(kept)] = torch.from_numpy(mean_t - mean_z @ weight)
 
 
+def own_output(pruned: torch.nn.Module, dense: torch.nn.Module, batches: list[dict], layer: int, kind: str) -> np.ndarray:
+    """What the consumer gives on the pruned stream, with the layers of its site as they are in the dense model."""
+    whole = copy.deepcopy(pruned)
+    family = dense.config.model_type
+    for name in (*PRODUCERS[family][kind], RESIDUALS[family][kind][0]):
+        blocks(whole)[layer].get_submodule(name).load_state_dict(blocks(dense)[layer].get_submodule(name).state_dict())
+    return activations(whole, batches, layer, kind)["y"]
+
+
+def in_parts(z: np.ndarray, own: np.ndarray, target: np.ndarray, counts: np.ndarray, start: np.ndarray, *, affine: bool,
+             ridge: float, drift_ridge: float) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """The own output with a ridge toward `start`, and the rest of the target with a ridge toward zero; a token counts as
+    often as `counts` says."""
+    out = own.shape[1]
+    z, both, (mean_z, mean_t) = repeated(z, np.concatenate([own, target], 1), counts, affine)
+    mean_t = mean_t if affine else np.zeros(2 * out)
+    own, drift, zeros = both[:, :out], both[:, out:] - both[:, :out], np.zeros(out)
+    unit = absolute(1, z, False)
+    weight, _ = least_squares(z, own, start, zeros, affine=False, ridge=ridge * unit)
+    weight += least_squares(z, drift, np.zeros_like(start), zeros, affine=False, ridge=drift_ridge * unit)[0]
+    return weight, mean_t[out:] - mean_z @ weight
+
+
 def repeated(z: np.ndarray, t: np.ndarray, weight: np.ndarray, affine: bool) -> tuple:
     """Weighted rows as plain rows: both sides centred by their weighted means and multiplied by the roots of the weights;
     and the mean of z and t, joined."""
@@ -200,11 +223,12 @@ def residual_stream(
     *,
     producers: bool = True,
     weighted: bool = True,
+    drift_ridge: float | None = None,
 ) -> torch.nn.Module:
     """Site after site on full models in float64: the pruned model's consumer is refitted to
     T = residual_dense + output_dense - residual_pruned on the pruned model's inputs, each producer before it to its dense
     output; there, in pre-norm models, half of all weight is even and half goes to tokens by the length of output_dense. Removed
-    weights stay zero."""
+    weights stay zero. With `drift_ridge`, T is fitted in two parts (see `in_parts`)."""
     dense = copy.deepcopy(model).double().eval()
     pruned = masked(dense, keep)
     changed = False
@@ -214,6 +238,7 @@ def residual_stream(
             if all(row) and not changed:
                 continue
             target_rows = activations(dense, batches, layer, kind)
+            own = own_output(pruned, dense, batches, layer, kind) if changed and drift_ridge is not None else None
             if changed and producers:
                 size = np.linalg.norm(target_rows["y"], axis=1)
                 weigh = weighted and model.config.model_type in PRE_NORM
@@ -226,7 +251,13 @@ def residual_stream(
             consumer = blocks(pruned)[layer].get_submodule(RESIDUALS[model.config.model_type][kind][0])
             start, affine = numpy(matrix(consumer))[kept], consumer.bias is not None
             bias = numpy(consumer.bias) if affine else np.zeros(start.shape[1])
-            weight, bias = least_squares(z, target, start, bias, affine=affine, ridge=absolute(ridge, z, affine))
+            if own is None:
+                weight, bias = least_squares(z, target, start, bias, affine=affine, ridge=absolute(ridge, z, affine))
+            else:
+                energy = np.square(own).mean(1)
+                is_capped = weighted and model.config.model_type in PRE_NORM
+                counts = 1 / np.sqrt(1 + energy / energy.mean()) if is_capped else np.ones(len(own))
+                weight, bias = in_parts(z, own, target, counts, start, affine=affine, ridge=ridge, drift_ridge=drift_ridge)
             matrix(consumer)[torch.from_numpy(kept)] = torch.from_numpy(weight)
             if affine:
                 consumer.bias.data = torch.from_numpy(bias)

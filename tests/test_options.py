@@ -69,6 +69,7 @@ BAD = {
     ReconstructOptions: {
         "target": (["dense_stream", None], "expected one of 'residual_stream', 'layer_output'"),
         "ridge": ([-1, nan, inf, "none", None, True, 1.1e12, 1e308, 10**400, [1], {}], 'expected "auto" or a number >= 0'),
+        "drift_ridge": ([-1, nan, inf, "auto", True, 1.1e12, [1]], "expected None or a number >= 0"),
         "solver": (["qr"], "expected one of 'auto', 'cholesky', 'eigh', 'lstsq'"),
         "bias": (["keep", False], "expected one of 'preserve', 'create'"),
         "quality": (

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import liar
 from liar import Mask, Verdict
+from liar.errors import OptionError
 from liar.repair import context
 from liar.testing import tiny_batches, tiny_model
 
@@ -230,6 +231,52 @@ def test_residual_stream_equals_full_models_with_hooks(name, pattern, refit):
                 torch.testing.assert_close(new.bias.detach(), full.bias.detach(), rtol=1e-4, atol=1e-5)
     new_batches = tiny_batches(model, seed=3)
     torch.testing.assert_close(outputs(got, new_batches), outputs(want, new_batches), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "llama-8q-2kv", "llama-biases", "gpt2-lm"])
+@pytest.mark.parametrize("refit", [True, False])
+@pytest.mark.parametrize("solver", ["auto", "lstsq"])
+def test_a_ridge_of_its_own_for_drift_equals_full_models_with_hooks(name, refit, solver):
+    model = tiny_model(**MODELS[name], dtype=torch.float64)
+    batches = tiny_batches(model, batches=4, sequences=8, length=16)
+    keep = keeps(model, "unequal")
+    got, _ = run(model, keep, batches, drift_ridge=2.0, refit=refit, solver=solver)
+    want = reference.residual_stream(model, keep, batches, ridge=0.01, producers=refit, drift_ridge=2.0)
+    for layer in range(2):
+        for kind in KINDS:
+            kept = torch.from_numpy(reference.kept_channels(model, layer, kind, keep[kind][layer]))
+            new, full = consumer(got, layer, kind), consumer(want, layer, kind)
+            torch.testing.assert_close(reference.matrix(new), reference.matrix(full)[kept], rtol=1e-4, atol=1e-5)
+            if full.bias is not None:
+                torch.testing.assert_close(new.bias.detach(), full.bias.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_every_part_of_the_two_ridges_counts(name):
+    """Negative control: with one ridge, or without the token weights in pre-norm models, it is another model."""
+    model = tiny_model(**MODELS[name], dtype=torch.float64)
+    batches = tiny_batches(model, batches=4, sequences=8, length=16)
+    keep = keeps(model, "unequal")
+    variants = [{"drift_ridge": 2.0}, {}, {"drift_ridge": 2.0, "weighted": False}]
+    two, one, even = (outputs(reference.residual_stream(model, keep, batches, 0.01, **each), batches) for each in variants)
+    assert not torch.allclose(two, one, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(two, even, rtol=1e-3, atol=1e-4) is (name == "bert")
+
+
+def test_equal_ridges_are_one_ridge():
+    """In post-norm models, whose tokens count alike: the target is linear in its parts."""
+    model = tiny_model(**MODELS["bert"], dtype=torch.float64)
+    batches = tiny_batches(model, batches=4, sequences=8, length=16)
+    keep = keeps(model, "every_other")
+    (one, _), (two, _) = (run(model, keep, batches, drift_ridge=each) for each in (None, 0.01))
+    assert_same_weights(one, two, rtol=1e-8, atol=1e-10)
+
+
+def test_a_ridge_for_drift_needs_the_residual_stream(model, batches):
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(OptionError, match="drift_ridge=1 needs target='residual_stream'"):
+        liar.reconstruct(model, as_mask(keeps(model, "every_other")), batches, target="layer_output", drift_ridge=1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -527,6 +574,7 @@ def test_report_fields(model):
     assert {**report.options} == {
         "target": "residual_stream",
         "ridge": 0.01,
+        "drift_ridge": None,
         "refit": True,
         "solver": "auto",
         "bias": "preserve",

@@ -362,6 +362,16 @@ def test_the_gram_of_half_the_products_is_the_gram(channels):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("affine", [True, False])
+def test_columns_of_the_target(kind, affine):
+    """`columns` is what streaming these columns alone would have given."""
+    z, t = pair(400)
+    part = slice(1, t.shape[1])
+    got = streamed(kind, z, t, 400).normal(affine=affine).columns(part)
+    assert_normal(got, streamed(kind, z, t[:, part], 400).normal(affine=affine))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("affine", [True, False])
 def test_another_target_from_the_same_sums(kind, affine):
     """`project_targets` is what streaming the new target would have given, but for its energy."""
     z, t = pair(400)
@@ -369,7 +379,7 @@ def test_another_target_from_the_same_sums(kind, affine):
     got = streamed(kind, z, t, 400).normal(affine=affine).project_targets(weight, bias)
     want = streamed(kind, z, t @ weight + bias, 400).normal(affine=affine)
     assert got.target_energy == 0
-    assert_normal(replace(got, target_energy=want.target_energy), want)
+    assert_normal(replace(got, target_energies=want.target_energies), want)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -45,6 +45,7 @@ def prune(
     heads: str = SelectOptions.heads,
     target: str = ReconstructOptions.target,
     ridge: float | str = ReconstructOptions.ridge,
+    drift_ridge: float | None = ReconstructOptions.drift_ridge,
     refit: bool = ReconstructOptions.refit,
     solver: str = ReconstructOptions.solver,
     bias: str = ReconstructOptions.bias,
@@ -67,7 +68,7 @@ def prune(
         True
     """
     selection = SelectOptions(keep, criterion, budget, widths, round_to, protect, seed, heads)
-    how = ReconstructOptions(target, ridge, refit, solver, bias, quality, set_aside)
+    how = ReconstructOptions(target, ridge, drift_ridge, refit, solver, bias, quality, set_aside)
     _, report = prune_with(model, calib, selection, how, PruneOptions(steps), held_out=held_out, progress=progress)
     return report
 

@@ -130,20 +130,74 @@ class FitToResidualStream(RepairStep):
     def repair(self, site: SiteState) -> None:
         """Fit on the pruned stream; the sublayer need not run again afterwards."""
         folds = self.context.new_folds()
-        captures: list[Capture] = ["consumer_input", "residual"] if site.site.output_norm is None else ["consumer_input"]
-        for batch, pruned in site.run_pruned(*captures):
+        for batch, pruned in site.run_pruned("consumer_input", *residual_of(site)):
             with site.walk.timed("statistics"):
-                target = widen(site.get("target", batch))
-                if "residual" in pruned:
-                    target = target - pruned["residual"]
-                if site.site.output_scale is not None:
-                    # What is multiplied by zero may be anything.
-                    scale = torch.as_tensor(output_scale(site.pruned_block, site.site))
-                    target = target / scale.where(scale != 0, 1)
-                folds.update(pruned["consumer_input"], target, site.tokens(batch))
+                folds.update(pruned["consumer_input"], self.lacking(site, batch, pruned), site.tokens(batch))
             site.keep_for_replay(batch, pruned["consumer_input"])
         site.discard("target")
         self.context.fit_consumer(site, folds)
+
+    def lacking(self, site: SiteState, batch: int, pruned: Mapping[str, Tensor]) -> Tensor:
+        """What the consumer should give, with the residual stream of the pruned model at hand."""
+        target = widen(site.get("target", batch))
+        if "residual" in pruned:
+            target = target - pruned["residual"]
+        if site.site.output_scale is not None:
+            # What is multiplied by zero may be anything.
+            scale = torch.as_tensor(output_scale(site.pruned_block, site.site))
+            target = target / scale.where(scale != 0, 1)
+        return target
+
+
+def residual_of(site: SiteState) -> list[Capture]:
+    """The capture of the residual stream, where the consumer is fitted to it."""
+    return ["residual"] if site.site.output_norm is None else []
+
+
+class FitOutputAndDrift(FitToResidualStream):
+    """The same target in two parts: what the consumer gives on the pruned stream as long as nothing is cut, and the rest.
+
+    Each part has its own ridge. A model may have tokens that are a thousand times larger than the others (see above); so that
+    they do not decide alone, large tokens count less: by the root of their energy.
+    """
+
+    def before_cut(self, site: SiteState) -> None:
+        """Run the whole sublayer, with the producers as they are."""
+        if not site.drifted:
+            return
+        for batch, pruned in site.run_pruned("consumer_output", *residual_of(site)):
+            with site.walk.timed("statistics"):
+                site.put("own output", batch, pruned["consumer_output"])
+                site.put("whole target", batch, self.lacking(site, batch, pruned))
+        site.discard("target")
+
+    def repair(self, site: SiteState) -> None:
+        """Fit to both parts at once; where nothing has drifted there is one only."""
+        if not site.drifted:
+            super().repair(site)
+            return
+        folds, weights = self.context.new_folds(), self._token_weights(site)
+        for batch, pruned in site.run_pruned("consumer_input"):
+            with site.walk.timed("statistics"):
+                target = torch.cat([widen(site.get("own output", batch)), site.get("whole target", batch)], -1)
+                folds.update(pruned["consumer_input"], target, site.tokens(batch), weights[batch])
+            site.keep_for_replay(batch, pruned["consumer_input"])
+        for series in ("own output", "whole target"):
+            site.discard(series)
+        self.context.fit_consumer(site, folds, drift_ridge=self.context.options.drift_ridge)
+
+    @staticmethod
+    def _token_weights(site: SiteState) -> list[Tensor | None]:
+        """By batch, [sequences, length]: the inverse root of one plus the own output's energy over its mean.
+
+        None in post-norm models, as for a refit.
+        """
+        if not site.walk.layout.is_pre_norm:
+            return [None for _ in site.walk.batches]
+        energies = [widen(site.get("own output", batch)).square().mean(-1) for batch in site.walk.batches]
+        masks = site.calibration.token_masks
+        mean = torch.cat([energy[mask] for energy, mask in zip(energies, masks, strict=True)]).mean()
+        return [(1 + energy / mean.clamp_min(torch.finfo(mean.dtype).tiny)).rsqrt() for energy in energies]
 
 
 class FitToLayerOutput(RepairStep):
@@ -199,4 +253,5 @@ def closed_form_steps(context: RepairContext) -> list[RepairStep]:
     if context.options.target == "layer_output":
         return [FitToLayerOutput(context)]
     refit: list[RepairStep] = [RefitProducers(context)] if context.options.refit else []
-    return [*refit, FitToResidualStream(context)]
+    fit = FitToResidualStream if context.options.drift_ridge is None else FitOutputAndDrift
+    return [*refit, fit(context)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from math import nan
 from typing import Any
 
@@ -13,7 +14,7 @@ from liar.errors import at_site
 from liar.options import ReconstructOptions
 from liar.repair.state import SiteState
 from liar.report import SiteReport
-from liar.solve import MIDDLE, RIDGES, Solution, fit
+from liar.solve import MIDDLE, RIDGES, Solution, fit, fit_in_parts
 from liar.statistics import Factor, Folds, Moments
 from liar.verdicts import Verdict
 
@@ -57,8 +58,11 @@ class RepairContext:
         per_channel = 0 if site.walk.layout.is_pre_norm else TOKENS_PER_CHANNEL
         return site.calibration.distinct_tokens >= max(FEWEST_TOKENS, per_channel * channels)
 
-    def fit_consumer(self, site: SiteState, folds: Folds) -> None:
-        """Solve a site, write the answer into its consumer, and report it."""
+    def fit_consumer(self, site: SiteState, folds: Folds, *, drift_ridge: float | None = None) -> None:
+        """Solve a site, write the answer into its consumer, and report it.
+
+        With a `drift_ridge` the statistics have the columns that `fit_in_parts` expects.
+        """
         began = time.perf_counter()
         consumer = site.consumer
         creates = self.options.bias == "create" and consumer.bias is None
@@ -70,7 +74,10 @@ class RepairContext:
             initial = consumer.initial_weights()
             # Ridges of the same part of neighbouring blocks are alike, so the search is short from there.
             start = self.starts.get(site.site.kind, MIDDLE)
-            solution = fit(all_data, splits, *initial, ridge=options.ridge, solver=options.solver, enough=enough, start=start)
+            solver = fit if drift_ridge is None else partial(fit_in_parts, drift_ridge=drift_ridge)
+            solution = solver(
+                all_data, splits, *initial, ridge=options.ridge, solver=options.solver, enough=enough, start=start
+            )
             if solution.ridge in RIDGES:
                 self.starts[site.site.kind] = solution.ridge
             consumer.write(solution.weight, solution.bias, create_bias=creates)

@@ -8,8 +8,9 @@ A ridge is relative: the number is multiplied by the mean diagonal of the Gram m
 """
 
 from liar.solve.fit import Solution, fit, fit_drift
+from liar.solve.parts import fit_in_parts
 from liar.solve.precision import downdate_dtype
 from liar.solve.ridge import MIDDLE, RIDGES, SKETCH
 from liar.solve.solvers import solve
 
-__all__ = ["MIDDLE", "RIDGES", "SKETCH", "Solution", "downdate_dtype", "fit", "fit_drift", "solve"]
+__all__ = ["MIDDLE", "RIDGES", "SKETCH", "Solution", "downdate_dtype", "fit", "fit_drift", "fit_in_parts", "solve"]

@@ -107,7 +107,7 @@ class Factor:
             weight_sum=self._weight_sum,
             gram=z.T @ z,
             cross=z.T @ t,
-            target_energy=float(t.square().sum()),
+            target_energies=t.square().sum(0),
             mean_z=mean[1 : 1 + self._channels],
             mean_t=mean[1 + self._channels :],
             affine=affine,

@@ -179,7 +179,7 @@ class Moments:
             weight_sum=n,
             gram=mirror(sums.gram),
             cross=sums.cross,
-            target_energy=float(sums.target_energy.sum()),
+            target_energies=sums.target_energy,
             mean_z=means[0],
             mean_t=means[1],
             affine=affine,

@@ -84,7 +84,7 @@ class Normal:
         weight_sum: sum of the rows' weights (their number where they have none); all sums below are weighted.
         gram: [channels, channels], `z' z` (centred if `affine`).
         cross: [channels, out], `z' t` (centred if `affine`).
-        target_energy: sum of squares of t (centred if `affine`).
+        target_energies: [out], sum of squares of every column of t (centred if `affine`).
         mean_z: [channels]; zero if not `affine`.
         mean_t: [out]; zero if not `affine`.
         affine: whether an intercept is part of the model.
@@ -97,7 +97,7 @@ class Normal:
     weight_sum: float
     gram: Tensor
     cross: Tensor
-    target_energy: float
+    target_energies: Tensor
     mean_z: Tensor
     mean_t: Tensor
     affine: bool
@@ -106,8 +106,13 @@ class Normal:
 
     @cached_property
     def spectrum(self) -> Spectrum:
-        """Of `gram`; all normal equations that `project_targets` makes of these have it too, and all ridges use it."""
+        """Of `gram`; all normal equations that are made of these have it too, and all ridges use it."""
         return Spectrum(self.gram, self.count)
+
+    @property
+    def target_energy(self) -> float:
+        """Sum of squares of t."""
+        return float(self.target_energies.sum())
 
     @property
     def scale(self) -> float:
@@ -123,11 +128,39 @@ class Normal:
             self,
             cross=self.cross @ weight,
             mean_t=self.mean_t @ weight + bias if self.affine else self.mean_t @ weight,
-            target_energy=0.0,
+            target_energies=self.target_energies.new_zeros(weight.shape[1]),
             factor=self.factor and (self.factor[0], self.factor[1] @ weight),
         )
-        vars(projected)["spectrum"] = self.spectrum
-        return projected
+        return self._share_spectrum(projected)
+
+    def columns(self, part: slice) -> Normal:
+        """The same rows with some columns of the target alone."""
+        chosen = replace(
+            self,
+            cross=self.cross[:, part],
+            mean_t=self.mean_t[part],
+            target_energies=self.target_energies[part],
+            factor=self.factor and (self.factor[0], self.factor[1][:, part]),
+        )
+        return self._share_spectrum(chosen)
+
+    def less(self, other: Normal) -> Normal:
+        """The same rows with the target t less that of `other`, which has the same rows.
+
+        The energy of the difference is not known from these sums and left out, as in `project_targets`.
+        """
+        difference = replace(
+            self,
+            cross=self.cross - other.cross,
+            mean_t=self.mean_t - other.mean_t,
+            target_energies=torch.zeros_like(self.target_energies),
+            factor=self.factor and other.factor and (self.factor[0], self.factor[1] - other.factor[1]),
+        )
+        return self._share_spectrum(difference)
+
+    def _share_spectrum(self, other: Normal) -> Normal:
+        vars(other)["spectrum"] = self.spectrum
+        return other
 
     def rest(self, weight: Tensor) -> Tensor:
         """What a weight [channels, out] leaves of the cross moments: `cross - gram weight`, zero where it fits best."""
@@ -143,4 +176,4 @@ class Normal:
         rest = self.rest(weight) if rest is None else rest
         quadratic = -(weight * (rest + self.cross)).sum((-2, -1))
         offset = self.mean_t - self.mean_z @ weight - bias
-        return quadratic + self.target_energy + self.weight_sum * offset.square().sum(-1)
+        return quadratic + self.target_energies.sum() + self.weight_sum * offset.square().sum(-1)
