@@ -6,6 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 
 from liar.progress import Progress
 
@@ -121,3 +126,19 @@ MODELS: dict[str, dict] = {
     "llama-classifier": {"model_type": "llama", "head": "sequence-classification"},
     "gpt2-lm": {"model_type": "gpt2", "head": "causal-lm", "n_inner": 64, "bos_token_id": None, "eos_token_id": None},
 }
+
+
+def word_tokenizer(*, frame: bool, pad: bool) -> transformers.PreTrainedTokenizerFast:
+    """Words w0 … w89 and a few more; with `frame` as BERT has it: [CLS] a [SEP] b [SEP], and token types."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "text", "another", "one", *(f"w{number}" for number in range(80))]
+    made = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = Whitespace()
+    names = {"unk_token": "[UNK]", **({"pad_token": "[PAD]"} if pad else {})}
+    inputs = ["input_ids", "attention_mask"]
+    if frame:
+        made.post_processor = TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+        names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+        inputs.append("token_type_ids")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=inputs, **names)

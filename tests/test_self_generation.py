@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import word_tokenizer
+from cases import word_tokenizer
 
 import liar
 from liar.data import texts as texts_of
