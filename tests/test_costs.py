@@ -443,3 +443,9 @@ def test_what_a_unit_is_worth_is_weighed_against_what_it_costs():
     assert kept["parameters"][0] == 8
     assert heads < 4
     assert neurons > 100
+
+
+@pytest.mark.parametrize("name", [None, "", 3, np.int8(1)])
+def test_costs_say_what_is_counted(name):
+    with pytest.raises(BudgetError, match="name: expected a text that says what is counted"):
+        Costs(name, 0.0, {"neurons.0": {1: 1.0}})

@@ -43,7 +43,9 @@ class Costs:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raise a `BudgetError` unless there is a finite cost by site and number of units."""
+        """Raise a `BudgetError` unless there is a name, and a finite cost by site and number of units."""
+        if not isinstance(self.name, str) or not self.name:
+            raise BudgetError(f"name: expected a text that says what is counted, got {self.name!r}")
         if not isinstance(self.sites, Mapping) or not all(isinstance(levels, Mapping) for levels in self.sites.values()):
             raise BudgetError(f"expected {{site: {{number of units: cost}}}}, got {self.sites!r}")
         for where, cost in (("fixed", self.fixed), *((n, c) for n, levels in self.sites.items() for c in levels.values())):
