@@ -76,8 +76,9 @@ def perplexity(record: pandas.Series) -> str:
 
 
 def table() -> str:
-    """Perplexity on the calibrated domain: a row per pruning and propagation, a column per granularity."""
+    """Perplexity on the calibrated domain: a row per pruning and propagation, a column per granularity that was run."""
     runs = frame()
+    kinds = [kind for kind in ORDER if len(runs) and kind in set(runs["kind"])]
     rows = []
     if len(runs):
         for (model, removed, keep), block in runs.groupby(["model", "removed", "keep"], sort=False):
@@ -85,12 +86,12 @@ def table() -> str:
             for criterion, part in block.groupby("criterion", sort=False):
                 for propagation in [name for name in PROPAGATIONS if name in set(part["propagation"])]:
                     shown = []
-                    for kind in ORDER:
+                    for kind in kinds:
                         group = part[(part["kind"] == kind) & (part["propagation"] == propagation)]
                         shown.append(spread(group[number].mean(), group[number].sem(), ".2f") if len(group) else "")
                     what = f"{keep if isinstance(keep, str) else f'{keep:.0%}'} of the {COUNTED[str(removed)]}"
                     rows.append([str(model), what, str(criterion), propagation, *shown])
-    return lined(["model", "kept", "criterion", "propagation", *ORDER], rows)
+    return lined(["model", "kept", "criterion", "propagation", *kinds], rows)
 
 
 def costs() -> str:

@@ -121,4 +121,4 @@ def behind(frame: pandas.DataFrame, champion: str) -> str:
         ]
         for row in lost.to_dict("records")
     ]  # fmt: skip
-    return lined(["task", "texts", "kept", "tokens", "behind", "by", "95 % interval"], rows)
+    return lined(["task", "texts", "kept", "tokens", "behind", "by", "95% interval"], rows)

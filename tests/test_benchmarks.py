@@ -444,7 +444,7 @@ def test_the_dense_score_has_its_chance(pages, tmp_path):
 
 def test_results_in_short_name_the_best_of_the_others():
     row = pandas.Series({"mask_only": 30.0, "liar": 20.0, "grail": np.nan, "osscar": 22.0, "ours": 21.0})
-    assert publish._in_short(row, ".1f", more=False) == ["30.0", "**20.0** (LIAR)", "21.0"]
+    assert publish._in_short(row, ".1f", more=False) == ["30.0", "**20.0** (LIAR, paper)", "21.0"]
     assert publish._in_short(row, ".1f", more=True) == ["**30.0**", "22.0 (OSSCAR)", "21.0"]
 
 
