@@ -128,6 +128,11 @@ class Run:
         if not is_met(*(value is not None for value in given.values())):
             named = " and ".join(name for name, value in given.items() if value is not None) or "neither"
             raise OptionError(f"command={self.command!r}: expected {expected}, got {named}")
+        for name in ("reconstruct", "refine"):
+            belongs = name in COMMANDS[self.command]
+            if belongs != (getattr(self, name) is not None):
+                words = ("", "none") if belongs else ("no ", "some")
+                raise OptionError(f"command={self.command!r}: expected {words[0]}options of {name!r}, got {words[1]}")
         if self.mask is not None:
             self._checked_mask()
         _ = self._selection()

@@ -176,6 +176,8 @@ def _carried_out(home, content, *arguments):
 
 # no UTF-8
 @example(content=b"h\xe1T")
+# options of another command
+@example(content=with_value(RUN.to_json(), "run", "refine", new={}))
 @inputs(50, content=st.sampled_from(RUNS).flatmap(lambda run: json_files(run.to_json())))
 def test_command_replay(home, content):
     _carried_out(home, content, "replay", home / "some.json")
