@@ -309,3 +309,19 @@ def test_the_model_card_has_the_output(folder):
     measure = Report.load(folder / "report.json").quality.measures[0]
     assert str(measure) in card
     assert "seen by the fit" in card
+
+
+def test_dollars_in_names_are_no_formulas():
+    """matplotlib reads text between dollars as a formula, and stops at one that it does not know."""
+    assert "a$\\foo$" in page([PageSource("a$\\foo$", report()), PageSource("b", report())])
+
+
+def test_models_of_one_name_are_told_apart():
+    html = page([PageSource("same", report()), PageSource("same", report())])
+    assert "same (1)" in html
+    assert "same (2)" in html
+
+
+def test_nothing_is_divided_by_nothing():
+    empty = replace(report(), parameters=(0, 0), cost=CostChange("seconds", 0.0, 0.0))
+    assert "–" in page([PageSource("a", empty)])

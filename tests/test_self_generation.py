@@ -305,12 +305,15 @@ def test_more_and_fewer_tokens(model, words, written, complete, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"max_length": 13}, {"batch_size": 7}, {"model": 1}])
-def test_files_of_other_settings(model, words, complete, tmp_path, change):
+@pytest.mark.parametrize("tokens", [20, 400])
+def test_files_of_other_settings(model, words, complete, tmp_path, change, tokens):
+    """Also where the file has more texts than are asked for."""
+    change = dict(change)
     file = tmp_path / "own.jsonl"
     file.write_bytes(complete)
     model = tiny_model("llama", head="causal-lm", seed=change.pop("model", 0))
     with pytest.raises(CheckpointError, match=r"own.jsonl holds other texts than this model writes with these settings"):
-        liar.self_generate(model, words, **{**HOW, **change, "tokens": 400}, file=file)
+        liar.self_generate(model, words, **{**HOW, **change, "tokens": tokens}, file=file)
     assert file.read_bytes() == complete
 
 

@@ -221,3 +221,29 @@ def test_the_dense_copy_stays_as_it_is():
     liar.remove(model, every_other(model))
     assert torch.equal(last_hidden(dense, batches), before)
     assert dense.config.intermediate_size == 64
+
+
+@pytest.mark.parametrize(
+    "fit",
+    [
+        lambda model, teacher, batches: liar.reconstruct(model, every_other(model), batches, teacher=teacher, progress=False),
+        lambda model, teacher, batches: liar.refine(model, teacher, batches, progress=False),
+    ],
+    ids=["reconstruct", "refine"],
+)
+def test_a_teacher_of_another_type_is_refused(fit):
+    model, teacher = tiny_model("llama"), tiny_model("mistral")
+    state, batches = model_state(model), tiny_batches(model)
+    with pytest.raises(ModelError, match="the teacher is of the type 'mistral', the model of 'llama'"):
+        fit(model, teacher, batches)
+    assert_same_state(model, state)
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_a_teacher_with_another_head_is_no_measure_of_the_output(labels, caplog):
+    """The repair needs the blocks only; outputs of different kinds or sizes are not compared."""
+    model = tiny_model("bert", head="sequence-classification", num_labels=labels)
+    teacher, batches = tiny_model("bert", head="sequence-classification", num_labels=3), tiny_batches(model)
+    report = liar.reconstruct(model, every_other(model), batches, teacher=teacher, progress=False)
+    assert report.quality is None
+    assert "cannot be compared" in caplog.text

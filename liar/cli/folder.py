@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from liar.errors import LiarError
@@ -43,7 +44,7 @@ def _source(path: Path, folder: Path, name: str) -> PageSource:
         report=report,
         mask=_mask(folder / "mask.json"),
         loading=f"import liar\n\nmodel = liar.load({name!r}){also}",
-        replaying=f"liar replay {name}/run.json --out again" if run else None,
+        replaying=f"liar replay {quote(f'{name}/run.json')} --out again" if run else None,
         run=_facts(run) if isinstance(run, Mapping) else {},
     )
 

@@ -109,9 +109,15 @@ def self_generate(
         batches = _batches(model, tokenizer, vocabulary, options, 0 if written is None else written.batch)
         records = _enough(written.texts if written else [], options.tokens)
         advance(_tokens(records))
-        while (left := options.tokens - _tokens(records)) > 0:
+        unchecked = written is not None and written.has_rest
+        while (left := options.tokens - _tokens(records)) > 0 or unchecked:
             tried, texts = next(batches)
-            kept = _enough([text for text in texts if is_kept(text.text)], left)
+            kept = [text for text in texts if is_kept(text.text)]
+            if written is not None and unchecked:
+                # Also where the file has enough texts: they may be of other settings.
+                written.check(kept)
+                unchecked = False
+            kept = _enough(kept, left)
             if written is not None:
                 written.write(kept)
             records += kept

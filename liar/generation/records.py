@@ -73,12 +73,21 @@ class TextFile:
         if numbers != sorted(set(numbers)) or (numbers and numbers[0] < 0):
             raise ValueError("numbers that do not ascend")
 
-    def write(self, texts: Sequence[GeneratedText]) -> None:
-        """Add the texts of a batch.
+    @property
+    def has_rest(self) -> bool:
+        """Whether there are texts that were not generated again yet."""
+        return bool(self._rest)
+
+    def check(self, texts: Sequence[GeneratedText]) -> None:
+        """Compare the texts of the last batch, generated again, with those that are there.
 
         Raises:
-            CheckpointError: the file already has others in this place, or cannot be written.
+            CheckpointError: they are others.
         """
+        self._compared(texts)
+
+    def _compared(self, texts: Sequence[GeneratedText]) -> tuple[bytes, bytes]:
+        """Texts as lines, and what of them is in the file already."""
         lines = b"".join(text.to_line() for text in texts)
         known = self._rest[: len(lines)]
         if not lines.startswith(known):
@@ -86,6 +95,15 @@ class TextFile:
                 f"{self.path} holds other texts than this model writes with these settings on this machine: give the settings "
                 "that it was written with, or choose another file"
             )
+        return lines, known
+
+    def write(self, texts: Sequence[GeneratedText]) -> None:
+        """Add the texts of a batch.
+
+        Raises:
+            CheckpointError: the file already has others in this place, or cannot be written.
+        """
+        lines, known = self._compared(texts)
         try:
             with self.path.open("ab") as file:
                 file.write(lines[len(known) :])

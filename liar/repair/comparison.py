@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, logsigmoid
 
 from liar.data import Calibration, split, take
+from liar.errors import ModelError
 from liar.mask import Mask
 from liar.models import Layout, Site
 from liar.report import Measure, Quality
@@ -93,6 +94,7 @@ def compare_outputs(
             for variant, forwards in variants.items():
                 with replace_forwards(blocks, forwards):
                     changed = outputs_of(model, parts, number, every=every)
+                _check_comparable(dense, changed)
                 for one, other in zip(dense, changed, strict=True):
                     for metric, values in distances(one, other).items():
                         total = sums[one.name, metric]
@@ -108,6 +110,17 @@ def compare_outputs(
         predictions=max(counts.values(), default=0),
         held_out=held_out,
     )
+
+
+def _check_comparable(dense: Sequence[Output], changed: Sequence[Output]) -> None:
+    """Check that two models, which may have other heads, have outputs of the same names, kinds and sizes.
+
+    Raises:
+        ModelError: they do not.
+    """
+    shapes = [{output.name: (output.kind, list(output.rows.shape)) for output in outputs} for outputs in (dense, changed)]
+    if shapes[0] != shapes[1]:
+        raise ModelError(f"the teacher's outputs are {shapes[0]}, the model's {shapes[1]}: they cannot be compared")
 
 
 def distances(dense: Output, other: Output) -> dict[str, Tensor]:

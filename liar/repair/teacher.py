@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from liar.errors import ModelError
-from liar.models import Layout
+from liar.models import Layout, model_type_of
 
 
 def check_teacher(teacher: nn.Module, dense: Layout, model: nn.Module, pruned: Layout) -> None:
@@ -24,6 +24,11 @@ def check_teacher(teacher: nn.Module, dense: Layout, model: nn.Module, pruned: L
     """
     if teacher is model:
         raise ModelError("teacher: expected another model, got the model itself; pass the dense one, or a copy made before")
+    types = [model_type_of(each) for each in (teacher, model)]
+    if types[0] != types[1]:
+        raise ModelError(
+            f"the teacher is of the type {types[0]!r}, the model of {types[1]!r}: pass the dense model that it was cut from"
+        )
     _check_blocks(dense, pruned)
     vocabularies = [_vocabulary(each) for each in (teacher, model)]
     if None not in vocabularies and vocabularies[0] != vocabularies[1]:

@@ -166,9 +166,9 @@ def comparison_figure(points: Mapping[str, tuple[int, Measure]], label: str, kin
     for number, (name, (size, measure)) in enumerate(sorted(points.items(), key=lambda item: item[1][0])):
         # At different heights, since names of neighbours would run into each other.
         place = (6, 6 + 12 * (number % 3))
-        axes.annotate(name, (size, measure.repaired), xytext=place, textcoords="offset points", fontsize=9)
+        axes.annotate(name, (size, measure.repaired), xytext=place, textcoords="offset points", fontsize=9, parse_math=False)
     axes.set_xlabel("parameters of the model")
-    axes.set_ylabel(label)
+    axes.set_ylabel(label, parse_math=False)
     if METRICS[next(iter(points.values()))[1].metric].perfect == 0 and min(repaired + mask_only) > ROUNDING:
         axes.set_yscale("log")
     axes.margins(x=0.15)

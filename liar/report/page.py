@@ -18,7 +18,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from liar.errors import OptionError
-from liar.files import write_text
+from liar.files import user_path, write_text
 from liar.mask import Mask
 from liar.report.content import CostChange, ReportContent, kind_of, layer_of
 from liar.report.figures import COLOURS, comparison_figure, figure_class, report_figure
@@ -77,7 +77,7 @@ def write_page(sources: Sequence[PageSource], path: str | Path) -> None:
         ImportError: matplotlib is not installed.
         CheckpointError: the file cannot be written.
     """
-    if Path(path).suffix not in (".html", ".htm"):
+    if user_path(path).suffix not in (".html", ".htm"):
         raise OptionError(f"path={str(path)!r}: expected a name that ends in .html")
     write_text(path, page(sources))
 
@@ -133,7 +133,7 @@ def _headline(report: ReportContent) -> list[tuple[str, str, str]]:
     size = f", {_bytes(before * width)} to {_bytes(after * width)} as {report.dtype}" if width else ""
     requested = "" if report.requested is None else f"{report.requested:.1%} were asked for"
     rows = [
-        ("Parameters", f"{after:,}", f"{_percent(after / before - 1)} of {before:,}{size}"),
+        ("Parameters", f"{after:,}", f"{_change(before, after)} of {before:,}{size}"),
         ("Kept of the blocks", f"{report.achieved:.1%}", requested or "by a mask that was given"),
     ]
     if report.cost is not None and report.cost.name != "parameters":
@@ -147,11 +147,16 @@ def _headline(report: ReportContent) -> list[tuple[str, str, str]]:
     return rows
 
 
+def _change(before: float, after: float) -> str:
+    """By how much a number has changed; a dash where it was nothing."""
+    return _percent(after / before - 1) if before else "–"
+
+
 def _cost(cost: CostChange) -> tuple[str, str, str]:
     if cost.name == "seconds":
         about = f"of {cost.before * 1e3:,.4g} ms, summed from times measured layer by layer: measure the model itself, too"
-        return "Time of a pass", f"{cost.after * 1e3:,.4g} ms", f"{_percent(cost.after / cost.before - 1)} {about}"
-    return cost.name, f"{cost.after:,.4g}", f"{_percent(cost.after / cost.before - 1)} of {cost.before:,.4g}"
+        return "Time of a pass", f"{cost.after * 1e3:,.4g} ms", f"{_change(cost.before, cost.after)} {about}"
+    return cost.name, f"{cost.after:,.4g}", f"{_change(cost.before, cost.after)} of {cost.before:,.4g}"
 
 
 def _output(measure: Measure, *, held_out: bool) -> tuple[str, str, str]:
@@ -262,9 +267,10 @@ def _comparison(sources: Sequence[PageSource]) -> dict[str, Any]:
         )
     chart = None
     if columns:
+        names = [source.name for source in sources]
         points = {
-            source.name: (source.report.parameters[1], measure)
-            for source in sources
+            f"{source.name} ({number})" if names.count(source.name) > 1 else source.name: (source.report.parameters[1], measure)
+            for number, source in enumerate(sources, 1)
             if source.report.quality
             for measure in source.report.quality.measures
             if (measure.output, measure.metric) == columns[0]
