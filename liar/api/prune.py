@@ -125,7 +125,7 @@ def _prune_in_steps(
     progress: Progress,
 ) -> tuple[Mask, CostChange, Report]:
     """Select and reconstruct, again and again, to shares that fall by one ratio; the dense model stays the target."""
-    teacher, before, uncompared = copy_dense(model), count_parameters(model), RepairData(data.calibration)
+    teacher, before, uncompared = copy_dense(model), count_parameters([model]), RepairData(data.calibration)
     cost_of = STEPPED[str(selection.budget)]
     whole = cost_of(model, dense)
     mask, cost, report = None, None, None
@@ -151,7 +151,7 @@ def _prune_in_steps(
             sites=tuple(replace(site, total=len(mask[site.site])) for site in report.sites),
             requested=requested,
             achieved=layout_with_weights(model).parameters / dense.parameters,
-            parameters=(before, count_parameters(model)),
+            parameters=(before, count_parameters([model])),
             seconds=dict(seconds),
             # Only the blocks have changed, so the copy with the blocks of the model is the model.
             quality=data.compare(teacher, dense, mask, blocks),

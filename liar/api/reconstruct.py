@@ -154,7 +154,7 @@ def repair(
     calibration = data.calibration
     layout = layout_with_weights(model)
     dense = layout if teacher is None else layout_with_weights(teacher)
-    before = count_parameters(model)
+    before = count_parameters([model])
     clock: defaultdict[str, float] = defaultdict(float)
     # The stage ends when the model has changed, and a function of the caller's may raise there.
     with all_or_nothing(model), progress.stage("reconstruct", len(layout.sites)) as advance:
@@ -170,7 +170,7 @@ def repair(
         sites=tuple(context.reports),
         requested=mask.requested,
         achieved=mask.parameters(layout) / dense.parameters,
-        parameters=(before, count_parameters(model)),
+        parameters=(before, count_parameters([model])),
         tokens=calibration.tokens,
         sequences=calibration.sequences,
         options=asdict(options),

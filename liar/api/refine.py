@@ -126,7 +126,7 @@ def refine_with(
         sites=tuple(_line(outcome, layout, dense, undone=undone) for outcome in refined.outcomes),
         requested=None,
         achieved=layout.parameters / dense.parameters,
-        parameters=(count_parameters(model),) * 2,
+        parameters=(count_parameters([model]),) * 2,
         tokens=calibration.tokens,
         sequences=calibration.sequences,
         options=asdict(options),

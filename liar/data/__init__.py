@@ -1,6 +1,7 @@
 """From texts to batches a model takes, with what is known of their tokens."""
 
 from liar.data.calibration_data import FOLDS, Calibration
+from liar.data.decoder import IGNORED
 from liar.data.held_out import distinct_from, set_aside
 from liar.data.sample import evenly, sample, sample_tokens, split, spread, take, take_sequences
 from liar.data.sentences import read_by, transformer_and_data
@@ -9,6 +10,7 @@ from liar.data.tokenise import calibration
 
 __all__ = [
     "FOLDS",
+    "IGNORED",
     "Calibration",
     "builder_of",
     "calibration",

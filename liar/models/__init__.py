@@ -2,8 +2,8 @@
 
 from liar.models.family import Family, FusedProducer, SitePattern, Stack
 from liar.models.layers import Axis, LayerView, is_plain, linear_layers
-from liar.models.layout import Edge, HeadArgument, Layout, Segment, Site, check_one_stack, count_parameters, layer_of
-from liar.models.ownership import check_default_device, check_model, why_unusable
+from liar.models.layout import Edge, HeadArgument, Layout, Segment, Site, check_one_stack, layer_of
+from liar.models.ownership import check_default_device, check_model, count_parameters, why_unusable
 from liar.models.registry import families, family_for, family_of, is_registered, model_type_of, register, registered
 from liar.models.sites import base_and_prefix, layout_of, layout_with_weights, stacks_of, takes_choices
 from liar.models.wrapped import transformer_in

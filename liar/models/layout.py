@@ -241,8 +241,3 @@ def check_one_stack(layout: Layout, model: nn.Module, what: str) -> None:
             f"{what}: expected a model with one stack of blocks, got a {type(model).__name__}, which has an encoder and a "
             "decoder; liar.prune and liar.reconstruct take it"
         )
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Parameters of a whole model; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())

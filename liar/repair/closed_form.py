@@ -13,7 +13,7 @@ consumer's fit needs no weights: there, large tokens have large errors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -76,13 +76,9 @@ class RefitProducers(RepairStep):
 
         None in post-norm models, where a block's norm leaves no token larger than the others.
         """
-        walk = site.walk
-        if not walk.layout.is_pre_norm:
-            return [None for _ in walk.batches]
-        sizes = [site.get("output size", batch) for batch in walk.batches]
-        mean = torch.cat([size[mask] for size, mask in zip(sizes, site.calibration.token_masks, strict=True)]).mean()
-        # All zero: tokens count alike.
-        return [1 + size / mean.clamp_min(torch.finfo(mean.dtype).tiny) for size in sizes]
+        if not site.walk.layout.is_pre_norm:
+            return [None for _ in site.walk.batches]
+        return [1 + size for size in over_mean(site, [site.get("output size", batch) for batch in site.walk.batches])]
 
     def _fit(self, site: SiteState, folds: Folds) -> None:
         with site.walk.timed("solve"), at_site(site.name, site.site.module):
@@ -105,6 +101,12 @@ class RefitProducers(RepairStep):
             parts = torch.split(weight, widths, 1), torch.split(bias, widths)
             for layer, part, offset in zip(layers, *parts, strict=True):
                 layer.write(part, offset)
+
+
+def over_mean(site: SiteState, sizes: Sequence[Tensor]) -> list[Tensor]:
+    """Sizes of tokens, by batch [sequences, length], over their mean over all real tokens; where that is zero, so are they."""
+    mean = torch.cat([size[mask] for size, mask in zip(sizes, site.calibration.token_masks, strict=True)]).mean()
+    return [size / mean.clamp_min(torch.finfo(mean.dtype).tiny) for size in sizes]
 
 
 class FitToResidualStream(RepairStep):
@@ -195,9 +197,7 @@ class FitOutputAndDrift(FitToResidualStream):
         if not site.walk.layout.is_pre_norm:
             return [None for _ in site.walk.batches]
         energies = [widen(site.get("own output", batch)).square().mean(-1) for batch in site.walk.batches]
-        masks = site.calibration.token_masks
-        mean = torch.cat([energy[mask] for energy, mask in zip(energies, masks, strict=True)]).mean()
-        return [(1 + energy / mean.clamp_min(torch.finfo(mean.dtype).tiny)).rsqrt() for energy in energies]
+        return [(1 + energy).rsqrt() for energy in over_mean(site, energies)]
 
 
 class FitToLayerOutput(RepairStep):

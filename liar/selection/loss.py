@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, nll_loss
 
+from liar.data import IGNORED
 from liar.errors import CalibrationError
 from liar.runtime import Output
 
-# As in transformers: a label that does not count.
-IGNORED = -100
 # Keeps the relative noise of a sequence whose hidden states are zero finite.
 SMALL = 1e-6
 # Classes from which a label is sampled by inverting the distribution function.

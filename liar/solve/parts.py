@@ -67,21 +67,23 @@ def fit_in_parts(
     if is_guarded and not (splits and enough):
         return solution
 
-    def fitted_to(rows: Normal) -> tuple[Tensor, Tensor]:
-        """Weight and bias from some rows."""
-        target, gives = rows.columns(whole), rows.columns(own)
-        changed = weight + _change(gives, weight, solution.ridge, solver)
-        changed += _change(target.less(gives), torch.zeros_like(weight), drift_ridge, solver)
+    def with_drift(rows: Normal, fitted: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias from some rows, given the weight that is fitted to their own output."""
+        target = rows.columns(whole)
+        changed = fitted + _change(target.less(rows.columns(own)), torch.zeros_like(weight), drift_ridge, solver)
         return changed, target.mean_t - target.mean_z @ changed if rows.affine else bias
 
-    held_out = [(fitted_to(fitted), held.columns(whole)) for fitted, held in splits]
+    held_out = []
+    for fitted, held in splits:
+        own_weight = weight + _change(fitted.columns(own), weight, solution.ridge, solver)
+        held_out.append((with_drift(fitted, own_weight), held.columns(whole)))
     energy = sum(held.target_energy for _, held in held_out)
     unchanged = sum(float(held.error(weight, bias)) for _, held in held_out)
     updated = sum(float(held.error(*answer)) for answer, held in held_out)
     if is_guarded and not updated < unchanged:
         kept = replace(solution, weight=weight, bias=bias, ridge=inf, verdict=Verdict.KEPT_BASELINE)
         return replace(kept, before=unchanged / energy, after=unchanged / energy)
-    changed, offset = fitted_to(all_data)
+    changed, offset = with_drift(all_data, solution.weight)
     return replace(
         solution,
         weight=changed,

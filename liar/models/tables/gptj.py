@@ -1,6 +1,9 @@
 """GPT-J and Phi: attention and feed-forward part read one norm of the residual stream, and are added to it together."""
 
+from dataclasses import replace
+
 from liar.models.family import Family, SitePattern
+from liar.models.tables.llama import HEADS
 
 GPTJ = Family(
     model_type="gptj",
@@ -29,16 +32,7 @@ PHI = Family(
     is_parallel=True,
     requires=(("qk_layernorm", False),),
     patterns=(
-        SitePattern(
-            kind="heads",
-            producers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            consumer="self_attn.dense",
-            residual=("input_layernorm", 0),
-            sublayer="self_attn",
-            unit_width="self_attn.head_dim",
-            group_size="self_attn.num_key_value_groups",
-            config_keys=("num_attention_heads", "num_key_value_heads"),
-        ),
+        replace(HEADS, consumer="self_attn.dense"),
         SitePattern(
             "neurons",
             ("mlp.fc1",),

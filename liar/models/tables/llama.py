@@ -37,6 +37,9 @@ LLAMA = Family(
 )
 HEADS, NEURONS = LLAMA.patterns
 
+# Attention that counts its own heads.
+COUNTED_HEADS = replace(HEADS, size_attributes=("self_attn.num_heads", "self_attn.num_key_value_heads"))
+
 # The same modules by the same names.
 NAMESAKES = (
     "cwm",
@@ -64,10 +67,7 @@ STABLELM = replace(
     LLAMA,
     model_type="stablelm",
     requires=(("qk_layernorm", False), ("use_parallel_residual", False)),
-    patterns=(
-        replace(HEADS, size_attributes=("self_attn.num_heads", "self_attn.num_key_value_heads")),
-        NEURONS,
-    ),
+    patterns=(COUNTED_HEADS, NEURONS),
 )
 GRANITE = replace(
     LLAMA,
@@ -92,10 +92,7 @@ ARCEE = replace(LLAMA, model_type="arcee", patterns=(HEADS, PLAIN))
 NEMOTRON = replace(
     LLAMA,
     model_type="nemotron",
-    patterns=(
-        replace(HEADS, size_attributes=("self_attn.num_heads", "self_attn.num_key_value_heads")),
-        PLAIN,
-    ),
+    patterns=(COUNTED_HEADS, PLAIN),
 )
 APERTUS = replace(
     LLAMA,
