@@ -33,7 +33,7 @@ from benchmarks.tasks.causal import evaluated as stories
 from benchmarks.tasks.wikitext import joined, losses_of
 from liar.models import layout_of
 from liar.options import RefineOptions
-from liar.repair.refine import HeldOut, hold_out, last_hidden_error, refine_windows
+from liar.repair.refine import HeldOut, hold_out, last_hidden_error, refine_windows, windows_of
 
 # Texts that language models are evaluated on: each is out of domain for the other.
 DOMAINS: dict[str, Callable[[Path | None], str]] = {
@@ -52,6 +52,7 @@ class Scale:
         tokens: of calibration.
         evaluated: tokens of each domain that perplexities are measured on, and of the texts that errors are measured on.
         seeds: samples of the calibration texts.
+        blocks: of so many first blocks single weights are removed, and they alone are trained; None for all.
     """
 
     task: str
@@ -59,6 +60,7 @@ class Scale:
     tokens: int
     evaluated: int
     seeds: Sequence[int]
+    blocks: int | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ class Study:
         model, calibration = copy.deepcopy(self.dense), self.calibration(run.seed)
         if run.removed == "weights":
             liar.unstructured.prune(model, calibration, sparsity=_sparsity(run.keep), criterion=run.criterion, progress=False)
+            self._put_back(model)
             return model
         mask = SELECTIONS[run.criterion](model, calibration, float(run.keep), run.seed)
         if run.start == "closed form":
@@ -169,6 +172,15 @@ class Study:
         else:
             liar.remove(model, mask)
         return model
+
+    def _put_back(self, model: nn.Module) -> None:
+        """Give the blocks that are to stay dense their weights again."""
+        for name in layout_of(model).blocks[self._dense_blocks(model)]:
+            model.get_submodule(name).load_state_dict(self.dense.get_submodule(name).state_dict())
+
+    def _dense_blocks(self, model: nn.Module) -> slice:
+        """The blocks that stay dense."""
+        return slice(len(layout_of(model).blocks) if self.scale.blocks is None else self.scale.blocks, None)
 
     def measure(self, run: Run) -> Record:
         """Prune, train, and score."""
@@ -183,11 +195,13 @@ class Study:
         whole = liar.Calibration.of(calibration, model)
         data = hold_out(whole, run.sequences) if run.select else everything(calibration, model, run.sequences)
         layouts = layout_of(model), layout_of(self.dense)
+        first_dense = self._dense_blocks(model).start
+        pairs = (model, layouts[0], self.dense, layouts[1])
+        windows = [each for each in windows_of(*pairs, run.options().granularity) if each.stop <= first_dense]
         found: list[Any] = []
 
         def work() -> None:
-            parts = (model, layouts[0], self.dense, layouts[1], data, run.options())
-            found.append(refine_windows(*parts, select=run.select))
+            found.append(refine_windows(*pairs, data, run.options(), windows=windows, select=run.select))
             found[0].write(model)
 
         # What earlier runs have freed would be used again, and not counted.
@@ -256,7 +270,8 @@ def energy(model: nn.Module, data: HeldOut) -> float:
 
 def entries(run: Run, scale: Scale, model: str) -> dict[str, Any]:
     """The entries of its record that no other run shares."""
-    return {"task": scale.task, "model": model, "tokens": scale.tokens, "length": scale.length, **asdict(run)}
+    size = {} if scale.blocks is None else {"blocks": scale.blocks}
+    return {"task": scale.task, "model": model, "tokens": scale.tokens, "length": scale.length, **size, **asdict(run)}
 
 
 def run_plan(study: Study, model: str, runs: Sequence[Run], file: ResultFile, until: float = inf) -> list[Record]:

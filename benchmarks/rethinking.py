@@ -23,7 +23,8 @@ from benchmarks.summary import lined, spread
 FILE = RESULTS / "rethinking.jsonl"
 SCALES = {
     "stories260K": Scale("tinystories", length=256, tokens=4_096, evaluated=8_192, seeds=(0, 1, 2)),
-    "smollm2": Scale("wikitext-512-first-16384", length=128, tokens=2_048, evaluated=2_048, seeds=(0,)),
+    # A few blocks, so that three samples of texts are done in hours on a CPU.
+    "smollm2": Scale("wikitext-512-first-16384", length=128, tokens=2_048, evaluated=2_048, seeds=(0, 1, 2), blocks=8),
 }
 PRUNED = Run("weights", "wanda", 0.5)
 # Name in the study -> granularity and propagation.
@@ -65,10 +66,15 @@ def method_of(record: dict[str, object]) -> str:
     return next(name for name, options in METHODS.items() if all(record[key] == value for key, value in options.items()))
 
 
+def model_of(record: dict[str, object]) -> str:
+    """The model's name, with how much of it is pruned."""
+    return f"{record['model']}, first {record['blocks']} blocks" if "blocks" in record else str(record["model"])
+
+
 def frame() -> pandas.DataFrame:
     """The runs, with the study's names."""
     records = read_records(FILE)
-    return pandas.DataFrame([{**record, "method": method_of(record)} for record in records])
+    return pandas.DataFrame([{**record, "method": method_of(record), "model": model_of(record)} for record in records])
 
 
 def table() -> str:

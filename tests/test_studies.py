@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import numpy
 import pytest
+import torch
 
 from benchmarks import free_lunch, refinement, rethinking, starts, steps
 from benchmarks.refinement import Run, Scale, Study, by_seed, entries, run_plan
@@ -53,6 +54,17 @@ def test_the_dense_model_has_no_error(study):
     model = copy.deepcopy(study.dense)
     errors = study.errors(model, study.calibration(0))
     assert errors == {"calibration_error": 0.0, "unseen_error": 0.0}
+
+
+def test_only_the_first_blocks_are_pruned_and_trained(study):
+    study.scale = replace(SCALE, blocks=2)
+    run = Run("weights", "magnitude", 0.5, granularity="block", epochs=1)
+    model = study.pruned(run)
+    study._train(model, run, study.calibration(0))
+    for number, (block, dense) in enumerate(zip(model.model.layers, study.dense.model.layers, strict=True)):
+        pairs = zip(block.parameters(), dense.parameters(), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs) == (number >= 2), number
+    assert entries(run, study.scale, "tiny")["blocks"] == 2
 
 
 def test_written_texts_are_added_for_training_alone(study):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -71,6 +71,7 @@ def refine_windows(
     options: RefineOptions,
     advance: Callable[[float], object] = lambda _: None,
     *,
+    windows: Sequence[Window] | None = None,
     select: bool = True,
 ) -> Refinement:
     """Train window after window, in the order of the data; neither model is changed.
@@ -86,6 +87,7 @@ def refine_windows(
         data: what is trained on and held out.
         options: how.
         advance: called with the share of a window that is done since.
+        windows: some of those that the options make of the model, in order; all of them if left out.
         select: False trains for all epochs and keeps the last values, as the studies do, whatever is held out.
 
     Raises:
@@ -94,7 +96,8 @@ def refine_windows(
     """
     store, result = ActivationStore(), Refinement()
     sides = Side(teacher, dense, DENSE, store, copies=False), Side(model, layout, PRUNED, store, copies=True)
-    windows = windows_of(model, layout, teacher, dense, options.granularity)
+    if windows is None:
+        windows = windows_of(model, layout, teacher, dense, options.granularity)
     # Streams that nothing reads are not moved.
     moved = [side for side, unread in zip(sides, ("pruned", "dense"), strict=True) if options.propagation != unread]
     with preserve_model_state(teacher), preserve_model_state(model):
