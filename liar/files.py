@@ -6,12 +6,13 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 
 from liar.errors import CheckpointError, LiarError
 
 
-def user_path(where: str | Path) -> Path:
+def user_path(where: str | PathLike[str]) -> Path:
     """A path that the file system can have; `~` is the home folder, unless something of that name is there.
 
     Raises:
@@ -27,7 +28,7 @@ def user_path(where: str | Path) -> Path:
         path.resolve()
         path.exists()
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        shown = where if isinstance(where, (str, Path)) else type(where).__name__
+        shown = where if isinstance(where, (str, PathLike)) else type(where).__name__
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{str(shown)[:200]!r}: expected the path of a file or folder: {reason}") from error
     return path

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from fractions import Fraction
 from numbers import Integral, Real
+from os import PathLike
 from typing import Any, TypeVar
 
 import numpy as np
@@ -123,6 +124,12 @@ def check_text(name: str, value: Any) -> None:
 def check_optional_text(name: str, value: Any) -> None:
     """Raise an `OptionError` unless the value is None or a text."""
     if value is not None:
+        check_text(name, value)
+
+
+def check_optional_path(name: str, value: Any) -> None:
+    """Raise an `OptionError` unless the value is None or names a folder."""
+    if value is not None and not isinstance(value, PathLike):
         check_text(name, value)
 
 
@@ -268,6 +275,12 @@ PROPAGATIONS: dict[str, str] = {
     "pruned": "windows read the model's own activations and are fitted to what the teacher's window makes of the same ones",
     "dense": "windows read the teacher's activations and are fitted to what the teacher makes of them",
 }
+ACTIVATIONS: dict[str, str] = {
+    "device": "where they are computed",
+    "host": "in pinned memory of the host; on a CPU the same as device",
+    "disk": "in files of the run folder, or of a temporary one",
+    "auto": "the first of these that fits in the memory that is free",
+}
 DTYPES: dict[str, str] = {
     "auto": "as stored",
     "float32": "32 bits",
@@ -412,6 +425,18 @@ class PruneOptions(OptionGroup):
         "Prune and repair in so many steps of equal ratio, measuring anew after each; always fitted to the dense model.",
         default=1,
         check=check_count,
+    )
+
+
+@dataclass(frozen=True)
+class RunOptions(OptionGroup):
+    """Where a run keeps what it computes."""
+
+    activations: str = _option("Where activations of all calibration tokens are kept.", default="device", choices=ACTIVATIONS)
+    run_folder: str | PathLike[str] | None = _option(
+        "Folder for finished blocks: a run that was killed goes on from there when it is called again.",
+        default=None,
+        check=check_optional_path,
     )
 
 

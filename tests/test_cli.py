@@ -38,6 +38,7 @@ from liar.options import (
     PruneOptions,
     ReconstructOptions,
     RefineOptions,
+    RunOptions,
     SaveOptions,
     SelectOptions,
     SourceOptions,
@@ -533,10 +534,10 @@ def test_a_run_json_is_checked_like_options(home, tmp_path, change, message):
 
 SOURCE = (SourceOptions, CalibrationOptions, LoadOptions)
 GROUPS = {
-    "prune": (SelectOptions, PruneOptions, ReconstructOptions, *SOURCE, SaveOptions),
-    "reconstruct": (ReconstructOptions, TeacherOptions, *SOURCE, SaveOptions),
+    "prune": (SelectOptions, PruneOptions, ReconstructOptions, *SOURCE, RunOptions, SaveOptions),
+    "reconstruct": (ReconstructOptions, TeacherOptions, *SOURCE, RunOptions, SaveOptions),
     "refine": (TeacherOptions, RefineOptions, *SOURCE, SaveOptions),
-    "select": (SelectOptions, *SOURCE),
+    "select": (SelectOptions, *SOURCE, RunOptions),
     "latency": (LoadOptions,),
     "calibrate": (GenerateOptions, LoadOptions),
 }
@@ -560,6 +561,7 @@ WRONG = {
     "tokens": ["0"],
     "dtype": ["int8"],
     "steps": ["0", "x"],
+    "activations": ["gpu"],
     "granularity": ["row", "0"],
     "propagation": ["both"],
     "epochs": ["0"],
@@ -571,7 +573,7 @@ WRONG = {
 }
 # ... but for switches, which have no value, and for what only the model or the data can refuse.
 SWITCHES = {"refit", "set_aside", "pack", "mixed_lengths", "standalone"}
-UNCHECKED = {"protect", "calib", "config", "split", "column", "device", "language", "teacher"}
+UNCHECKED = {"protect", "calib", "config", "split", "column", "device", "language", "teacher", "run_folder"}
 
 
 def flag(name):

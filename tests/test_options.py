@@ -5,6 +5,7 @@ import inspect
 from functools import partial
 from importlib import import_module
 from math import inf, nan
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from liar.options import (
     PruneOptions,
     ReconstructOptions,
     RefineOptions,
+    RunOptions,
     SelectOptions,
     SourceOptions,
     TeacherOptions,
@@ -34,6 +36,7 @@ from liar.testing import tiny_batches, tiny_model
 CLASSES = (
     SelectOptions,
     PruneOptions,
+    RunOptions,
     ReconstructOptions,
     RefineOptions,
     TeacherOptions,
@@ -108,6 +111,10 @@ BAD = {
         ),
         "criterion": (["taylor", None], "expected one of 'magnitude', 'wanda', 'sparsegpt'"),
     },
+    RunOptions: {
+        "activations": (["gpu", None, True], "expected one of 'device', 'host', 'disk', 'auto'"),
+        "run_folder": ([3, "", ["run"], b"run"], "expected a text"),
+    },
     LoadOptions: {"dtype": (["int8", None], "expected one of 'auto', 'float32', 'bfloat16', 'float16'")},
 }
 # Any text, switch or number will do, as far as can be said before the model and the data are there.
@@ -123,6 +130,8 @@ GOOD = [
     SelectOptions(np.float32(0.5), round_to=np.int64(8), seed=np.int32(3)),
     ReconstructOptions(ridge=np.float64(0.1), refit=np.True_),
     ReconstructOptions(quality=0),
+    RunOptions("disk", Path("run")),
+    RunOptions("auto", "run"),
     ReconstructOptions(quality=np.int64(8), set_aside=True),
     CalibrationOptions(tokens=np.int64(10)),
     GenerateOptions(np.int64(10), max_length=6, language="off"),
@@ -184,10 +193,10 @@ def test_options_are_frozen_and_explained(kind):
 @pytest.mark.parametrize(
     ("verb", "kinds", "own"),
     [
-        (liar.select, [SelectOptions], {"model", "calib", "progress"}),
-        (liar.reconstruct, [ReconstructOptions], {"model", "mask", "calib", "teacher", "held_out", "progress"}),
+        (liar.select, [SelectOptions, RunOptions], {"model", "calib", "progress"}),
+        (liar.reconstruct, [ReconstructOptions, RunOptions], {"model", "mask", "calib", "teacher", "held_out", "progress"}),
         (liar.refine, [RefineOptions], {"model", "teacher", "calib", "progress"}),
-        (liar.prune, [SelectOptions, PruneOptions, ReconstructOptions], {"model", "calib", "held_out", "progress"}),
+        (liar.prune, [SelectOptions, PruneOptions, ReconstructOptions, RunOptions], {"model", "calib", "held_out", "progress"}),
         (liar.calibration, [CalibrationOptions], {"texts", "tokenizer", "progress"}),
         (liar.self_generate, [GenerateOptions], {"model", "tokenizer", "file", "progress"}),
         (liar.unstructured.prune, [UnstructuredOptions], {"model", "calib", "progress"}),
@@ -203,14 +212,18 @@ def test_keywords_and_defaults_are_those_of_the_classes(verb, kinds, own):
         assert parameters[field.name].kind is inspect.Parameter.KEYWORD_ONLY
 
 
-@pytest.mark.parametrize(("kind", "name"), [(k, name) for k in (SelectOptions, ReconstructOptions) for name in BAD[k]])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(k, name) for k in (SelectOptions, ReconstructOptions, RunOptions) for name in BAD[k]]
+)
 def test_verbs_check_options_before_they_look_at_anything(kind, name):
     """There is no model to look at."""
     value = BAD[kind][name][0][0]
     keywords = {**REQUIRED.get(kind, {}), name: value}
     with pytest.raises(OptionError, match=f"^{name}="):
         liar.prune(None, None, **{"keep": 0.5, **keywords})
-    verb = {SelectOptions: liar.select, ReconstructOptions: partial(liar.reconstruct, mask=None)}[kind]
+    verb = (
+        partial(liar.reconstruct, mask=None) if kind is ReconstructOptions else partial(liar.select, **REQUIRED[SelectOptions])
+    )
     with pytest.raises(OptionError, match=f"^{name}="):
         verb(model=None, calib=None, **keywords)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from os import PathLike
 from typing import Any
 
 from torch import nn
@@ -15,11 +17,11 @@ from liar.data import Calibration
 from liar.errors import OptionError
 from liar.mask import Mask, compose
 from liar.models import Layout, count_parameters, layout_with_weights, transformer_in
-from liar.options import PruneOptions, ReconstructOptions, SelectOptions
+from liar.options import PruneOptions, ReconstructOptions, RunOptions, SelectOptions
 from liar.progress import Progress, ProgressOption, progress_of
 from liar.repair import RepairData, repair_data
 from liar.report import CostChange, Report
-from liar.runtime import exclusive, layout_when_free
+from liar.runtime import Workspace, exclusive, layout_when_free, open_workspace, run_identity
 from liar.selection import Costs, flops_of
 from liar.surgery import all_or_nothing, copy_dense
 
@@ -52,6 +54,8 @@ def prune(
     quality: int | str = ReconstructOptions.quality,
     set_aside: bool = ReconstructOptions.set_aside,
     held_out: Iterable[Any] | None = None,
+    activations: str = RunOptions.activations,
+    run_folder: str | PathLike[str] | None = RunOptions.run_folder,
     progress: ProgressOption = True,
 ) -> Report:
     """`select` and `reconstruct` in one call: the model becomes smaller, in place. The options are those of both, and `steps`.
@@ -62,6 +66,15 @@ def prune(
 
     With `set_aside`, the selection does not see the sequences either.
 
+    `activations` says where the activations of all calibration tokens are kept meanwhile: `"device"`, where they are computed;
+    `"host"`, in pinned memory of the host; `"disk"`, in files, so that memory does not grow with the number of tokens;
+    `"auto"`, the first of these that fits in the memory that is free.
+
+    `run_folder` is a folder in which finished work is kept. If the process is killed, the same call with the same folder goes
+    on after the last block that was finished; on a CPU the weights are those of a run that was not killed, bit for bit. The
+    folder belongs to this model, these data and these options; with others it is refused. It is not deleted: new weights of a
+    model on a CPU are mapped from its files, so that the model is never in memory twice.
+
     Example:
         >>> report = liar.prune(model, calib, keep=0.5)
         >>> report.achieved <= 0.5
@@ -69,7 +82,8 @@ def prune(
     """
     selection = SelectOptions(keep, criterion, budget, widths, round_to, protect, seed, heads)
     how = ReconstructOptions(target, ridge, drift_ridge, refit, solver, bias, quality, set_aside)
-    _, report = prune_with(model, calib, selection, how, PruneOptions(steps), held_out=held_out, progress=progress)
+    where = RunOptions(activations, run_folder)
+    _, report = prune_with(model, calib, selection, how, PruneOptions(steps), where, held_out=held_out, progress=progress)
     return report
 
 
@@ -79,24 +93,31 @@ def prune_with(
     selection: SelectOptions,
     how: ReconstructOptions,
     stepping: PruneOptions,
+    where: RunOptions,
     *,
     held_out: Iterable[Any] | None = None,
     progress: ProgressOption = True,
 ) -> tuple[Mask, Report]:
     """`prune` with its options in objects: what stays of the model as it was, and the report."""
-    selection, how, steps = selection.checked(), how.checked(), stepping.checked().steps
+    selection, how, steps, where = selection.checked(), how.checked(), stepping.checked().steps, where.checked()
     check_budget(selection)
     _check_steps(steps, selection, how)
     dense = layout_when_free(transformer_in(model))
     data = repair_data(model, calib, how, held_out=held_out)
     model = transformer_in(model)
     stages = {**stages_of_selection(selection), **RECONSTRUCT_STAGES}
-    with exclusive(model), progress_of(progress, "prune", stages, rounds=steps) as shown, all_or_nothing(model):
+    identity = partial(run_identity, model, data.calibration, selection, how, stepping)
+    with (
+        exclusive(model),
+        open_workspace(where, "prune", identity) as workspace,
+        progress_of(progress, "prune", stages, rounds=steps) as shown,
+        all_or_nothing(model),
+    ):
         if steps == 1:
-            mask, cost = choose(model, data.calibration, selection, shown)
-            report = repair(model, mask, data, how, shown)
+            mask, cost = choose(model, data.calibration, selection, shown, workspace)
+            report = repair(model, mask, data, how, shown, workspace)
         else:
-            mask, cost, report = _prune_in_steps(model, dense, data, selection, how, steps, shown)
+            mask, cost, report = _prune_in_steps(model, dense, data, selection, how, steps, shown, workspace)
     budget = selection.budget if isinstance(selection.budget, str) else cost.name
     chosen = {"criterion": selection.criterion, "budget": budget, "widths": selection.widths}
     stepped = {"steps": steps} if steps > 1 else {}
@@ -123,6 +144,7 @@ def _prune_in_steps(
     how: ReconstructOptions,
     steps: int,
     progress: Progress,
+    workspace: Workspace,
 ) -> tuple[Mask, CostChange, Report]:
     """Select and reconstruct, again and again, to shares that fall by one ratio; the dense model stays the target."""
     teacher, before, uncompared = copy_dense(model), count_parameters([model]), RepairData(data.calibration)
@@ -132,8 +154,9 @@ def _prune_in_steps(
     seconds: defaultdict[str, float] = defaultdict(float)
     for number in range(1, steps + 1):
         share = min(1.0, selection.keep ** (number / steps) * whole / cost_of(model, layout_with_weights(model)))
-        chosen, cost = choose(model, data.calibration, replace(selection, keep=share), progress)
-        report = repair(model, chosen, uncompared, how, progress, teacher=None if number == 1 else teacher)
+        own = workspace.within(f"step-{number}")
+        chosen, cost = choose(model, data.calibration, replace(selection, keep=share), progress, own)
+        report = repair(model, chosen, uncompared, how, progress, own, teacher=None if number == 1 else teacher)
         mask = chosen if mask is None else compose(mask, chosen)
         for name, value in report.seconds.items():
             # What the progress counts is counted over all steps.

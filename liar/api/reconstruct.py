@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
+from os import PathLike
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from liar.data import Calibration
 from liar.errors import MaskError, OptionError
 from liar.mask import Mask, keep_all
 from liar.models import Layout, count_parameters, layout_with_weights, transformer_in
-from liar.options import ReconstructOptions
+from liar.options import ReconstructOptions, RunOptions
 from liar.progress import Progress, ProgressOption, progress_of, timed
 from liar.repair import (
     RepairContext,
@@ -27,7 +29,7 @@ from liar.repair import (
     walk_blocks,
 )
 from liar.report import Report
-from liar.runtime import exclusive, layout_when_free
+from liar.runtime import Workspace, exclusive, layout_when_free, open_workspace, run_identity
 from liar.surgery import all_or_nothing
 
 # The stage of a reconstruction, and about how many forward passes of the dense model it takes; see `Progress`.
@@ -49,6 +51,8 @@ def reconstruct(
     quality: int | str = ReconstructOptions.quality,
     set_aside: bool = ReconstructOptions.set_aside,
     held_out: Iterable[Any] | None = None,
+    activations: str = RunOptions.activations,
+    run_folder: str | PathLike[str] | None = RunOptions.run_folder,
     progress: ProgressOption = True,
 ) -> Report:
     """Remove the units that a mask does not keep and repair the rest by least squares, in place.
@@ -80,6 +84,8 @@ def reconstruct(
             calibration sequences, which the fit has seen: `report.quality.held_out` is then False.
         set_aside: take these sequences out of the calibration data first, a quarter of it at most. The fit has less text.
         held_out: further batches, as `calib`, to compare on; sequences that repeat one of `calib` are left out.
+        activations: as for `prune`.
+        run_folder: as for `prune`.
         progress: show a bar, or a function that is called in its place (see `ProgressUpdate`).
 
     Returns:
@@ -96,7 +102,8 @@ def reconstruct(
         'ridged'
     """
     options = ReconstructOptions(target, ridge, drift_ridge, refit, solver, bias, quality, set_aside)
-    return reconstruct_with(model, mask, calib, options, teacher=teacher, held_out=held_out, progress=progress)
+    where = RunOptions(activations, run_folder)
+    return reconstruct_with(model, mask, calib, options, where, teacher=teacher, held_out=held_out, progress=progress)
 
 
 def reconstruct_with(
@@ -104,13 +111,14 @@ def reconstruct_with(
     mask: Mask | Mapping[str, Any] | None,
     calib: Iterable[Any] | Calibration,
     options: ReconstructOptions,
+    where: RunOptions,
     *,
     teacher: nn.Module | None = None,
     held_out: Iterable[Any] | None = None,
-    progress: ProgressOption | Progress = True,
+    progress: ProgressOption = True,
 ) -> Report:
-    """`reconstruct` with its options in one object."""
-    options = options.checked()
+    """`reconstruct` with its options in objects."""
+    options, where = options.checked(), where.checked()
     inner = transformer_in(model)
     layout = layout_when_free(inner)
     if teacher is not None:
@@ -126,8 +134,10 @@ def reconstruct_with(
         for each in (teacher, inner):
             if each is not None:
                 stack.enter_context(exclusive(each))
+        identity = partial(run_identity, inner, data.calibration, options, teacher=teacher, mask=chosen.to_json())
+        workspace = stack.enter_context(open_workspace(where, "reconstruct", identity))
         shown = stack.enter_context(progress_of(progress, "reconstruct", RECONSTRUCT_STAGES))
-        return repair(inner, chosen, data, options, shown, teacher=teacher)
+        return repair(inner, chosen, data, options, shown, workspace, teacher=teacher)
 
 
 def _checked_teacher(teacher: nn.Module, model: nn.Module, layout: Layout, options: ReconstructOptions) -> nn.Module:
@@ -147,6 +157,7 @@ def repair(
     data: RepairData,
     options: ReconstructOptions,
     progress: Progress,
+    workspace: Workspace,
     *,
     teacher: nn.Module | None = None,
 ) -> Report:
@@ -161,7 +172,15 @@ def repair(
         context = RepairContext(options, lambda: advance(1))
         steps, on_stream = closed_form_steps(context), options.target == "residual_stream"
         blocks = walk_blocks(
-            model, layout, calibration, steps, mask=mask, teacher=teacher, has_pruned_stream=on_stream, clock=clock
+            model,
+            layout,
+            calibration,
+            steps,
+            mask=mask,
+            teacher=teacher,
+            has_pruned_stream=on_stream,
+            workspace=workspace.within("repair"),
+            clock=clock,
         )
         with timed(clock, "quality"):
             quality = data.compare(model, layout, mask, blocks, teacher=teacher)

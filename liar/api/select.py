@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
+from functools import partial
+from os import PathLike
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,10 +15,10 @@ from liar.data import Calibration, transformer_and_data
 from liar.errors import CalibrationError, OptionError, at_site
 from liar.mask import Mask
 from liar.models import Layout, layout_with_weights
-from liar.options import SelectOptions
+from liar.options import RunOptions, SelectOptions
 from liar.progress import Progress, ProgressOption, progress_of
 from liar.report import CostChange
-from liar.runtime import exclusive, layout_when_free
+from liar.runtime import Workspace, exclusive, layout_when_free, open_workspace, run_identity
 from liar.selection import (
     CRITERIA,
     TOLERANCE,
@@ -27,7 +29,7 @@ from liar.selection import (
     allocate,
     best_of_groups,
     by_rank,
-    collect,
+    collect_with,
     flops_of,
     latency,
     params_of,
@@ -59,6 +61,8 @@ def select(
     protect: Sequence[str | int] = SelectOptions.protect,
     seed: int = SelectOptions.seed,
     heads: str = SelectOptions.heads,
+    activations: str = RunOptions.activations,
+    run_folder: str | PathLike[str] | None = RunOptions.run_folder,
     progress: ProgressOption = True,
 ) -> Mask:
     """Decide which heads and neurons stay.
@@ -83,6 +87,8 @@ def select(
         seed: for `"random"`.
         heads: `"group"`: query heads that share keys and values go together with them; `"query"`: single query heads go,
             equally many of every group of a layer, and all keys and values stay: for models with few key and value heads.
+        activations: as for `prune`.
+        run_folder: as for `prune`; for criteria that look at activations.
         progress: show a bar, or a function that is called in its place (see `ProgressUpdate`).
 
     Returns:
@@ -97,27 +103,34 @@ def select(
         True
     """
     options = SelectOptions(keep, criterion, budget, widths, round_to, protect, seed, heads)
-    return select_with(model, calib, options, progress=progress)
+    return select_with(model, calib, options, RunOptions(activations, run_folder), progress=progress)
 
 
 def select_with(
     model: nn.Module,
     calib: Iterable[Any] | Calibration | CriterionStatistics | None,
     options: SelectOptions,
+    where: RunOptions,
     *,
-    progress: ProgressOption | Progress = True,
+    progress: ProgressOption = True,
 ) -> Mask:
-    """`select` with its options in one object."""
-    options = options.checked()
+    """`select` with its options in objects."""
+    options, where = options.checked(), where.checked()
     check_budget(options)
     model, calib = transformer_and_data(model, calib)
     # Read before the model is locked: an iterable may need another thread, or this one, to use the model.
     if CRITERIA[options.criterion].needs and calib is not None and not isinstance(calib, CriterionStatistics):
         layout_when_free(model)
         calib = Calibration.of(calib, model)
-    given = isinstance(calib, CriterionStatistics)
-    with exclusive(model), progress_of(progress, "select", stages_of_selection(options, collects=not given)) as shown:
-        mask, _ = choose(model, calib, options, shown)
+    calibration = calib if isinstance(calib, Calibration) else None
+    if calibration is None:
+        where = RunOptions()  # nothing takes long
+    with (
+        exclusive(model),
+        open_workspace(where, "select", partial(run_identity, model, calibration, options)) as workspace,
+        progress_of(progress, "select", stages_of_selection(options, collects=calibration is not None)) as shown,
+    ):
+        mask, _ = choose(model, calib, options, shown, workspace)
     return mask
 
 
@@ -142,8 +155,24 @@ def choose(
     calib: Iterable[Any] | Calibration | CriterionStatistics | None,
     options: SelectOptions,
     progress: Progress,
+    workspace: Workspace,
 ) -> tuple[Mask, CostChange]:
     """`select` on a model that is locked, with options that are checked; also what the mask does to the costs."""
+    known = workspace.read("mask")
+    if known is not None:
+        return Mask.from_json(known["mask"]), CostChange(*known["cost"])
+    mask, cost = _choose(model, calib, options, progress, workspace)
+    workspace.commit("mask", {"mask": mask.to_json(), "cost": astuple(cost)})
+    return mask, cost
+
+
+def _choose(
+    model: nn.Module,
+    calib: Iterable[Any] | Calibration | CriterionStatistics | None,
+    options: SelectOptions,
+    progress: Progress,
+    workspace: Workspace,
+) -> tuple[Mask, CostChange]:
     criterion = CRITERIA[options.criterion]
     by_group = layout_with_weights(model)
     layout = by_group.counted_by(options.heads)
@@ -163,7 +192,9 @@ def choose(
             calib.check(model, layout, options.criterion)
             statistics = calib.sites
         else:
-            statistics = collect(model, calib, criteria=[options.criterion], heads=options.heads, progress=progress).sites
+            calibration = Calibration.of(calib, model)
+            collected = collect_with(model, calibration, [options.criterion], options.heads, progress, workspace)
+            statistics = collected.sites
     by_site = {}
     for number, site in enumerate(layout.sites):
         weights = SiteWeights.of(model.get_submodule(site.block), site, statistics[site.name], seed=options.seed + number)

@@ -17,6 +17,10 @@ from liar.options import BUDGETS, Option, options_in
 Model = Annotated[str, typer.Argument(help="Model folder, or a name on the hub.")]
 Out = Annotated[Path, typer.Argument(help="Folder to write: model, tokenizer, mask.json, report.json, run.json.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Keep finished blocks in OUT.run, and go on from what an earlier call left there."),
+]
 MaskFile = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="JSON file with the mask.")]
 
 BUDGET_HELP = f"{', '.join(BUDGETS)}, or a file that liar latency wrote"
@@ -55,6 +59,7 @@ READERS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     "budget": (str, _budget),
     "protect": (list[str], _protect),
     "granularity": (str, _granularity),
+    "run_folder": (str | None, lambda value: value),
 }
 
 # Read, but not yet what the library takes: a file's name in place of costs, texts that may be left out.

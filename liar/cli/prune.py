@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from liar.cli.app import app, report_errors
-from liar.cli.parameters import Force, Model, Out, with_options
+from liar.cli.parameters import Force, Model, Out, Resume, with_options
 from liar.options import (
     CalibrationOptions,
     LoadOptions,
     PruneOptions,
     ReconstructOptions,
+    RunOptions,
     SaveOptions,
     SelectOptions,
     SourceOptions,
@@ -18,8 +19,10 @@ from liar.options import (
 
 
 @app.command()
-@with_options(SelectOptions, PruneOptions, ReconstructOptions, SourceOptions, CalibrationOptions, LoadOptions, SaveOptions)
-def prune(model: Model, out: Out, force: Force = False, **options: Any) -> None:
+@with_options(
+    SelectOptions, PruneOptions, ReconstructOptions, SourceOptions, CalibrationOptions, LoadOptions, RunOptions, SaveOptions
+)
+def prune(model: Model, out: Out, force: Force = False, resume: Resume = False, **options: Any) -> None:
     """Choose what stays, remove the rest, and repair the model by least squares.
 
     For example:
@@ -29,8 +32,10 @@ def prune(model: Model, out: Out, force: Force = False, **options: Any) -> None:
         liar prune ./llama slim --keep 0.7 --calib wikitext --config wikitext-2-raw-v1 --pack --tokens 100000
 
         liar prune bert-base-uncased slim --keep 0.5 --budget latency.json --calib texts.txt
+
+        liar prune ./llama slim --keep 0.7 --calib texts.txt --activations disk --resume
     """
     from liar.cli.run import finish, run_from  # noqa: PLC0415 (help needs no torch)
 
     with report_errors():
-        finish(run_from("prune", model, out, options), overwrite=force)
+        finish(run_from("prune", model, out, options, resume=resume), overwrite=force)

@@ -6,14 +6,29 @@ import json
 from typing import Any
 
 from liar.cli.app import app, report_errors
-from liar.cli.parameters import Force, MaskFile, Model, Out, with_options
+from liar.cli.parameters import Force, MaskFile, Model, Out, Resume, with_options
 from liar.errors import MaskError, wrap_parse_errors
-from liar.options import CalibrationOptions, LoadOptions, ReconstructOptions, SaveOptions, SourceOptions, TeacherOptions
+from liar.options import (
+    CalibrationOptions,
+    LoadOptions,
+    ReconstructOptions,
+    RunOptions,
+    SaveOptions,
+    SourceOptions,
+    TeacherOptions,
+)
 
 
 @app.command()
-@with_options(ReconstructOptions, TeacherOptions, SourceOptions, CalibrationOptions, LoadOptions, SaveOptions)
-def reconstruct(model: Model, out: Out, mask: MaskFile | None = None, force: Force = False, **options: Any) -> None:
+@with_options(ReconstructOptions, TeacherOptions, SourceOptions, CalibrationOptions, LoadOptions, RunOptions, SaveOptions)
+def reconstruct(
+    model: Model,
+    out: Out,
+    mask: MaskFile | None = None,
+    force: Force = False,
+    resume: Resume = False,
+    **options: Any,
+) -> None:
     """Remove what a mask removes, and repair the model by least squares; or repair a model that is smaller already.
 
     For example:
@@ -31,4 +46,4 @@ def reconstruct(model: Model, out: Out, mask: MaskFile | None = None, force: For
         if mask is not None:
             with wrap_parse_errors(MaskError, "a JSON file with a mask, as Mask.save writes it", mask):
                 content = json.loads(mask.read_text(encoding="utf-8"))
-        finish(run_from("reconstruct", model, out, options, mask=content), overwrite=force)
+        finish(run_from("reconstruct", model, out, options, mask=content, resume=resume), overwrite=force)

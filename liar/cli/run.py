@@ -28,6 +28,7 @@ from liar.options import (
     PruneOptions,
     ReconstructOptions,
     RefineOptions,
+    RunOptions,
     SaveOptions,
     SelectOptions,
     SourceOptions,
@@ -35,6 +36,7 @@ from liar.options import (
     check_text,
 )
 from liar.report import Report
+from liar.runtime import remove_journals
 from liar.selection import Costs
 from liar.versions import versions
 
@@ -48,17 +50,18 @@ GROUPS: dict[str, type] = {
     "reconstruct": ReconstructOptions,
     "refine": RefineOptions,
     "stepping": PruneOptions,
+    "workspace": RunOptions,
     "teacher": TeacherOptions,
     "save": SaveOptions,
 }
 # What each subcommand has options for.
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "prune": ("source", "calibration", "load", "select", "reconstruct", "stepping", "save"),
-    "reconstruct": ("source", "calibration", "load", "reconstruct", "teacher", "save"),
+    "prune": ("source", "calibration", "load", "select", "reconstruct", "stepping", "workspace", "save"),
+    "reconstruct": ("source", "calibration", "load", "reconstruct", "teacher", "workspace", "save"),
     "refine": ("source", "calibration", "load", "refine", "teacher", "save"),
 }
 # A run.json may be from before these were there.
-DEFAULTED = {"stepping", "teacher", "save"}
+DEFAULTED = {"stepping", "teacher", "workspace", "save"}
 # What has to be given, in words, and whether it is: units to select, a mask, a teacher.
 EXPECTED: dict[str, tuple[str, Callable[[bool, bool, bool], bool]]] = {
     "prune": ("options that select units and no mask", lambda select, mask, _: select and not mask),
@@ -87,6 +90,7 @@ class Run:
         reconstruct: how it is repaired (prune, reconstruct).
         select: which units stay (prune). A `budget` that is a mapping is the content of a file that `liar latency` wrote.
         stepping: in how many steps (prune).
+        workspace: where activations and finished blocks are kept (prune, reconstruct).
         teacher: the dense model (reconstruct, refine).
         refine: how it is trained (refine).
         save: how the result is saved.
@@ -102,6 +106,7 @@ class Run:
     reconstruct: ReconstructOptions | None = None
     select: SelectOptions | None = None
     stepping: PruneOptions = field(default_factory=PruneOptions)
+    workspace: RunOptions = field(default_factory=RunOptions)
     teacher: TeacherOptions = field(default_factory=TeacherOptions)
     refine: RefineOptions | None = None
     save: SaveOptions = field(default_factory=SaveOptions)
@@ -168,10 +173,11 @@ class Run:
         assert options is not None
         held_out = None if options.set_aside else source.left_over(options.quality, batches)
         if (selection := self._selection()) is not None:
-            return prune_with(model, batches, selection, options, self.stepping, held_out=held_out, progress=progress)
+            groups = (selection, options, self.stepping, self.workspace)
+            return prune_with(model, batches, *groups, held_out=held_out, progress=progress)
         mask = None if self.mask is None else Mask.of(self._checked_mask(), layout_of(model))
-        report = reconstruct_with(model, mask, batches, options, teacher=teacher, held_out=held_out, progress=progress)
-        return mask, report
+        more: dict[str, Any] = {"teacher": teacher, "held_out": held_out, "progress": progress}
+        return mask, reconstruct_with(model, mask, batches, options, self.workspace, **more)
 
     def _selection(self) -> SelectOptions | None:
         """The options that select units, with a measured budget as `Costs`."""
@@ -213,9 +219,13 @@ class Run:
         return run
 
 
-def run_from(command: str, model: str, out: Path, options: Mapping[str, Any], *, mask: Any = None) -> Run:
+def run_from(command: str, model: str, out: Path, options: Mapping[str, Any], *, mask: Any = None, resume: bool = False) -> Run:
     """A run from the parameters of a subcommand; options by the names they have in `liar.options`."""
     given = dict(options)
+    if resume and given["run_folder"] is None:
+        given["run_folder"] = f"{out}.run"
+    if given.get("run_folder") is not None:
+        given["run_folder"] = str(user_path(given["run_folder"]).resolve())
     if given.get("budget") not in (None, *BUDGETS):
         given["budget"] = json.loads(Costs.load(given["budget"]).to_json())
     # A run.json has to work from anywhere.
@@ -227,8 +237,16 @@ def run_from(command: str, model: str, out: Path, options: Mapping[str, Any], *,
 
 
 def finish(run: Run, *, overwrite: bool) -> None:
-    """Carry out a run and print its report."""
-    typer.echo(str(run.carry_out(overwrite=overwrite)))
+    """Carry out a run and print its report; what it kept meanwhile goes when the result is written."""
+    folder = run.workspace.run_folder
+    try:
+        typer.echo(str(run.carry_out(overwrite=overwrite)))
+    except KeyboardInterrupt as error:
+        again = "to be able to go on, use --resume" if folder is None else f"the same command goes on; its work is in {folder}"
+        typer.echo(f"Interrupted: {again}", err=True)
+        raise typer.Exit(130) from error
+    if folder is not None:
+        remove_journals(folder)
     typer.echo(f"written to {run.out}")
 
 

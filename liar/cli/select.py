@@ -10,11 +10,11 @@ import typer
 from liar.cli.app import app, report_errors
 from liar.cli.parameters import Force, Model, with_options
 from liar.errors import OptionError
-from liar.options import BUDGETS, CalibrationOptions, LoadOptions, SelectOptions, SourceOptions
+from liar.options import BUDGETS, CalibrationOptions, LoadOptions, RunOptions, SelectOptions, SourceOptions
 
 
 @app.command()
-@with_options(SelectOptions, SourceOptions, CalibrationOptions, LoadOptions, optional=["calib"])
+@with_options(SelectOptions, SourceOptions, CalibrationOptions, LoadOptions, RunOptions, optional=["calib"])
 def select(
     model: Model,
     out: Annotated[Path, typer.Argument(help="JSON file to write, for reconstruct --mask.")],
@@ -50,7 +50,7 @@ def select(
         if source is not None:
             batches = SourceTexts(source, load_tokenizer(model), group_options(CalibrationOptions, options)).batches()
         loaded = load_model(model, load)
-        mask = select_with(loaded, batches, selection)
+        mask = select_with(loaded, batches, selection, group_options(RunOptions, options))
         mask.save(out)
         layout = layout_of(loaded).matching(mask.masks)
         for site in layout.sites:

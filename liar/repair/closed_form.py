@@ -14,6 +14,7 @@ consumer's fit needs no weights: there, large tokens have large errors.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,16 +110,28 @@ def over_mean(site: SiteState, sizes: Sequence[Tensor]) -> list[Tensor]:
     return [size / mean.clamp_min(torch.finfo(mean.dtype).tiny) for size in sizes]
 
 
-class FitToResidualStream(RepairStep):
+class FitConsumer(RepairStep):
+    """What all steps have that fit consumers and report it."""
+
+    def __init__(self, context: RepairContext) -> None:
+        self.context = context
+
+    def finished(self, sites: Sequence[str]) -> dict[str, Any]:
+        """What was reported of the sites."""
+        return self.context.finished(sites)
+
+    def restore(self, sites: Sequence[str], content: Mapping[str, Any]) -> None:
+        """Report the sites as they were reported before."""
+        self.context.restore(content)
+
+
+class FitToResidualStream(FitConsumer):
     """Fit the consumer to what the residual stream of the pruned model still lacks.
 
     Where a norm comes between the two, no output of the consumer is the one that is lacking: it is fitted to its dense output.
     """
 
     captures = frozenset({"stream", "consumer_output"})
-
-    def __init__(self, context: RepairContext) -> None:
-        self.context = context
 
     def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
         """Keep the dense stream after the site, or what the consumer gives."""
@@ -200,13 +213,13 @@ class FitOutputAndDrift(FitToResidualStream):
         return [(1 + energy).rsqrt() for energy in over_mean(site, energies)]
 
 
-class FitToLayerOutput(RepairStep):
+class FitToLayerOutput(FitConsumer):
     """Fit the consumer to its own dense output, on the dense model's activations: our reading of LIAR."""
 
     captures = frozenset({"consumer_input", "consumer_output"})
 
     def __init__(self, context: RepairContext) -> None:
-        self.context = context
+        super().__init__(context)
         self.folds: dict[str, Folds] = {}
 
     def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:

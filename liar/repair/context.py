@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import nan
 from typing import Any
@@ -82,6 +82,17 @@ class RepairContext:
                 self.starts[site.site.kind] = solution.ridge
             consumer.write(solution.weight, solution.bias, create_bias=creates)
         self._report(site, solution, time.perf_counter() - began, bias_created=creates)
+
+    def finished(self, sites: Sequence[str]) -> dict[str, Any]:
+        """The reports of some sites, and where the next searches begin; see `RepairStep.finished`."""
+        return {"reports": [asdict(report) for report in self.reports if report.site in sites], "starts": self.starts}
+
+    def restore(self, content: Mapping[str, Any]) -> None:
+        """Take what `finished` gave in an earlier run."""
+        self.starts = dict(content["starts"])
+        for report in content["reports"]:
+            self.reports.append(SiteReport(**{**report, "verdict": Verdict(report["verdict"])}))
+            self.advance()
 
     def leave(self, site: SiteState) -> None:
         """Report a site at which nothing is done."""

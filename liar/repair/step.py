@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -47,6 +48,13 @@ class RepairStep:
 
     def repair(self, site: SiteState) -> None:
         """Change the layers of the site, which is cut by now."""
+
+    def finished(self, sites: Sequence[str]) -> dict[str, Any]:
+        """What a run that goes on after a finished block has to know of its sites, by name: tensors, and what JSON can hold."""
+        return {}
+
+    def restore(self, sites: Sequence[str], content: Mapping[str, Any]) -> None:
+        """Take what `finished` gave in an earlier run, in place of all the rest."""
 
     def skip(self, site: SiteState) -> None:
         """Run in place of `before_cut` and `repair` where everything is kept and nothing before the site has changed."""

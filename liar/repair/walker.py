@@ -17,12 +17,14 @@ from liar.data import Calibration
 from liar.mask import Mask
 from liar.models import Layout, base_and_prefix, layout_of
 from liar.repair.captures import Capture, capture_points, read_captures
+from liar.repair.resume import finished_block, resume_block, set_weights
 from liar.repair.state import DENSE, PRUNED, BlockPair, SiteState, Walk
 from liar.repair.step import RepairStep
 from liar.repair.teacher import check_teacher
 from liar.runtime import (
-    ActivationStore,
+    IN_PLACE,
     Point,
+    Workspace,
     calls_of,
     capture_activations,
     preserve_model_state,
@@ -41,6 +43,7 @@ def walk_blocks(
     mask: Mask | None = None,
     teacher: nn.Module | None = None,
     has_pruned_stream: bool = True,
+    workspace: Workspace = IN_PLACE,
     clock: defaultdict[str, float] | None = None,
 ) -> list[nn.Module]:
     """Walk the blocks once, and let the steps look at every site and repair it.
@@ -57,6 +60,7 @@ def walk_blocks(
         teacher: the model whose stream is the dense one, if it is another: with as many blocks, and a residual stream of the
             same width. Heads and neurons may differ.
         has_pruned_stream: False saves the pruned stream where no step runs the pruned block.
+        workspace: where activations are kept, and finished blocks; blocks that an earlier run has finished are read.
         clock: seconds by stage are added here.
 
     Returns:
@@ -65,6 +69,7 @@ def walk_blocks(
     Raises:
         ModelError: the teacher does not fit the model (see `check_teacher`).
         CalibrationError: the model does not take a batch.
+        CheckpointError: what the workspace holds is damaged, or its disk is full.
 
     Example:
         >>> from liar.repair import RepairStep, walk_blocks
@@ -82,7 +87,7 @@ def walk_blocks(
     if teacher is not None:
         check_teacher(teacher, dense_layout, model, layout)
     clock = defaultdict(float) if clock is None else clock
-    walk = Walk(layout, calibration, mask, ActivationStore(), clock, has_pruned_stream, drifted=teacher is not None)
+    walk = Walk(layout, calibration, mask, workspace.new_store(), clock, has_pruned_stream, drifted=teacher is not None)
     with preserve_model_state(model), preserve_model_state(source):
         pruned_blocks: list[nn.Module] = []
         for number, (name, dense_name) in enumerate(zip(layout.blocks, dense_layout.blocks, strict=True)):
@@ -99,18 +104,42 @@ def walk_blocks(
                 sites=layout.of_block(name),
                 dense_sites=dense_layout.of_block(dense_name),
             )
-            _walk_block(walk, block, steps, is_pre_norm=dense_layout.is_pre_norm)
+            finished = workspace.read(_entry(number))
+            if finished is None:
+                _walk_block(walk, block, steps, is_pre_norm=dense_layout.is_pre_norm)
+                _commit(workspace, walk, block, model.get_submodule(name), steps)
+            else:
+                resume_block(walk, block, steps, finished)
+            _leave(walk, block)
             if block.pruned is not None:
                 pruned_blocks.append(block.pruned)
     return pruned_blocks
 
 
 def _walk_block(walk: Walk, block: BlockPair, steps: Sequence[RepairStep], *, is_pre_norm: bool) -> None:
-    """Observe, cut and repair all sites of one block, and move the streams past it."""
+    """Observe, cut and repair all sites of one block, and move the dense stream past it."""
     states = [SiteState(walk, block, *pair) for pair in zip(block.sites, block.dense_sites, strict=True)]
     _dense_pass(walk, block, states, steps, is_pre_norm=is_pre_norm)
     for state in states:
         _visit(state, steps)
+
+
+def _entry(number: int) -> str:
+    """The name of a block's entry in the journal."""
+    return f"block-{number:04d}"
+
+
+def _commit(workspace: Workspace, walk: Walk, block: BlockPair, original: nn.Module, steps: Sequence[RepairStep]) -> None:
+    """Keep a finished block; what is on a CPU lives in its file from then on, and not in memory."""
+    if workspace.journal is None:
+        return
+    workspace.commit(_entry(block.number), finished_block(walk, block, original, steps))
+    if block.pruned is not None and next(block.pruned.parameters()).device.type == "cpu":
+        set_weights(block.pruned, workspace.read(_entry(block.number)) or {})
+
+
+def _leave(walk: Walk, block: BlockPair) -> None:
+    """Move the pruned stream past a finished block, and forget what belongs to it."""
     if walk.has_pruned_stream and block.number < len(walk.layout.blocks) - 1:
         _advance(walk, block)
     calls = (calls_of(stream, block.number) for stream in (DENSE, PRUNED))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,12 +13,11 @@ from liar.runtime.hooks import StopForward
 from liar.runtime.store import ActivationStore
 
 
-@dataclass(frozen=True)
-class BlockCall:
+class BlockCall(NamedTuple):
     """How a model calls one of its blocks for one batch: everything but the hidden states."""
 
     args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    kwargs: dict[str, Any]
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:

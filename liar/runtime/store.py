@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from liar.runtime.places import File, Kept, Pinned, Place, map_tensors
+
+_ELSEWHERE = (Pinned, File)
 
 
 class ActivationStore:
-    """Values by series and batch, put and taken one batch at a time.
+    """Values by series and batch, put and taken one batch at a time: tensors, and tuples, lists and dictionaries of them.
 
-    Everything stays where it was computed. Only this class decides where values are kept, so that another place is a change
-    of `put` and `get` alone.
+    Args:
+        place: where tensors are kept; where they were computed, if left out.
 
     Example:
         >>> store = ActivationStore()
@@ -19,16 +27,39 @@ class ActivationStore:
         (torch.Size([2, 3]), [0])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, place: Place | None = None) -> None:
         self._series: dict[str, dict[int, Any]] = {}
+        self._place = place
+        # What is kept of tensors that are still in use, so that one that is put twice is copied once.
+        self._copies: MutableMapping[Tensor, tuple[int, Tensor | Kept]] = WeakTensorKeyDictionary()
 
     def put(self, series: str, batch: int, value: Any) -> None:
-        """Keep a value; an earlier one of the same series and batch is dropped."""
-        self._series.setdefault(series, {})[batch] = value
+        """Keep a value; an earlier one of the same series and batch is dropped. Tensors must not be changed afterwards."""
+        kept = value if self._place is None else map_tensors(value, self._copy)
+        self._series.setdefault(series, {})[batch] = kept
 
     def get(self, series: str, batch: int) -> Any:
-        """The value of a series for one batch."""
-        return self._series[series][batch]
+        """The value of a series for one batch. That of the next batch is likely to be wanted soon."""
+        values = self._series[series]
+        if self._place is None:
+            return values[batch]
+        value = map_tensors(values[batch], self._fetch, _ELSEWHERE)
+        map_tensors(values.get(batch + 1), lambda kept: kept.prefetch(), _ELSEWHERE)
+        return value
+
+    def _copy(self, tensor: Tensor) -> Tensor | Kept:
+        assert self._place is not None
+        version, kept = self._copies.get(tensor, (None, tensor))
+        if version != tensor._version:  # new, or changed in place since
+            kept = self._place.keep(tensor)
+            if kept is not tensor:
+                self._copies[tensor] = tensor._version, kept
+        return kept
+
+    def _fetch(self, kept: Kept) -> Tensor:
+        tensor = kept.fetch()
+        self._copies[tensor] = tensor._version, kept
+        return tensor
 
     def batches(self, series: str) -> list[int]:
         """The batches of which a series has a value, in order; none for an unknown series."""

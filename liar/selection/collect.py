@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isclose
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,19 @@ from liar.data import Calibration
 from liar.errors import CalibrationError, check_choice
 from liar.files import replacing_file, user_path
 from liar.models import Layout, layer_of, layout_with_weights
-from liar.options import HEADS, SelectOptions, check_list
+from liar.options import HEADS, RunOptions, SelectOptions, check_list
 from liar.progress import Progress, ProgressOption, progress_of
-from liar.runtime import exclusive
+from liar.runtime import Workspace, exclusive, layout_when_free, open_workspace, run_identity
 from liar.selection.error_curves import error_curves
 from liar.selection.gradients import unit_gradients
 from liar.selection.scores import CRITERIA, STATISTICS
 
 SiteTensors = dict[str, dict[str, Tensor]]
-COLLECTORS: dict[str, Callable[[nn.Module, Layout, Calibration, Progress], SiteTensors]] = {
-    "channels": channel_moments,
+# Of these, the curves are long work that can go on after a kill; the others take one pass.
+COLLECTORS: dict[str, Callable[[nn.Module, Layout, Calibration, Progress, Workspace], SiteTensors]] = {
+    "channels": lambda *known: channel_moments(*known[:4]),
     "curves": error_curves,
-    "gradients": unit_gradients,
+    "gradients": lambda *known: unit_gradients(*known[:4]),
 }
 # The stages of each, and about how many forward passes of the dense model they take (benchmarks/README.md, "Speed").
 STAGES: dict[str, dict[str, float]] = {
@@ -158,7 +161,9 @@ def collect(
     *,
     criteria: Sequence[str] = ("reconstruction",),
     heads: str = SelectOptions.heads,
-    progress: ProgressOption | Progress = True,
+    activations: str = RunOptions.activations,
+    run_folder: str | PathLike[str] | None = RunOptions.run_folder,
+    progress: ProgressOption = True,
 ) -> CriterionStatistics:
     """Collect the statistics that `select` needs once, and reuse them for every budget.
 
@@ -167,6 +172,8 @@ def collect(
         calib: calibration batches (see `Calibration.of`).
         criteria: that will be used; what several of them need is collected once.
         heads: as for `select`.
+        activations: as for `prune`.
+        run_folder: as for `prune`; what was collected is there, too.
         progress: show a bar, or a function that is called in its place (see `ProgressUpdate`).
 
     Returns:
@@ -184,13 +191,37 @@ def collect(
     for criterion in criteria:
         check_choice("criterion", criterion, CRITERIA)
     check_choice("heads", heads, HEADS)
-    with exclusive(model):
-        layout = layout_with_weights(model).counted_by(heads)
+    options = RunOptions(activations, run_folder).checked()
+    layout_when_free(model)
     # Read before the model is locked again: an iterable may need another thread to use the model.
     calibration = Calibration.of(calib, model)
-    with exclusive(model), progress_of(progress, "collect", stages_of(criteria)) as shown:
-        sites: SiteTensors = {site.name: {} for site in layout.sites}
-        for needs in needs_of(criteria):
-            for name, values in COLLECTORS[needs](model, layout, calibration, shown).items():
-                sites[name] |= {key: value.cpu() for key, value in values.items()}
+    identity = partial(run_identity, model, calibration, criteria=" ".join(criteria), heads=heads)
+    with (
+        exclusive(model),
+        open_workspace(options, "collect", identity) as workspace,
+        progress_of(progress, "collect", stages_of(criteria)) as shown,
+    ):
+        return collect_with(model, calibration, criteria, heads, shown, workspace)
+
+
+def collect_with(
+    model: nn.Module,
+    calibration: Calibration,
+    criteria: Sequence[str],
+    heads: str,
+    progress: Progress,
+    workspace: Workspace,
+) -> CriterionStatistics:
+    """`collect` on a model that is locked, with options that are checked."""
+    layout = layout_with_weights(model).counted_by(heads)
+    sites: SiteTensors = {site.name: {} for site in layout.sites}
+    for needs in needs_of(criteria):
+        known = workspace.read(needs)
+        if known is None:
+            collected = COLLECTORS[needs](model, layout, calibration, progress, workspace)
+            known = {f"{site}/{name}": value.cpu() for site, values in collected.items() for name, value in values.items()}
+            workspace.commit(needs, known)
+        for key, value in known.items():
+            site, _, name = key.partition("/")
+            sites[site][name] = value
     return CriterionStatistics(sites, consumer_norms(model, layout), calibration.tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 from typing import Any
@@ -16,7 +16,7 @@ from liar.errors import at_site
 from liar.models import Layout
 from liar.progress import Progress
 from liar.repair import RepairStep, SiteState, walk_blocks
-from liar.runtime import sequence_sums, widen
+from liar.runtime import IN_PLACE, Workspace, sequence_sums, widen
 from liar.selection.elimination import Elimination, eliminate
 from liar.selection.fisher import Sensitivity, sensitivities
 from liar.statistics import Moments
@@ -31,7 +31,7 @@ EVEN = 0.2
 
 
 def error_curves(
-    model: nn.Module, layout: Layout, calibration: Calibration, progress: Progress
+    model: nn.Module, layout: Layout, calibration: Calibration, progress: Progress, workspace: Workspace = IN_PLACE
 ) -> dict[str, dict[str, Tensor]]:
     """By site: `order` and `increases` of an `Elimination`.
 
@@ -42,16 +42,30 @@ def error_curves(
         CalibrationError: NaN or Inf in the activations of a site, which it names.
         ModelError: parameters that gradients cannot be taken of.
     """
-    sensitivity = sensitivities(model, layout, calibration, progress)
+    sensitivity = _sensitivities(model, layout, calibration, progress, workspace)
     widest = max(site.units * site.consumer.width for site in layout.sites)
     calibration = sample(calibration, max(TOKENS, ROWS * widest))
     clock: defaultdict[str, float] = defaultdict(float)
     with progress.stage("elimination", len(layout.sites)) as advance:
         curves = ErrorCurves(sensitivity, lambda: advance(1))
-        walk_blocks(model, layout, calibration, [curves], clock=clock)
+        walk_blocks(model, layout, calibration, [curves], workspace=workspace.within("elimination"), clock=clock)
     for work, seconds in clock.items():
         progress.seconds[f"select: {work}"] += seconds
     return {name: {"order": curve.order, "increases": curve.increases} for name, curve in curves.result.items()}
+
+
+def _sensitivities(
+    model: nn.Module, layout: Layout, calibration: Calibration, progress: Progress, workspace: Workspace
+) -> dict[str, Sensitivity]:
+    """The sensitivities, or those that an earlier run has measured."""
+    known = workspace.read("sensitivity")
+    if known is not None:
+        numbers = known.pop("numbers")
+        return {name: Sensitivity(fisher, *numbers[name]) for name, fisher in known.items()}
+    measured = sensitivities(model, layout, calibration, progress)
+    numbers = {name: (each.coherence, each.outputs) for name, each in measured.items()}
+    workspace.commit("sensitivity", {"numbers": numbers, **{name: each.fisher for name, each in measured.items()}})
+    return measured
 
 
 class ErrorCurves(RepairStep):
@@ -78,10 +92,20 @@ class ErrorCurves(RepairStep):
             self.result[site.name] = self._curve(site)
         self.advance()
 
+    def finished(self, sites: Sequence[str]) -> dict[str, Any]:
+        """The curves of the sites."""
+        return {f"{site}/{name}": value for site in sites for name, value in vars(self.result[site]).items()}
+
+    def restore(self, sites: Sequence[str], content: Mapping[str, Any]) -> None:
+        """Take the curves of an earlier run."""
+        for site in sites:
+            self.result[site] = Elimination(content[f"{site}/order"], content[f"{site}/increases"])
+            self.advance()
+
     def _curve(self, site: SiteState) -> Elimination:
         sensitivity, consumer = self.sensitivity[site.name], site.dense_consumer
         gram = self.moments.pop(site.name).normal(affine=consumer.bias is not None).gram
-        mean, root = directions(sensitivity.fisher.double(), sensitivity.outputs)
+        mean, root = directions(sensitivity.fisher.to(gram), sensitivity.outputs)
         channels = site.site.consumer.by_unit(site.site.units).flatten().to(gram.device)
         weight = consumer.matrix.double() @ root
         curve = eliminate(gram[channels][:, channels], weight[channels], site.site.units, RIDGE)

@@ -19,6 +19,7 @@ from liar.runtime import (
     Point,
     calls_of,
     capture_activations,
+    map_tensors,
     record_block_calls,
     replay_output,
     run_block,
@@ -122,7 +123,7 @@ class Side:
         dtype = next(block.parameters()).dtype
         call: BlockCall = self.store.get(calls_of(self.stream, number), batch)
         if self.copies:
-            call = BlockCall(_as(call.args, dtype), _as(call.kwargs, dtype))
+            call = map_tensors(call, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
         return run_block(block, hidden.to(dtype), call)
 
 
@@ -144,12 +145,3 @@ def _replaying(block: nn.Module, sites: Sequence[Site], outputs: Sequence[Tensor
             added = block.get_submodule(site.added)
             stack.enter_context(replay_output(added, output.to(next(block.parameters()).dtype)))
         yield
-
-
-def _as(value: Any, dtype: torch.dtype) -> Any:
-    """Arguments of a block with their floating-point tensors in its type."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_as(each, dtype) for each in value)
-    return {name: _as(each, dtype) for name, each in value.items()} if isinstance(value, dict) else value
