@@ -130,7 +130,10 @@ def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     """Check that a folder is of this run; of a new one, note that it is."""
     about = folder / ABOUT
     if not about.exists():
-        others = sorted(each.name for each in folder.iterdir() if each.name != LOCK and not each.name.startswith(".liar-"))
+        # Both may be left where a run was killed while it deleted its folder.
+        others = sorted(
+            each.name for each in folder.iterdir() if each.name not in (LOCK, ACTIVATIONS) and each.name[:6] != ".liar-"
+        )
         if others:
             raise CheckpointError(
                 f"{folder}: expected an empty folder, or one that an earlier run began, got one with {', '.join(others[:4])}: "
