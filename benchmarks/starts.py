@@ -24,7 +24,7 @@ SCALES = {
     "minilm": Scale("stsb", length=128, tokens=2_000, evaluated=2_000, seeds=(0,)),
     "smollm2": Scale("wikitext-512-first-16384", length=128, tokens=2_048, evaluated=2_048, seeds=(0,)),
 }
-KEEPS = {"stories260K": (0.8, 0.5, 0.3), "minilm": (0.5, 0.3), "smollm2": (0.8, 0.5)}
+KEEPS = {"stories260K": (0.8, 0.5, 0.3), "minilm": (0.5, 0.3), "smollm2": (0.5, 0.3)}
 EPOCHS = {"stories260K": (0, 1, 3, 10), "minilm": (0, 1, 3, 10), "smollm2": (0, 1, 3)}
 RATES = {"stories260K": 1e-3, "minilm": 2e-4, "smollm2": 2e-4}
 STARTS = ("mask", "closed form")
