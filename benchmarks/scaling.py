@@ -1,0 +1,143 @@
+"""How time and memory grow with tokens and layers, by where activations and weights are kept.
+
+    python -m benchmarks.scaling [--only tokens layers] [--largest 262144]
+
+Random LLaMAs of hidden size 256, pruned to half by `liar.prune`. Every run is in a process of its own; its memory is the peak
+of the resident set, the model included, over what the process had before the model was loaded. Runs that are in
+results/scaling.jsonl are skipped; `benchmarks.publish` draws docs/images/scaling.png from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModel
+
+import liar
+from benchmarks.growth import power
+from benchmarks.results import RESULTS, Record, ResultFile, read_records
+from benchmarks.speed import growth_of_memory, random_llama
+from benchmarks.summary import lined
+
+FILE = RESULTS / "scaling.jsonl"
+KEEP, WIDTH = 0.5, 256
+# Name -> where activations are, and whether blocks are on disk before, meanwhile and afterwards.
+WAYS: dict[str, tuple[str, bool]] = {
+    "in memory": ("device", False),
+    "activations on disk": ("disk", False),
+    "activations and blocks on disk": ("disk", True),
+}
+# What grows -> (tokens, layers) of every run.
+POINTS: dict[str, list[tuple[int, int]]] = {
+    "tokens": [(tokens, 4) for tokens in (4_096, 16_384, 65_536, 262_144)],
+    "layers": [(4_096, layers) for layers in (4, 8, 16, 32)],
+}
+HEADINGS = ("grows", "from", "to", "kept", "seconds", "with the power", "MB", "last over first")
+
+
+def measure(tokens: int, layers: int, way: str) -> dict[str, float]:
+    """Seconds and the peak of memory of one run, in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measure, tokens, layers, way).result()
+
+
+def _measure(tokens: int, layers: int, way: str) -> dict[str, float]:
+    activations, on_disk = WAYS[way]
+    with tempfile.TemporaryDirectory() as folder:
+        saved, offload, run_folder = (Path(folder) / name for name in ("model", "offload", "run"))
+        size: dict[str, Any] = {"width": WIDTH, "feed_forward": int(8 / 3 * WIDTH) // 32 * 32, "groups": 1}
+        model, batches = random_llama(tokens, layers=layers, **size)
+        model.save_pretrained(saved)  # type: ignore[operator]
+        # What stays allocated of a model that is gone, and what the first pass allocates for good, is not counted.
+        with torch.no_grad():
+            model(**batches[0])
+        del model
+        where = {"device_map": {"": "disk"}, "offload_folder": offload} if on_disk else {}
+        options: dict[str, Any] = {"activations": activations, "run_folder": run_folder if on_disk else None}
+        seconds = 0.0
+
+        def work() -> None:
+            nonlocal seconds
+            loaded = AutoModel.from_pretrained(saved, **where)
+            began = time.perf_counter()
+            liar.prune(loaded, batches, keep=KEEP, progress=False, **options)
+            seconds = time.perf_counter() - began
+
+        grown = growth_of_memory(work)
+    return {"seconds": seconds, "grown_mb": grown / 1e6}
+
+
+def rows(records: Sequence[Record]) -> list[list[str]]:
+    """A row per thing that grows and way."""
+    lines = []
+    for (kind, points), way in product(POINTS.items(), WAYS):
+        runs = [record for record in records if (record["kind"], record["way"]) == (kind, way)]
+        if len(runs) < 2:
+            continue
+        sizes, seconds, memory = ([run[name] for run in runs] for name in (kind, "seconds", "grown_mb"))
+        shown = [", ".join(f"{value:,.{digits}f}" for value in values) for values, digits in ((seconds, 1), (memory, 0))]
+        ends = f"{sizes[0]:,}", f"{sizes[-1]:,}"
+        lines.append([kind, *ends, way, shown[0], f"{power(sizes, seconds):.2f}", shown[1], f"{memory[-1] / memory[0]:.1f}"])
+        assert len(runs) <= len(points)
+    return lines
+
+
+def table() -> str:
+    """The same for the docs."""
+    return lined(HEADINGS, rows(read_records(FILE)))
+
+
+def draw() -> Figure:
+    """Seconds and memory over tokens and layers, a line for each way."""
+    records = read_records(FILE)
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    grid = figure.subplots(2, 2, squeeze=False)
+    for column, kind in enumerate(POINTS):
+        for line, (name, title) in enumerate((("seconds", "seconds"), ("grown_mb", "peak memory, MB"))):
+            axes = grid[line][column]
+            for way, marker in zip(WAYS, "os^", strict=True):
+                runs = [record for record in records if (record["kind"], record["way"]) == (kind, way)]
+                axes.plot([run[kind] for run in runs], [run[name] for run in runs], marker=marker, markersize=4, label=way)
+            axes.set(xlabel=kind, ylabel=title, xscale="log", yscale="log" if name == "seconds" else "linear")
+            axes.set_xscale("log", base=2)
+            axes.set_ylim(bottom=None if name == "seconds" else 0)
+            axes.grid(alpha=0.3)
+    grid[0][0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def main() -> None:
+    """Measure what is missing, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(POINTS), nargs="+", default=list(POINTS))
+    parser.add_argument("--largest", type=int, default=262_144, help="no more tokens than these")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    file = ResultFile(FILE)
+    for kind in arguments.only:
+        for (tokens, layers), way in product(POINTS[kind], WAYS):
+            if tokens <= arguments.largest:
+                key = {"kind": kind, "tokens": tokens, "layers": layers, "way": way}
+                file.get_or_run(key, partial(measure, tokens, layers, way))
+    table_shown = Table(*HEADINGS)
+    for line in rows(file.records):
+        table_shown.add_row(*line)
+    Console(width=160).print(table_shown)
+
+
+if __name__ == "__main__":
+    main()
