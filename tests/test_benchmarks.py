@@ -685,14 +685,16 @@ def test_a_weight_of_another_shape_is_seen():
     assert fitted_weights.difference(nan, {"a": torch.tensor([1.0, 0.0])}) == math.inf
 
 
-def test_the_gpu_benchmark_runs_small_on_a_processor():
+@pytest.mark.parametrize("way", gpu.WAYS)
+def test_the_gpu_benchmark_runs_small_on_a_processor(way):
     """It times all verbs, and would notice a device that gives something else."""
     arguments = gpu.parsed(
         ["--device", "cpu", "--sequences", "4", "--length", "32", "--layers", "2", "--width", "256", "--keep", "0.5"]
     )
-    run = gpu.measure(0.5, arguments)
+    run = gpu.measure(0.5, way, arguments)
     assert min(run[f"{verb}_seconds"] for verb in ("plain", "reconstruct", "prune")) > 0
     assert sum(run["stages"].values()) <= run["prune_seconds"]
+    assert {"aten::addmm", "aten::mm", "aten::bmm"} & set(run["largest_kernels"]), "products of matrices take most time"
     assert run["agreement"] <= gpu.AGREE
 
 
