@@ -12,6 +12,8 @@ are only planned is made too (`--sizes`): their configuration is all that is the
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import logging
 import multiprocessing
 import time
@@ -57,6 +59,11 @@ CASES: dict[str, tuple[Any, int, dict[str, Any]]] = {
         8_192,
         {"keep": 0.5},
     ),
+    "LLaMA, 2 layers of 1,024, balanced": (
+        partial(random_llama, width=1024, feed_forward=2752, layers=2),
+        8_192,
+        {"keep": 0.5, "widths": "balanced"},
+    ),
     "LLaMA, layer_output": (random_llama, 32_768, {"keep": 0.5, "target": "layer_output", "criterion": "fluctuation"}),
     "MiniLM": (minilm, 32_768, {"keep": 0.5}),
     "MiniLM, few tokens": (minilm, 2_048, {"keep": 0.5}),
@@ -73,6 +80,9 @@ def measure(name: str, folder: Path | None) -> Record:
     started = psutil.Process().memory_info().rss
     model, batches = load(tokens, folder)
     planned = liar.plan(model, batches, activations="device", **options)
+    # What planning and loading have left behind.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     before = psutil.Process().memory_info().rss
     seconds: dict[str, float] = {}
 

@@ -12,7 +12,7 @@ from math import ceil
 
 from liar.data import FOLDS
 from liar.options import ReconstructOptions, SelectOptions
-from liar.planning.workload import BlockSize, SiteSize, Workload
+from liar.planning.workload import BlockSize, Workload
 from liar.repair.closed_form import ROWS as REFIT_ROWS
 from liar.repair.closed_form import TOKENS as REFIT_TOKENS
 from liar.repair.comparison import NUMBERS, sequences_to_compare
@@ -42,7 +42,7 @@ class Phase:
         activations: what outlives a batch: streams, targets, inputs, replayed outputs, and how blocks are called.
         work: sums, solves and what one batch needs; always where it is computed.
         batch: bytes of the activations of one batch, which come to the device where they are kept elsewhere.
-        whole: whether all weights of the model are needed at a time, and not those of one block.
+        whole: whether all weights are needed at a time, as by the graph of a backward pass, and not those of one block.
     """
 
     stage: str
@@ -81,7 +81,7 @@ def selection_phases(workload: Workload, options: SelectOptions) -> Iterator[Pha
     """Of collecting what the criterion needs."""
     needs = CRITERIA[options.criterion].needs
     if needs == "channels":
-        yield Phase("selection", "moments of channels", work=max(block.peak for block in workload.blocks), whole=True)
+        yield Phase("selection", "moments of channels", work=max(block.peak for block in workload.blocks))
     elif needs == "gradients":
         # Sums over the data of the gradients of all weights, float64.
         sums = DOUBLE * sum(site.weights for site in workload.sites)
@@ -100,7 +100,7 @@ def sensitivity_phases(workload: Workload) -> Iterator[Phase]:
     """The pass forward and back, and the sums over it; at the end each is divided, into a new one."""
     sums = sensitivities(workload)
     yield Phase("selection", "gradient pass", work=sums + workload.gradients.peak, whole=True)
-    yield Phase("selection", "sums of gradients", work=2 * sums, whole=True)
+    yield Phase("selection", "sums of gradients", work=2 * sums)
 
 
 def elimination_phases(workload: Workload) -> Iterator[Phase]:
@@ -182,8 +182,8 @@ def _on_stream(workload: Workload, block: BlockSize, options: ReconstructOptions
             kept.targets[place] = (channel + SINGLE * data.batch_positions) * site.out
             targets = 2
         if site.can_replay:
-            kept.replays[place] = channel * site.kept
-        states = list(_fit(site.kept, targets * site.out, data.tokens, targets * site.out, block))
+            kept.replays[place] = channel * site.widest
+        states = list(_fit(site.widest, targets * site.out, data.tokens, targets * site.out, block))
         yield phase("fit, " + states[0][0], states[0][1])
         kept.targets[place] = 0.0
         yield from (phase(f"fit, {name}", work) for name, work in states[1:])
@@ -198,9 +198,9 @@ def _on_layers(workload: Workload, block: BlockSize, options: ReconstructOptions
     del options, is_first
     stored = block_stream(workload, block) + workload.calls
     common = {"activations": workload.data.batches * stored, "batch": stored}
-    fits = [list(_fit(site.kept, site.out, workload.data.tokens, site.out, block)) for site in block.sites]
-    moments = [folds(site.kept, site.out) for site in block.sites]
-    rows = [waiting_rows(site.kept, site.out, workload.data.tokens) for site in block.sites]
+    fits = [list(_fit(site.widest, site.out, workload.data.tokens, site.out, block)) for site in block.sites]
+    moments = [folds(site.widest, site.out) for site in block.sites]
+    rows = [waiting_rows(site.widest, site.out, workload.data.tokens) for site in block.sites]
     yield Phase("", "moments", work=sum(moments) + sum(rows) + block.peak, **common)
     for place, states in enumerate(fits):
         later = sum(moments[place + 1 :]) + sum(rows[place + 1 :])
@@ -238,8 +238,9 @@ def _fit(z: int, t: int, rows: float, columns: int, block: BlockSize) -> Sequenc
     normals = folds(z, t) + (3 * splits + 1) * one
     factors = KEPT * splits + 1 if z <= KEPT_CHANNELS else 1
     # Cholesky factors that are kept, a matrix with its ridge and its factor; weights, their changes and what they leave.
-    solving = folds(z, t) + (2 * splits + 1) * one + (factors + 2) * square
-    solving += DOUBLE * z * (6 * columns + 4 * splits * SKETCH)
+    # A triangular solve copies what it is given.
+    solving = folds(z, t) + (2 * splits + 1) * one + (factors + 3) * square
+    solving += DOUBLE * z * (7 * columns + 4 * splits * SKETCH)
     return [("moments", gathering), ("normal equations", normals), ("solve", solving)]
 
 
@@ -256,7 +257,7 @@ def comparison_phases(workload: Workload, options: ReconstructOptions) -> Iterat
     peak = max(block.peak for block in workload.blocks) * together / data.batch_sequences
     # The mask alone cuts a copy of one block at a time.
     cut = max(slim_bytes(block) for block in workload.blocks)
-    yield Phase("comparison", "outputs", slim=slim, work=COMPARED * SINGLE * numbers + peak + cut, whole=True)
+    yield Phase("comparison", "outputs", slim=slim, work=COMPARED * SINGLE * numbers + peak + cut)
 
 
 def compared_in_a_pass(workload: Workload) -> tuple[int, int]:
@@ -273,8 +274,3 @@ def phases(workload: Workload, selection: SelectOptions, options: ReconstructOpt
         *reconstruction_phases(workload, options),
         *comparison_phases(workload, options),
     ]
-
-
-def site_widths(sites: Sequence[SiteSize]) -> tuple[int, int]:
-    """The widest consumer, before and after the cut."""
-    return max(site.channels for site in sites), max(site.kept for site in sites)

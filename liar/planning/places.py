@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from shutil import disk_usage
 from tempfile import gettempdir
 from typing import Any
@@ -13,16 +14,19 @@ import torch
 from torch import nn
 
 from liar.data import Calibration
+from liar.models import layout_of
 from liar.options import ReconstructOptions, SelectOptions
 from liar.planning.memory import Phase, phases
 from liar.planning.workload import Data, Workload, kept_units, workload_of
-from liar.models import layout_of
 from liar.selection import CRITERIA
 
 # Activations that are kept elsewhere: those of the batch that is worked on, and of the next one, which is on its way.
 UNDER_WAY = 2
 # Share of the free memory that a run may plan for.
 MARGIN = 0.85
+# The host's allocator keeps some of what is freed, and libraries need room: over the bytes of tensors, as measured
+# (docs/scaling.md). On other devices nothing is added.
+ALLOCATOR = 1.15
 # From the fastest to the slowest.
 ORDER = ("device", "host", "disk")
 
@@ -80,7 +84,7 @@ def _computing(workload: Workload, step: Phase, activations: str, *, on_cpu: boo
     stays = activations == "device" or (activations == "host" and on_cpu)
     kept = step.activations if stays else min(UNDER_WAY * step.batch, step.activations)
     slim = min(step.slim, max(block.nbytes for block in workload.blocks)) if offload else step.slim
-    return _weights(workload, step, offload=offload) + slim + kept + step.work
+    return _weights(workload, step, offload=offload) + (slim + kept + step.work) * (ALLOCATOR if on_cpu else 1.0)
 
 
 def _aside(workload: Workload, step: Phase, activations: str, *, offload: bool) -> float:
@@ -91,9 +95,18 @@ def _aside(workload: Workload, step: Phase, activations: str, *, offload: bool) 
 
 def free_memory(device: torch.device) -> dict[str, float]:
     """Bytes that are free on the device, in the host's memory, and on the disk of temporary files."""
-    host = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    host = _free_on_host()
     on_device = float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
     return {"device": on_device, "host": host, "disk": float(disk_usage(gettempdir()).free)}
+
+
+def _free_on_host() -> float:
+    """Bytes that programs can have: Linux counts what caches would give back."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def choose_activations(
@@ -127,7 +140,9 @@ def choose_activations(
         layout = layout.matching(masks)
         kept = {site.name: max(int(masks[site.name].sum()), 1) for site in layout.sites}
     needs = None if selection is None else CRITERIA[selection.criterion].needs
-    workload = workload_of(model, layout, Data.of_calibration(calibration), kept, weights=needs == "gradients")
+    is_free = masks is None and selection is not None and selection.widths == "free"
+    data = Data.of_calibration(calibration)
+    workload = workload_of(model, layout, data, kept, weights=needs == "gradients", is_free=is_free)
     steps = phases(workload, selection or SelectOptions(1.0, "magnitude"), options)
     on_cpu = device.type == "cpu"
     for activations in ORDER:

@@ -140,7 +140,8 @@ def plan(
 ) -> Plan:
     """Say what `prune` will need with these options: memory, operations and time. Nothing is run, and no weights are needed.
 
-    All sites are taken to keep the same share. Memory is that of tensors; what libraries and the allocator need comes on top.
+    All sites are taken to keep the same share; where widths are free, memory has room for a site that keeps more. Peaks are those of
+    tensors, on a CPU with 15 % of what the run adds for the allocator.
 
     Args:
         model: a model, whole or on the meta device; a folder or a name on the hub, of which the configuration alone is read; or
@@ -189,18 +190,19 @@ def plan_with(
     """`plan` with its options in objects."""
     selection, how, planned = selection.checked(), how.checked(), planned.checked()
     load.check()
+    if planned.measure and load.device != "auto" and (reason := why_unusable(load.device)):
+        raise OptionError(f"device={load.device!r}: torch cannot use it here: {reason}; measure=False plans without seconds")
     if isinstance(model, (str, Path, PreTrainedConfig)):
         model = model_from_config(model, DTYPES.get(load.dtype))
     inner = transformer_in(model)
     layout = layout_of(inner).counted_by(selection.heads)
     first = next(inner.parameters())
-    device = torch.device(("cpu" if first.is_meta else first.device) if load.device == "auto" else load.device)
-    if planned.measure and (reason := why_unusable(str(device))):
-        raise OptionError(f"device={str(device)!r}: torch cannot use it here: {reason}; plan for it with measure=False")
+    device = _device(first, load.device)
     data = _data(model, inner, calib, planned)
     kept = kept_units(layout, selection.keep, selection.protect)
     needs = CRITERIA[selection.criterion].needs
-    workload = workload_of(inner, layout, data, kept, weights=needs == "gradients")
+    is_free = selection.widths == "free"
+    workload = workload_of(inner, layout, data, kept, weights=needs == "gradients", is_free=is_free)
     steps, work = phases(workload, selection, how), works(workload, selection, how)
     rates = measure_rates(workload, device, first.dtype) if planned.measure else None
     places = ORDER if planned.activations is None else (planned.activations,)
@@ -220,9 +222,25 @@ def plan_with(
     )
 
 
+def _device(parameter: torch.Tensor, name: str) -> torch.device:
+    """The device of a name, or where a parameter is.
+
+    Raises:
+        OptionError: torch knows no such device.
+    """
+    if name == "auto":
+        return torch.device("cpu") if parameter.is_meta else parameter.device
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise OptionError(f"device={name!r}: expected a device such as cpu or cuda: {str(error).splitlines()[0]}") from error
+
+
 def _data(model: nn.Module, inner: nn.Module, calib: Iterable[Any] | Calibration | int, planned: PlanOptions) -> Data:
     if isinstance(calib, (int, float, bool)):
         check_count("tokens", calib)
         return Data.of_count(inner, int(calib), length=int(planned.max_length), batch_size=int(planned.batch_size))
+    if not isinstance(calib, Calibration) and next(inner.parameters()).is_meta:
+        raise OptionError("a model without weights is planned for a number of tokens: pass that in place of calibration batches")
     _, batches = transformer_and_data(model, calib)
     return Data.of_calibration(Calibration.of(batches, inner))

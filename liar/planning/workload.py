@@ -97,7 +97,8 @@ class SiteSize:
     Attributes:
         kind: `"heads"` or `"neurons"`.
         channels: that the consumer reads.
-        kept: of them.
+        kept: of them, if all sites keep the same share.
+        widest: of them where widths are free, and one site may keep more than another.
         out: what it gives.
         fed: input channels of the producers.
         produced: output channels of the layers that the units come from, after the cut.
@@ -109,6 +110,7 @@ class SiteSize:
     kind: str
     channels: int
     kept: int
+    widest: int
     out: int
     fed: int
     produced: int
@@ -204,7 +206,9 @@ class Workload:
         return [site for block in self.blocks for site in block.sites]
 
 
-def workload_of(model: nn.Module, layout: Layout, data: Data, kept: Mapping[str, int], *, weights: bool) -> Workload:
+def workload_of(
+    model: nn.Module, layout: Layout, data: Data, kept: Mapping[str, int], *, weights: bool, is_free: bool = False
+) -> Workload:
     """Run a model without memory once, and note what that takes.
 
     Args:
@@ -213,6 +217,7 @@ def workload_of(model: nn.Module, layout: Layout, data: Data, kept: Mapping[str,
         data: how much there is.
         kept: units that stay by site.
         weights: whether the selection needs the gradients of weights.
+        is_free: whether sites may keep more than that, and others less.
     """
     with imitation(model) as fake:
         batch = fakes(data.batch)
@@ -231,7 +236,7 @@ def workload_of(model: nn.Module, layout: Layout, data: Data, kept: Mapping[str,
     blocks = []
     for name in layout.blocks:
         block, tally = model.get_submodule(name), passes[name]
-        sites = tuple(_site_size(block, site, kept[site.name]) for site in layout.of_block(name))
+        sites = tuple(_site_size(block, site, kept[site.name], is_free=is_free) for site in layout.of_block(name))
         own = sum(parameter.nbytes for parameter in block.parameters())
         element = next(block.parameters()).element_size()
         blocks.append(BlockSize(sites, own, element, tally.flops, tally.traffic, tally.peak))
@@ -248,7 +253,9 @@ def workload_of(model: nn.Module, layout: Layout, data: Data, kept: Mapping[str,
     )
 
 
-def _site_size(block: nn.Module, site: Site, units: int) -> SiteSize:
+def _site_size(block: nn.Module, site: Site, units: int, *, is_free: bool) -> SiteSize:
+    # Half-way to all of them: how uneven a mask will be is not known before.
+    widest = (units + site.units + 1) // 2 if is_free and units < site.units else units
     cut = {edge.module: edge.width * units for edge in site.producers}
     layers = {name: LayerView.of(block.get_submodule(name), name) for name in site.inputs}
     fed = [layer.size("in") for layer in layers.values()] or [layer_of(block, edge).size("in") for edge in site.producers]
@@ -256,6 +263,7 @@ def _site_size(block: nn.Module, site: Site, units: int) -> SiteSize:
         kind=site.kind,
         channels=site.units * site.consumer.width,
         kept=units * site.consumer.width,
+        widest=widest * site.consumer.width,
         out=site.out,
         fed=fed[0],
         produced=sum(cut.get(name, layer.size("out")) for name, layer in layers.items()),
