@@ -17,7 +17,7 @@ import gc
 import logging
 import multiprocessing
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import liar
 from benchmarks.demo import paragraphs
@@ -103,7 +103,10 @@ def measure(name: str, folder: Path | None) -> Record:
         "total": {"planned": need.host, "measured": added + before - started},
         "when": f"{need.stage}: {need.phase}",
         "seconds": {"planned": sum(planned.seconds.values()), "measured": seconds["processor"], "wall": seconds["wall"]},
-        "stages": {"planned": planned.seconds, "measured": {k: v for k, v in seconds.items() if k not in ("wall", "processor")}},
+        "stages": {
+            "planned": planned.seconds,
+            "measured": {k: v for k, v in seconds.items() if k not in ("wall", "processor")},
+        },
         "rates": vars(planned.rates),
     }
 

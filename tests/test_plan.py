@@ -1,5 +1,6 @@
-"""Plans: what runs are said to need, beside what they hold and take; bad input; and that a plan without streams would be seen."""
+"""Plans: what runs are said to need, beside what they hold and take; bad input; a plan without streams would be seen."""
 
+import inspect
 import json
 from dataclasses import replace
 
@@ -15,12 +16,13 @@ from liar.cli import app
 from liar.data import FOLDS
 from liar.errors import CheckpointError, LiarError, ModelError, OptionError
 from liar.models import layout_of
-from liar.options import ReconstructOptions, SelectOptions
+from liar.options import PlanOptions, ReconstructOptions, SelectOptions, options_in
 from liar.planning import choose_activations
 from liar.planning.imitation import Tally, fakes, imitation
 from liar.planning.memory import phases, reconstruction_phases
+from liar.planning.passes import kept_units, workload_of
 from liar.planning.places import memory
-from liar.planning.workload import Data, kept_units, workload_of
+from liar.planning.workload import Data
 from liar.statistics import Folds, TokenIndex
 from liar.testing import tiny_batches, tiny_model
 
@@ -180,6 +182,15 @@ def test_time_is_estimated_from_measured_rates():
     assert json.loads(plan.to_json())["memory"]["disk"]["disk"] == plan.memory["disk"].disk
 
 
+def test_options_are_those_of_prune():
+    parameters, run = (inspect.signature(verb).parameters for verb in (liar.plan, liar.prune))
+    own = {each.name: each.default for each, _ in options_in(PlanOptions) if each.name != "tokens"}
+    assert {name: parameters[name].default for name in own} == own
+    shared = parameters.keys() - own.keys() - {"dtype", "device"}
+    assert shared == run.keys() - {"steps", "held_out", "progress"}
+    assert all(parameters[name].default == run[name].default for name in shared)
+
+
 @pytest.mark.parametrize(
     ("model", "calib", "options", "error", "message"),
     [
@@ -203,7 +214,7 @@ def test_bad_input_is_refused(model, calib, options, error, message):
 
 
 def test_folders_without_a_known_configuration_are_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="expected a model folder with a readable config.json"):
+    with pytest.raises(CheckpointError, match=r"expected a model folder with a readable config\.json"):
         planned(tmp_path, 1000)
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(ModelError, match="model_type='mamba', which is no family that can be pruned"):
@@ -217,9 +228,9 @@ def test_only_the_configuration_is_read(tmp_path):
 
 
 def test_the_command_line_prints_the_plan(tmp_path):
-    LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4).save_pretrained(
-        tmp_path
-    )
+    LlamaConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+    ).save_pretrained(tmp_path)
     arguments = ["plan", str(tmp_path), "--keep", "0.5", "--tokens", "1000", "--no-measure"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0

@@ -137,7 +137,8 @@ def model_from_config(source: str | Path | PreTrainedConfig, dtype: torch.dtype 
         stock = _named_class(config.architectures, type(config)) or MODEL_MAPPING[type(config)]
         with torch.device("meta"):
             built: PreTrainedModel = stock._from_config(config, dtype=dtype or config.dtype or torch.float32)  # type: ignore[union-attr]
-        return built.train(False)
+        built.train(False)
+        return built
 
 
 def _config_in(where: str) -> PreTrainedConfig:
@@ -146,7 +147,9 @@ def _config_in(where: str) -> PreTrainedConfig:
     _check_trusted(where, entries, {"trust_remote_code": False}, {})
     kind = entries.get("model_type")
     if not _is_known(kind):
-        raise ModelError(f"{where}: config.json says model_type={kind!r}, which is no family that can be pruned: see `liar families`")
+        raise ModelError(
+            f"{where}: config.json says model_type={kind!r}, which is no family that can be pruned: see `liar families`"
+        )
     if "per_layer_config" in entries:
         raise CheckpointError(f"{where}: its layers differ in width, which config.json does not say: pass liar.load({where!r})")
     config: PreTrainedConfig = CONFIG_MAPPING[entries["model_type"]].from_dict(entries)

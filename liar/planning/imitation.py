@@ -28,7 +28,7 @@ ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class Tally(TorchDispatchMode):
+class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what runs inside: products, other traffic, and bytes that are held.
 
     Tensors that were there before do not count; what is made inside counts until nobody holds it any more.
@@ -41,7 +41,7 @@ class Tally(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops, self.traffic, self.held, self.peak = 0.0, 0.0, 0, 0
         self._known: dict[int, int] = {}
 
@@ -79,9 +79,9 @@ def _flops(operation: Any, args: Any, kwargs: Mapping[str, Any], result: Any) ->
     """Floating-point operations of a product; 0 of everything else."""
     packet = getattr(operation, "overloadpacket", None)
     if packet is ATTENTION:
-        return float(sdpa_flop_count(*(value.shape for value in args[:3])))
+        return float(sdpa_flop_count(*(value.shape for value in args[:3])))  # type: ignore[no-untyped-call]
     if packet is ATTENTION_BACKWARD:
-        return float(sdpa_backward_flop_count(*(value.shape for value in args[:4])))
+        return float(sdpa_backward_flop_count(*(value.shape for value in args[:4])))  # type: ignore[no-untyped-call]
     count = flop_registry.get(packet)
     return 0.0 if count is None else float(count(*args, **kwargs, out_val=result))
 
@@ -108,7 +108,11 @@ def imitation(model: nn.Module) -> Iterator[nn.Module]:
 def _one_text_in_a_row() -> Iterator[None]:
     """Let transformers find no packed texts in rows of fake positions: where it cannot look, it would write a mask for them."""
     find = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda ids: None if isinstance(ids, FakeTensor) else find(ids)
+
+    def look(position_ids: Tensor) -> Tensor | None:
+        return None if isinstance(position_ids, FakeTensor) else find(position_ids)
+
+    masking_utils.find_packed_sequence_indices = look
     try:
         yield
     finally:

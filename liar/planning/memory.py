@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
+from typing import Any
 
 from liar.data import FOLDS
 from liar.options import ReconstructOptions, SelectOptions
@@ -61,7 +62,7 @@ class Stored:
     Attributes:
         dense, pruned: the streams.
         calls: how blocks are called.
-        inputs, sizes, targets, replays: of every site of the block, by its place.
+        inputs, targets, replays: of every site of the block, by its place.
     """
 
     dense: float
@@ -113,7 +114,7 @@ def elimination_phases(workload: Workload) -> Iterator[Phase]:
         moments = [DOUBLE * site.channels**2 for site in block.sites]
         rows = SINGLE * sum(min(CHUNK, workload.data.tokens * share) * site.channels for site in block.sites)
         work = sums + sum(moments) + rows + block.peak
-        common = {"activations": batches * kept, "batch": kept}
+        common: dict[str, Any] = {"activations": batches * kept, "batch": kept}
         yield Phase("selection", "moments of a block", work=work, **common)
         for place, site in enumerate(block.sites):
             waiting = sum(moments[place + 1 :])
@@ -135,7 +136,7 @@ def block_stream(workload: Workload, block: BlockSize) -> float:
 
 
 def reconstruction_phases(workload: Workload, options: ReconstructOptions) -> Iterator[Phase]:
-    """The walk that repairs: the streams, what the steps keep of a block, and moments and solves of one site after the other."""
+    """The walk that repairs: the streams, what the steps keep of a block; moments and solves of one site after the other."""
     slim = 0.0
     on_stream = options.target == "residual_stream"
     for number, block in enumerate(workload.blocks):
@@ -197,7 +198,7 @@ def _on_layers(workload: Workload, block: BlockSize, options: ReconstructOptions
     """One block whose layers are fitted to their own output: moments of all its sites, then one solve after the other."""
     del options, is_first
     stored = block_stream(workload, block) + workload.calls
-    common = {"activations": workload.data.batches * stored, "batch": stored}
+    common: dict[str, Any] = {"activations": workload.data.batches * stored, "batch": stored}
     fits = [list(_fit(site.widest, site.out, workload.data.tokens, site.out, block)) for site in block.sites]
     moments = [folds(site.widest, site.out) for site in block.sites]
     rows = [waiting_rows(site.widest, site.out, workload.data.tokens) for site in block.sites]

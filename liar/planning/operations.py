@@ -79,7 +79,9 @@ def channel_selection(workload: Workload) -> Iterator[Work]:
 def gradient_passes(workload: Workload) -> Iterator[Work]:
     """Forward and back through the whole model."""
     part = workload.gradients
-    yield Work("selection: gradient passes", forward=part.passes * (part.forward + part.backward), traffic=part.passes * part.traffic)
+    yield Work(
+        "selection: gradient passes", forward=part.passes * (part.forward + part.backward), traffic=part.passes * part.traffic
+    )
 
 
 def curve_selection(workload: Workload) -> Iterator[Work]:

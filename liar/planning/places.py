@@ -17,7 +17,8 @@ from liar.data import Calibration
 from liar.models import layout_of
 from liar.options import ReconstructOptions, SelectOptions
 from liar.planning.memory import Phase, phases
-from liar.planning.workload import Data, Workload, kept_units, workload_of
+from liar.planning.passes import kept_units, workload_of
+from liar.planning.workload import Data, Workload
 from liar.selection import CRITERIA
 
 # Activations that are kept elsewhere: those of the batch that is worked on, and of the next one, which is on its way.

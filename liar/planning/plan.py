@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from liar.models import layout_of, transformer_in, why_unusable
 from liar.options import LoadOptions, PlanOptions, ReconstructOptions, SelectOptions, check_count
 from liar.planning.memory import phases
 from liar.planning.operations import works
+from liar.planning.passes import kept_units, workload_of
 from liar.planning.places import ORDER, Memory, memory
 from liar.planning.rates import Rates, measure_rates
-from liar.planning.workload import Data, kept_units, workload_of
+from liar.planning.workload import Data
 from liar.selection import CRITERIA
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,7 +42,8 @@ class Plan:
         device: where it is computed.
         model_bytes: of all weights.
         memory: by place of the activations, peak bytes on the compute device, in the host's memory and on disk, the model
-            included; on a CPU the device is the host. `stage` and `phase` say when, `added` is what the run adds to the weights.
+            included; on a CPU the device is the host. `stage` and `phase` say when, `added` is what the run adds to the
+            weights.
         flops: floating-point operations by stage.
         seconds: by stage, at the rates measured on the device; None without measured rates.
         rates: operations per second by kind, bytes per second for `traffic`; None where nothing was measured.
@@ -84,7 +85,7 @@ class Plan:
         rows = [["activations on", *(f"peak: {place}" for place in places), "when"]]
         for where, need in self.memory.items():
             rows.append([where, *(amount(getattr(need, place)) for place in places), f"{need.stage}: {need.phase}"])
-        lines += columns(rows) + [""]
+        lines += [*columns(rows), ""]
         rows = [["stage", "G operations", "estimate"]]
         for stage, count in self.flops.items():
             rows.append([stage, f"{count / 1e9:,.0f}", "" if self.seconds is None else duration(self.seconds[stage])])
@@ -140,23 +141,17 @@ def plan(
 ) -> Plan:
     """Say what `prune` will need with these options: memory, operations and time. Nothing is run, and no weights are needed.
 
-    All sites are taken to keep the same share; where widths are free, memory has room for a site that keeps more. Peaks are those of
-    tensors, on a CPU with 15 % of what the run adds for the allocator.
+    All sites are taken to keep the same share; where widths are free, memory has room for a site that keeps more. Peaks are
+    those of tensors, on a CPU with 15 % of what the run adds for its allocator. The options are those of `prune`, and these:
 
-    Args:
-        model: a model, whole or on the meta device; a folder or a name on the hub, of which the configuration alone is read; or
-            a configuration of transformers.
-        calib: calibration batches as for `prune`, or a number of tokens of text in full sequences.
-        keep: share of the parameters in the blocks that stays.
-        max_length: tokens per sequence, where `calib` is a number.
-        batch_size: sequences per batch, where `calib` is a number.
-        activations: where streams, targets and replayed outputs are kept: `"device"`, `"host"` or `"disk"`; None: all three
-            side by side.
-        offload: whether weights come to the device one block at a time.
-        measure: time a second of products on the device, for the estimate of seconds.
-        criterion: and the other options of `prune`.
-        dtype: of the weights, where `model` is none: `"auto"` is that of the configuration.
-        device: where it will be computed; that of the model, or the CPU, if not given.
+    `model` is a model, whole or on the meta device; a folder or a name on the hub, of which the configuration alone is read;
+    or a configuration of transformers. `calib` are calibration batches, as for `prune`, or a number of tokens of text, in
+    full sequences of `max_length` tokens, `batch_size` of them in a batch.
+
+    `activations` says where streams, targets and replayed outputs are kept: `"device"`, `"host"` or `"disk"`; None shows all
+    three side by side. With `offload`, weights come to the device one block at a time. `dtype` is that of the weights where
+    `model` is none (`"auto"`: as the configuration says), `device` where it will be computed: where the model is, or the CPU,
+    if not given. With `measure`, a second of products is timed there, for the estimate of seconds.
 
     Returns:
         A `Plan`; `print` shows it as tables.
@@ -166,9 +161,10 @@ def plan(
 
     Example:
         >>> from transformers import LlamaConfig
-        >>> plan = liar.plan(LlamaConfig(num_hidden_layers=4), 65_536, keep=0.5, max_length=512, dtype="bfloat16", measure=False)
+        >>> config = LlamaConfig(num_hidden_layers=4)
+        >>> plan = liar.plan(config, 65_536, keep=0.5, max_length=512, dtype="bfloat16", measure=False)
         >>> round(plan.parameters / 1e6), round(plan.model_bytes / 1e9, 1)
-        (940, 1.9)
+        (941, 1.9)
         >>> plan.memory["disk"].host < plan.memory["host"].host
         True
     """
@@ -241,6 +237,8 @@ def _data(model: nn.Module, inner: nn.Module, calib: Iterable[Any] | Calibration
         check_count("tokens", calib)
         return Data.of_count(inner, int(calib), length=int(planned.max_length), batch_size=int(planned.batch_size))
     if not isinstance(calib, Calibration) and next(inner.parameters()).is_meta:
-        raise OptionError("a model without weights is planned for a number of tokens: pass that in place of calibration batches")
+        raise OptionError(
+            "a model without weights is planned for a number of tokens: pass that in place of calibration batches"
+        )
     _, batches = transformer_and_data(model, calib)
     return Data.of_calibration(Calibration.of(batches, inner))

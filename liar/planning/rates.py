@@ -37,7 +37,7 @@ class Rates:
 
     def seconds(self, work: Work) -> float:
         """How long some work takes."""
-        return sum(getattr(work, name) / rate for name, rate in vars(self).items())
+        return float(sum(getattr(work, name) / rate for name, rate in vars(self).items()))
 
 
 def measure_rates(workload: Workload, device: torch.device, dtype: torch.dtype) -> Rates:
