@@ -5,8 +5,11 @@
 Every case is pruned in a process of its own: random LLaMAs, all-MiniLM-L6-v2 on text, and SmolLM2-135M (its folder is --model)
 on text. Peak memory is the growth of the resident set over what it was before the run, and, with the model, over what it was
 before the model was loaded. Time is that of the processor, since others may use the machine; the rates that the estimate rests
-on are measured in the same process right before. Cases that are in results/planning.jsonl are skipped. A table of models that
-are only planned is made too (`--sizes`): their configuration is all that is there.
+on are measured in the same process right before. Cases that are in results/planning.jsonl are skipped.
+
+    python -m benchmarks.planning --sizes
+
+plans models of several sizes, of which there is no more than a configuration, into results/planning_sizes.jsonl.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import multiprocessing
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,19 +32,26 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import liar
 from benchmarks.demo import paragraphs
 from benchmarks.results import RESULTS, Record, ResultFile
 from benchmarks.speed import growth_of_memory, minilm, random_llama
+from liar.planning.plan import amount
 from liar.testing import tiny_batches, tiny_model
 
 FILE = RESULTS / "planning.jsonl"
 Loaded = tuple[nn.Module, list[dict[str, Tensor]]]
 HEADINGS = ("case", "tokens", "memory added: plan", "measured", "with the model: plan", "measured", "time: plan", "measured")
-# How far a plan may be off.
-MEMORY, TIME = 0.15, 1.5
+SIZES_FILE = RESULTS / "planning_sizes.jsonl"
+SIZE_HEADINGS = (
+    "model", "weights", "activations on the device", "in host memory: device, host", "on disk: device, disk",
+    "blocks offloaded, no gradients: device, host", "10^15 operations", "one CPU thread",
+)  # fmt: skip
+# 128 sequences of 2,048 tokens, one at a time.
+SIZE_OPTIONS: dict[str, Any] = {"keep": 0.5, "max_length": 2_048, "batch_size": 1, "dtype": "bfloat16"}
+SIZE_TOKENS = 128 * 2_048
 
 
 def smollm2(tokens: int, folder: Path | None, *, length: int) -> Loaded:
@@ -70,6 +81,64 @@ CASES: dict[str, tuple[Any, int, dict[str, Any]]] = {
     "SmolLM2-135M": (partial(smollm2, length=512), 8_192, {"keep": 0.8}),
     "SmolLM2-135M, sequences of 1,024": (partial(smollm2, length=1024), 8_192, {"keep": 0.8}),
 }
+
+
+def llama(
+    layers: int, hidden: int, feed_forward: int, heads: int, groups: int, classes: int, *, tied: bool = False
+) -> LlamaConfig:
+    """The shape of a released model."""
+    return LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        vocab_size=classes,
+        tie_word_embeddings=tied,
+        max_position_embeddings=8_192,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+SIZES = {
+    "SmolLM2-135M": llama(30, 576, 1_536, 9, 3, 49_152, tied=True),
+    "LLaMA-3.2-1B": llama(16, 2_048, 8_192, 32, 8, 128_256, tied=True),
+    "LLaMA-2-7B": llama(32, 4_096, 11_008, 32, 32, 32_000),
+    "LLaMA-2-70B": llama(80, 8_192, 28_672, 64, 8, 32_000),
+}
+
+
+def plan_size(name: str) -> Record:
+    """A model by its configuration: memory on a GPU, operations, and time on one thread of this CPU."""
+    torch.set_num_threads(1)
+    on_gpu = liar.plan(SIZES[name], SIZE_TOKENS, device="cuda", measure=False, **SIZE_OPTIONS)
+    offloaded = liar.plan(
+        SIZES[name], SIZE_TOKENS, device="cuda", measure=False, offload=True, activations="host", criterion="fluctuation",
+        **SIZE_OPTIONS,
+    )  # fmt: skip
+    # Products in 16 bits are slow on many CPUs.
+    on_cpu = liar.plan(SIZES[name], SIZE_TOKENS, **{**SIZE_OPTIONS, "dtype": "float32"})
+    assert on_cpu.seconds is not None
+    return {
+        "parameters": on_gpu.parameters,
+        "weights": on_gpu.model_bytes,
+        "memory": {place: asdict(need) for place, need in on_gpu.memory.items()},
+        "offloaded": asdict(offloaded.memory["host"]),
+        "operations": sum(on_gpu.flops.values()),
+        "seconds": sum(on_cpu.seconds.values()),
+    }
+
+
+def size_row(record: Mapping[str, Any]) -> list[str]:
+    """One size in the table."""
+    memory = record["memory"]
+    pairs = [(memory["host"], "host"), (memory["disk"], "disk"), (record["offloaded"], "host")]
+    cells = [", ".join((amount(need["device"]), amount(need[place]))) for need, place in pairs]
+    hours = f"{record['seconds'] / 3600:,.1f} h"
+    return [
+        record["model"], amount(record["weights"]), amount(memory["device"]["device"]), *cells,
+        f"{record['operations'] / 1e15:,.1f}", hours,
+    ]  # fmt: skip
 
 
 def measure(name: str, folder: Path | None) -> Record:
@@ -130,8 +199,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", choices=list(CASES), nargs="+", default=list(CASES))
     parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M")
+    parser.add_argument("--sizes", action="store_true", help="plan models of several sizes")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if arguments.sizes:
+        sizes, planned = ResultFile(SIZES_FILE), Table(*SIZE_HEADINGS)
+        for name in SIZES:
+            planned.add_row(*size_row(sizes.get_or_run({"model": name}, partial(plan_size, name))))
+        Console(width=180).print(planned)
+        return
     file = ResultFile(FILE)
     table = Table(*HEADINGS)
     for name in arguments.cases:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from inspect import signature
+from math import ceil
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from liar.runtime import ActivationStore, Point, calls_of, capture_activations, 
 from liar.selection.fisher import LOGITS, OUTPUTS, SEQUENCES, TEXTS, TOKENS
 
 STREAM = "dense"
+# Where widths are free, one site keeps so much more than another, as a part of what goes: masks of real models are about as
+# uneven (benchmarks/README.md, "Planning"); how uneven one will be is not known before.
+UNEVEN = 0.25
 
 
 def workload_of(
@@ -67,8 +71,7 @@ def workload_of(
 
 
 def _site_size(block: nn.Module, site: Site, units: int, *, is_free: bool) -> SiteSize:
-    # Half-way to all of them: how uneven a mask will be is not known before.
-    widest = (units + site.units + 1) // 2 if is_free and units < site.units else units
+    widest = units + ceil(UNEVEN * (site.units - units)) if is_free else units
     cut = {edge.module: edge.width * units for edge in site.producers}
     layers = {name: LayerView.of(block.get_submodule(name), name) for name in site.inputs}
     fed = [layer.size("in") for layer in layers.values()] or [layer_of(block, edge).size("in") for edge in site.producers]
