@@ -194,7 +194,7 @@ def check_quality(name: str, value: Any) -> None:
 
 def _check_activations(name: str, value: Any) -> None:
     if value is not None:
-        check_choice(name, value, ACTIVATIONS)
+        check_choice(name, value, PLACES)
 
 
 def _check_budget(name: str, value: Any) -> None:
@@ -286,6 +286,7 @@ ACTIVATIONS: dict[str, str] = {
     "disk": "in files of the run folder, or of a temporary one",
     "auto": "the first of these that fits in the memory that is free",
 }
+PLACES: dict[str, str] = {name: meaning for name, meaning in ACTIVATIONS.items() if name != "auto"}
 DTYPES: dict[str, str] = {
     "auto": "as stored",
     "float32": "32 bits",
@@ -421,7 +422,7 @@ class PlanOptions(OptionGroup):
     activations: str | None = _option(
         "Where streams, targets and replayed outputs are kept; all three side by side if not given.",
         default=None,
-        choices=ACTIVATIONS,
+        choices=PLACES,
         check=_check_activations,
     )
     offload: bool = _option("Weights come to the device one block at a time.", default=False, check=check_flag)

@@ -572,7 +572,6 @@ WRONG = {
     "warmup": ["-1", "2"],
     "patience": ["0"],
     "lora": ["0", "x"],
-    "activations": ["moon"],
 }
 # ... but for switches, which have no value, and for what only the model or the data can refuse.
 SWITCHES = {"refit", "set_aside", "pack", "mixed_lengths", "standalone", "offload", "measure"}

@@ -187,7 +187,7 @@ def test_options_are_those_of_prune():
     own = {each.name: each.default for each, _ in options_in(PlanOptions) if each.name != "tokens"}
     assert {name: parameters[name].default for name in own} == own
     shared = parameters.keys() - own.keys() - {"dtype", "device"}
-    assert shared == run.keys() - {"steps", "held_out", "progress"}
+    assert shared == run.keys() - {"steps", "held_out", "progress", "activations", "run_folder"}
     assert all(parameters[name].default == run[name].default for name in shared)
 
 
