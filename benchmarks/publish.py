@@ -25,6 +25,7 @@ from benchmarks import (
     free_lunch,
     growth,
     inference,
+    planning,
     rethinking,
     samples,
     self_generation,
@@ -333,6 +334,16 @@ def label_sampling() -> str:
     return lined(["task", "masks", "settings sampled by sequence", "settings sampled by batch"], rows)
 
 
+def planned_cases() -> str:
+    """What runs were said to need, beside what they took."""
+    return lined(planning.HEADINGS, [planning.row(run) for run in read_records(planning.FILE)])
+
+
+def planned_sizes() -> str:
+    """What models of several sizes will need."""
+    return lined(planning.SIZE_HEADINGS, [planning.size_row(run) for run in read_records(planning.SIZES_FILE)])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "standing": lambda: standing.table(compared(), "ours"),
     "standing by task": lambda: standing.by_task(compared(), "ours"),
@@ -383,6 +394,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "select": select_table,
     "growth": growth_table,
     "samples": samples_table,
+    "planned cases": planned_cases,
+    "planned sizes": planned_sizes,
     "latency": latency,
     "few tokens": few_tokens,
     "onnx": onnx,

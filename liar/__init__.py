@@ -3,7 +3,7 @@
 The three verbs are `select`, `reconstruct` and `prune`; `calibration` makes batches from texts, `save` and `load` keep pruned
 models, `collect` reuses statistics for many budgets, `discover` shows where a model can be cut, `remove` cuts without repair,
 `refine` goes on with gradients, `moments` and `interpolation` let you look inside, `self_generate` lets a model write its
-calibration texts.
+calibration texts, `plan` says what a run will need.
 
 What a name stands for is imported when it is first used: torch and transformers take seconds, and `liar --help` needs neither.
 """
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from liar.io import load, make_standalone, save
     from liar.mask import Mask
     from liar.models import Family, FusedProducer, HeadArgument, SitePattern, Stack, families, register
+    from liar.planning import Plan, plan
     from liar.progress import ProgressUpdate
     from liar.report import Report, plot
     from liar.selection import Costs, CriterionStatistics, collect, flops, latency
@@ -38,6 +39,7 @@ _MODULES = {
     "io": ("load", "make_standalone", "save"),
     "mask": ("Mask",),
     "models": ("Family", "FusedProducer", "HeadArgument", "SitePattern", "Stack", "families", "register"),
+    "planning": ("Plan", "plan"),
     "progress": ("ProgressUpdate",),
     "report": ("Report", "plot"),
     "selection": ("Costs", "CriterionStatistics", "collect", "flops", "latency"),
@@ -57,6 +59,7 @@ __all__ = [
     "Interpolation",
     "LiarError",
     "Mask",
+    "Plan",
     "ProgressUpdate",
     "Report",
     "SelfGenerated",
@@ -73,6 +76,7 @@ __all__ = [
     "load",
     "make_standalone",
     "moments",
+    "plan",
     "plot",
     "propose_family",
     "prune",

@@ -192,6 +192,11 @@ def check_quality(name: str, value: Any) -> None:
         )
 
 
+def _check_activations(name: str, value: Any) -> None:
+    if value is not None:
+        check_choice(name, value, PLACES)
+
+
 def _check_budget(name: str, value: Any) -> None:
     # `Costs`, which cannot be imported here, or their content in a run.json.
     if not isinstance(value, Mapping) and not hasattr(type(value), "unit_costs"):
@@ -281,6 +286,7 @@ ACTIVATIONS: dict[str, str] = {
     "disk": "in files of the run folder, or of a temporary one",
     "auto": "the first of these that fits in the memory that is free",
 }
+PLACES: dict[str, str] = {name: meaning for name, meaning in ACTIVATIONS.items() if name != "auto"}
 DTYPES: dict[str, str] = {
     "auto": "as stored",
     "float32": "32 bits",
@@ -404,6 +410,23 @@ class GenerateOptions(OptionGroup):
         check=check_text,
     )
     seed: int = _option("For the tokens that are drawn.", default=0, check=check_integer)
+
+
+@dataclass(frozen=True)
+class PlanOptions(OptionGroup):
+    """What a run is planned for; see `liar.plan`."""
+
+    tokens: int = _option("Calibration tokens.", check=check_count)
+    max_length: int = _option("Tokens per sequence.", default=256, check=check_count)
+    batch_size: int = _option("Sequences per batch.", default=32, check=check_count)
+    activations: str | None = _option(
+        "Where streams, targets and replayed outputs are kept; all three side by side if not given.",
+        default=None,
+        choices=PLACES,
+        check=_check_activations,
+    )
+    offload: bool = _option("Weights come to the device one block at a time.", default=False, check=check_flag)
+    measure: bool = _option("Time a second of products on the device, to estimate seconds.", default=True, check=check_flag)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from liar.options import (
     CalibrationOptions,
     GenerateOptions,
     LoadOptions,
+    PlanOptions,
     PruneOptions,
     ReconstructOptions,
     RefineOptions,
@@ -539,6 +540,7 @@ GROUPS = {
     "refine": (TeacherOptions, RefineOptions, *SOURCE, SaveOptions),
     "select": (SelectOptions, *SOURCE, RunOptions),
     "latency": (LoadOptions,),
+    "plan": (SelectOptions, ReconstructOptions, PlanOptions, LoadOptions),
     "calibrate": (GenerateOptions, LoadOptions),
 }
 # A value of every option that is refused as wrong usage ...
@@ -572,7 +574,7 @@ WRONG = {
     "lora": ["0", "x"],
 }
 # ... but for switches, which have no value, and for what only the model or the data can refuse.
-SWITCHES = {"refit", "set_aside", "pack", "mixed_lengths", "standalone"}
+SWITCHES = {"refit", "set_aside", "pack", "mixed_lengths", "standalone", "offload", "measure"}
 UNCHECKED = {"protect", "calib", "config", "split", "column", "device", "language", "teacher", "run_folder"}
 
 
@@ -611,9 +613,10 @@ def test_a_bad_value_is_wrong_usage(home, tmp_path, command, name):
     needed = {"prune": {"--keep": 0.5}, "select": {"--keep": 0.5}, "reconstruct": {"--mask": home / "texts.txt"}}.get(
         command, {}
     )
-    needed |= {"--calib": home / "texts.txt"} if command not in ("latency", "calibrate") else {}
-    needed |= {"--tokens": 9} if command == "calibrate" else {}
-    out = [tmp_path / "out"] if command != "calibrate" else ["--out", tmp_path / "out"]
+    needed |= {"--keep": 0.5} if command == "plan" else {}
+    needed |= {"--calib": home / "texts.txt"} if command not in ("latency", "calibrate", "plan") else {}
+    needed |= {"--tokens": 9} if command in ("calibrate", "plan") else {}
+    out = {"calibrate": ["--out", tmp_path / "out"], "plan": []}.get(command, [tmp_path / "out"])
     bad = [[flag(name), value] for value in WRONG[name]] if name in WRONG else [[f"{flag(name)}=maybe"]]
     for wrong in bad:
         rest = [part for option, value in needed.items() if option != flag(name) for part in (option, value)]

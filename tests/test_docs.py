@@ -230,7 +230,17 @@ def test_api_page_has_the_signatures(public):
     assert as_written(sections()[public]) == as_it_is(getattr(liar, public))
 
 
-MEMBERS = ("Calibration", "Costs", "CriterionStatistics", "Interpolation", "Mask", "ProgressUpdate", "Report", "SelfGenerated")
+MEMBERS = (
+    "Calibration",
+    "Costs",
+    "CriterionStatistics",
+    "Interpolation",
+    "Mask",
+    "Plan",
+    "ProgressUpdate",
+    "Report",
+    "SelfGenerated",
+)
 
 
 @pytest.mark.parametrize("public", MEMBERS)

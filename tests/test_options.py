@@ -18,6 +18,7 @@ from liar.options import (
     CalibrationOptions,
     GenerateOptions,
     LoadOptions,
+    PlanOptions,
     PruneOptions,
     ReconstructOptions,
     RefineOptions,
@@ -44,10 +45,16 @@ CLASSES = (
     SourceOptions,
     LoadOptions,
     GenerateOptions,
+    PlanOptions,
     UnstructuredOptions,
 )
 # What an option without a default is given here.
-REQUIRED = {SelectOptions: {"keep": 0.5}, SourceOptions: {"calib": "texts.txt"}, GenerateOptions: {"tokens": 1000}}
+REQUIRED = {
+    SelectOptions: {"keep": 0.5},
+    SourceOptions: {"calib": "texts.txt"},
+    GenerateOptions: {"tokens": 1000},
+    PlanOptions: {"tokens": 1000},
+}
 COUNTS = [0, -1, 1.5, "3", True, np.float32(2), np.True_, 2**31, 10**400, b"3", [3], {}]
 # class -> option -> bad values, and what the error says was expected
 BAD = {
@@ -103,6 +110,14 @@ BAD = {
         "batch_size": ([*COUNTS, None], "expected a whole number, at least 1"),
         "language": (["", None, 5, ["en"]], "expected a text"),
         "seed": ([0.5, None, "x"], "expected a whole number"),
+    },
+    PlanOptions: {
+        "tokens": ([*COUNTS, None], "expected a whole number, at least 1"),
+        "max_length": ([*COUNTS, None], "expected a whole number, at least 1"),
+        "batch_size": ([*COUNTS, None], "expected a whole number, at least 1"),
+        "activations": (["gpu", 3, True], "expected one of 'device', 'host', 'disk'"),
+        "offload": ([1, None, "yes"], "expected True or False"),
+        "measure": ([0, None, "no"], "expected True or False"),
     },
     UnstructuredOptions: {
         "sparsity": (

@@ -22,7 +22,7 @@ import transformers
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from liar.errors import CheckpointError, LiarError
+from liar.errors import CheckpointError, LiarError, ModelError
 from liar.files import user_path
 from liar.io.shapes import Shapes, fitted, stored_shapes
 from liar.io.standalone import ENTRIES
@@ -117,6 +117,43 @@ def _load_known(where: str, entries: dict[str, Any], kwargs: dict[str, Any], pla
     _check_complete(model, info, where, another_head="architectures" in fields, shortened=shortened)
     _check_record(model, where, place, fields)
     return (model, info) if wants_info else model
+
+
+def model_from_config(source: str | Path | PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model on the meta device, of which the configuration alone is read: it has shapes and no weights.
+
+    Args:
+        source: a configuration, a folder, or the name of a repository on the hub.
+        dtype: of the weights; that of the configuration if None.
+
+    Raises:
+        CheckpointError: no such folder, no readable config.json, or a model whose layers differ in width.
+        ModelError: a family that is not known.
+    """
+    where = type(source).__name__ if isinstance(source, PreTrainedConfig) else _where(source)
+    with _reading(where):
+        config = source if isinstance(source, PreTrainedConfig) else _config_in(where)
+        family_for(config)
+        stock = _named_class(config.architectures, type(config)) or MODEL_MAPPING[type(config)]
+        with torch.device("meta"):
+            built: PreTrainedModel = stock._from_config(config, dtype=dtype or config.dtype or torch.float32)  # type: ignore[union-attr]
+        built.train(False)
+        return built
+
+
+def _config_in(where: str) -> PreTrainedConfig:
+    """The configuration in a folder."""
+    entries = _config_entries(where, {})
+    _check_trusted(where, entries, {"trust_remote_code": False}, {})
+    kind = entries.get("model_type")
+    if not _is_known(kind):
+        raise ModelError(
+            f"{where}: config.json says model_type={kind!r}, which is no family that can be pruned: see `liar families`"
+        )
+    if "per_layer_config" in entries:
+        raise CheckpointError(f"{where}: its layers differ in width, which config.json does not say: pass liar.load({where!r})")
+    config: PreTrainedConfig = CONFIG_MAPPING[entries["model_type"]].from_dict(entries)
+    return config
 
 
 def load_tokenizer(folder: str) -> Any:

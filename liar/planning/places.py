@@ -1,0 +1,155 @@
+"""Where what a run holds is kept: on the compute device, in host memory, or on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import disk_usage
+from tempfile import gettempdir
+from typing import Any
+
+import torch
+from torch import nn
+
+from liar.data import Calibration
+from liar.models import layout_of
+from liar.options import ReconstructOptions, SelectOptions
+from liar.planning.memory import Phase, phases
+from liar.planning.passes import kept_units, workload_of
+from liar.planning.workload import Data, Workload
+from liar.selection import CRITERIA
+
+# Activations that are kept elsewhere: those of the batch that is worked on, and of the next one, which is on its way.
+UNDER_WAY = 2
+# Share of the free memory that a run may plan for.
+MARGIN = 0.85
+# The host's allocator keeps some of what is freed, and libraries need room: over the bytes of tensors, as measured
+# (docs/scaling.md). On other devices nothing is added.
+ALLOCATOR = 1.15
+# From the fastest to the slowest.
+ORDER = ("device", "host", "disk")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory by place, in bytes, and when the device, or a CPU's host, has it.
+
+    Attributes:
+        device: on the compute device; 0 where that is the CPU.
+        host: in the host's memory.
+        disk: of activations on disk.
+        stage: in which the peak of the place that computes is.
+        phase: what happens then.
+        added: of that peak, what the run adds to the model.
+    """
+
+    device: float
+    host: float
+    disk: float
+    stage: str
+    phase: str
+    added: float
+
+
+def memory(workload: Workload, steps: Sequence[Phase], activations: str, *, on_cpu: bool, offload: bool) -> Memory:
+    """The peak of every place, where activations are kept in one of them.
+
+    Args:
+        workload: a model and its data.
+        steps: the phases of a run.
+        activations: `"device"`, `"host"` or `"disk"`.
+        on_cpu: whether the compute device is the host.
+        offload: whether weights come to the device one block at a time.
+    """
+    largest = max(steps, key=lambda step: _computing(workload, step, activations, on_cpu=on_cpu, offload=offload))
+    computing = _computing(workload, largest, activations, on_cpu=on_cpu, offload=offload)
+    disk = max(step.activations for step in steps) if activations == "disk" else 0.0
+    aside = max(_aside(workload, step, activations, offload=offload) for step in steps)
+    added = computing - _weights(workload, largest, offload=offload and not on_cpu)
+    places = (0.0, computing) if on_cpu else (computing, aside)
+    return Memory(*places, disk, largest.stage, largest.name, added)
+
+
+def _weights(workload: Workload, step: Phase, *, offload: bool) -> float:
+    """The dense weights that have to be on the device in a phase."""
+    if step.whole or not offload:
+        return float(workload.nbytes)
+    return float(max(block.nbytes for block in workload.blocks))
+
+
+def _computing(workload: Workload, step: Phase, activations: str, *, on_cpu: bool, offload: bool) -> float:
+    """Bytes where it is computed."""
+    offload = offload and not on_cpu
+    stays = activations == "device" or (activations == "host" and on_cpu)
+    kept = step.activations if stays else min(UNDER_WAY * step.batch, step.activations)
+    slim = min(step.slim, max(block.nbytes for block in workload.blocks)) if offload else step.slim
+    return _weights(workload, step, offload=offload) + (slim + kept + step.work) * (ALLOCATOR if on_cpu else 1.0)
+
+
+def _aside(workload: Workload, step: Phase, activations: str, *, offload: bool) -> float:
+    """Bytes in the host's memory, where another device computes."""
+    weights = workload.nbytes + step.slim if offload else 0.0
+    return weights + (step.activations if activations == "host" else 0.0)
+
+
+def free_memory(device: torch.device) -> dict[str, float]:
+    """Bytes that are free on the device, in the host's memory, and on the disk of temporary files."""
+    host = _free_on_host()
+    on_device = float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
+    return {"device": on_device, "host": host, "disk": float(disk_usage(gettempdir()).free)}
+
+
+def _free_on_host() -> float:
+    """Bytes that programs can have: Linux counts what caches would give back."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def choose_activations(
+    model: nn.Module,
+    calibration: Calibration,
+    options: ReconstructOptions,
+    *,
+    selection: SelectOptions | None = None,
+    masks: Mapping[str, Any] | None = None,
+    free: Mapping[str, float] | None = None,
+    offload: bool = False,
+) -> str:
+    """Where a run should keep its activations: the fastest of device, host and disk at which what it adds fits.
+
+    Args:
+        model: that is about to be cut; its weights are there already.
+        calibration: what it is repaired on.
+        options: how.
+        selection: how its units are selected, where they still are to be.
+        masks: the units that stay, by site, where they are selected.
+        free: bytes by place; what is free now if not given.
+        offload: whether the weights come to the device one block at a time.
+    """
+    layout = layout_of(model)
+    device = next(model.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device
+    free = free_memory(device) if free is None else free
+    if masks is None:
+        kept = kept_units(layout, 1.0 if selection is None else selection.keep)
+    else:
+        layout = layout.matching(masks)
+        kept = {site.name: max(int(masks[site.name].sum()), 1) for site in layout.sites}
+    needs = None if selection is None else CRITERIA[selection.criterion].needs
+    is_free = masks is None and selection is not None and selection.widths == "free"
+    data = Data.of_calibration(calibration)
+    workload = workload_of(model, layout, data, kept, weights=needs == "gradients", is_free=is_free)
+    steps = phases(workload, selection or SelectOptions(1.0, "magnitude"), options)
+    on_cpu = device.type == "cpu"
+    for activations in ORDER:
+        needed = memory(workload, steps, activations, on_cpu=on_cpu, offload=offload)
+        host = needed.added if on_cpu else needed.host
+        wanted = {"device": 0.0 if on_cpu else needed.added, "host": host, "disk": needed.disk}
+        if all(wanted[place] <= MARGIN * free[place] for place in ORDER):
+            return activations
+    return ORDER[-1]
