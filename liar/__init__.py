@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from liar.analysis import Interpolation, interpolation, moments
-    from liar.api import prune, reconstruct, refine, select
+    from liar.api import collect, prune, reconstruct, refine, select
     from liar.data import Calibration, calibration
     from liar.errors import LiarError
     from liar.generation import SelfGenerated, self_generate
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from liar.planning import Plan, plan
     from liar.progress import ProgressUpdate
     from liar.report import Report, plot
-    from liar.selection import Costs, CriterionStatistics, collect, flops, latency
+    from liar.selection import Costs, CriterionStatistics, flops, latency
     from liar.surgery import remove
     from liar.tracing import discover, propose_family
     from liar.verdicts import Verdict
 
 _MODULES = {
     "analysis": ("Interpolation", "interpolation", "moments"),
-    "api": ("prune", "reconstruct", "refine", "select"),
+    "api": ("collect", "prune", "reconstruct", "refine", "select"),
     "data": ("Calibration", "calibration"),
     "errors": ("LiarError",),
     "generation": ("SelfGenerated", "self_generate"),
@@ -42,7 +42,7 @@ _MODULES = {
     "planning": ("Plan", "plan"),
     "progress": ("ProgressUpdate",),
     "report": ("Report", "plot"),
-    "selection": ("Costs", "CriterionStatistics", "collect", "flops", "latency"),
+    "selection": ("Costs", "CriterionStatistics", "flops", "latency"),
     "surgery": ("remove",),
     "tracing": ("discover", "propose_family"),
     "verdicts": ("Verdict",),

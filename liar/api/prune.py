@@ -18,6 +18,7 @@ from liar.errors import OptionError
 from liar.mask import Mask, compose
 from liar.models import Layout, count_parameters, layout_with_weights, transformer_in
 from liar.options import PruneOptions, ReconstructOptions, RunOptions, SelectOptions
+from liar.planning import choose_activations
 from liar.progress import Progress, ProgressOption, progress_of
 from liar.repair import RepairData, repair_data
 from liar.report import CostChange, Report
@@ -107,9 +108,10 @@ def prune_with(
     model = transformer_in(model)
     stages = {**stages_of_selection(selection), **RECONSTRUCT_STAGES}
     identity = partial(run_identity, model, data.calibration, selection, how, stepping)
+    place = partial(choose_activations, model, data.calibration, how, selection=selection)
     with (
         exclusive(model),
-        open_workspace(where, "prune", identity) as workspace,
+        open_workspace(where, "prune", identity, place) as workspace,
         progress_of(progress, "prune", stages, rounds=steps) as shown,
         all_or_nothing(model),
     ):

@@ -18,6 +18,7 @@ from liar.errors import MaskError, OptionError
 from liar.mask import Mask, keep_all
 from liar.models import Layout, count_parameters, layout_with_weights, transformer_in
 from liar.options import ReconstructOptions, RunOptions
+from liar.planning import choose_activations
 from liar.progress import Progress, ProgressOption, progress_of, timed
 from liar.repair import (
     RepairContext,
@@ -135,7 +136,8 @@ def reconstruct_with(
             if each is not None:
                 stack.enter_context(exclusive(each))
         identity = partial(run_identity, inner, data.calibration, options, teacher=teacher, mask=chosen.to_json())
-        workspace = stack.enter_context(open_workspace(where, "reconstruct", identity))
+        place = partial(choose_activations, inner, data.calibration, options, masks=chosen.masks)
+        workspace = stack.enter_context(open_workspace(where, "reconstruct", identity, place))
         shown = stack.enter_context(progress_of(progress, "reconstruct", RECONSTRUCT_STAGES))
         return repair(inner, chosen, data, options, shown, workspace, teacher=teacher)
 

@@ -15,7 +15,8 @@ from liar.data import Calibration, transformer_and_data
 from liar.errors import CalibrationError, OptionError, at_site
 from liar.mask import Mask
 from liar.models import Layout, layout_with_weights
-from liar.options import RunOptions, SelectOptions
+from liar.options import ReconstructOptions, RunOptions, SelectOptions
+from liar.planning import choose_activations
 from liar.progress import Progress, ProgressOption, progress_of
 from liar.report import CostChange
 from liar.runtime import Workspace, exclusive, layout_when_free, open_workspace, run_identity
@@ -125,13 +126,21 @@ def select_with(
     calibration = calib if isinstance(calib, Calibration) else None
     if calibration is None:
         where = RunOptions()  # nothing takes long
+    identity = partial(run_identity, model, calibration, options)
     with (
         exclusive(model),
-        open_workspace(where, "select", partial(run_identity, model, calibration, options)) as workspace,
+        open_workspace(where, "select", identity, partial(_place, model, calibration, options)) as workspace,
         progress_of(progress, "select", stages_of_selection(options, collects=calibration is not None)) as shown,
     ):
         mask, _ = choose(model, calib, options, shown, workspace)
     return mask
+
+
+def _place(model: nn.Module, calibration: Calibration | None, options: SelectOptions) -> str:
+    """Where activations fit, if there are any."""
+    if calibration is None:
+        return "device"
+    return choose_activations(model, calibration, ReconstructOptions(quality=0), selection=options)
 
 
 def check_budget(options: SelectOptions) -> None:

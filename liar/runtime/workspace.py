@@ -56,29 +56,36 @@ IN_PLACE = Workspace()
 
 
 @contextmanager
-def open_workspace(options: RunOptions, verb: str, identity: Callable[[], Mapping[str, Any]]) -> Iterator[Workspace]:
+def open_workspace(
+    options: RunOptions, verb: str, identity: Callable[[], Mapping[str, Any]], place: Callable[[], str]
+) -> Iterator[Workspace]:
     """The workspace that some options ask for.
 
     Args:
         options: checked.
         verb: whose run it is; each has a folder of its own in the run folder.
         identity: what tells the run from others; called if it is kept.
+        place: where activations fit; called for `activations="auto"`.
 
     Raises:
         CheckpointError: the run folder is of another run, or cannot be used.
     """
+    activations = options.activations
+    if activations == "auto":
+        activations = place()
+        logger.info("activations are kept in this place: %s", activations)
     with ExitStack() as stack:
         journal = None
         if options.run_folder is not None:
             folder = user_path(options.run_folder) / verb
             journal = stack.enter_context(open_journal(folder, identity()))
-        place: Place | None = None
-        if options.activations == "host":
-            place = OnHost()
-        elif options.activations == "disk":
-            place = OnDisk(_folder_for_activations(journal, stack))
+        kept_in: Place | None = None
+        if activations == "host":
+            kept_in = OnHost()
+        elif activations == "disk":
+            kept_in = OnDisk(_folder_for_activations(journal, stack))
         try:
-            yield Workspace(place, journal)
+            yield Workspace(kept_in, journal)
         except KeyboardInterrupt:
             if journal is not None and journal.names():
                 logger.warning(

@@ -2,7 +2,7 @@
 
 from liar.selection.allocate import allocate
 from liar.selection.budget import TOLERANCE, Budget, Costs, flops, flops_of, latency, params, params_of
-from liar.selection.collect import CriterionStatistics, collect, collect_with, stages_of
+from liar.selection.collect import CriterionStatistics, collect_with, stages_of
 from liar.selection.elimination import Elimination, eliminate
 from liar.selection.queries import best_of_groups, by_rank, rank_scores
 from liar.selection.scores import CRITERIA, STATISTICS, Criterion, SiteWeights, register_criterion, scores
@@ -20,7 +20,6 @@ __all__ = [
     "allocate",
     "best_of_groups",
     "by_rank",
-    "collect",
     "collect_with",
     "eliminate",
     "flops",

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import isclose
-from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,12 +15,11 @@ from torch import Tensor, nn
 
 from liar.analysis import channel_moments
 from liar.data import Calibration
-from liar.errors import CalibrationError, check_choice
+from liar.errors import CalibrationError
 from liar.files import replacing_file, user_path
 from liar.models import Layout, layer_of, layout_with_weights
-from liar.options import HEADS, RunOptions, SelectOptions, check_list
-from liar.progress import Progress, ProgressOption, progress_of
-from liar.runtime import Workspace, exclusive, layout_when_free, open_workspace, run_identity
+from liar.progress import Progress
+from liar.runtime import Workspace
 from liar.selection.error_curves import error_curves
 from liar.selection.gradients import unit_gradients
 from liar.selection.scores import CRITERIA, STATISTICS
@@ -153,55 +149,6 @@ def consumer_norms(model: nn.Module, layout: Layout) -> dict[str, float]:
     """Frobenius norm of the consumer's weight by site."""
     layers = {site.name: layer_of(model.get_submodule(site.block), site.consumer) for site in layout.sites}
     return {name: float(layer.matrix.norm(dtype=torch.float64)) for name, layer in layers.items()}
-
-
-def collect(
-    model: nn.Module,
-    calib: Iterable[Any] | Calibration,
-    *,
-    criteria: Sequence[str] = ("reconstruction",),
-    heads: str = SelectOptions.heads,
-    activations: str = RunOptions.activations,
-    run_folder: str | PathLike[str] | None = RunOptions.run_folder,
-    progress: ProgressOption = True,
-) -> CriterionStatistics:
-    """Collect the statistics that `select` needs once, and reuse them for every budget.
-
-    Args:
-        model: a Hugging Face model of a known family; it is not changed.
-        calib: calibration batches (see `Calibration.of`).
-        criteria: that will be used; what several of them need is collected once.
-        heads: as for `select`.
-        activations: as for `prune`.
-        run_folder: as for `prune`; what was collected is there, too.
-        progress: show a bar, or a function that is called in its place (see `ProgressUpdate`).
-
-    Returns:
-        Frozen `CriterionStatistics`, to be given to `select` in place of calibration batches.
-
-    Raises:
-        OptionError, CalibrationError, ModelError: the message says what was expected and given, and what to do.
-
-    Example:
-        >>> statistics = liar.collect(model, calib, criteria=["fluctuation", "wanda"])
-        >>> sorted(statistics.sites["neurons.0"])
-        ['mean', 'variance']
-    """
-    check_list("criteria", criteria)
-    for criterion in criteria:
-        check_choice("criterion", criterion, CRITERIA)
-    check_choice("heads", heads, HEADS)
-    options = RunOptions(activations, run_folder).checked()
-    layout_when_free(model)
-    # Read before the model is locked again: an iterable may need another thread to use the model.
-    calibration = Calibration.of(calib, model)
-    identity = partial(run_identity, model, calibration, criteria=" ".join(criteria), heads=heads)
-    with (
-        exclusive(model),
-        open_workspace(options, "collect", identity) as workspace,
-        progress_of(progress, "collect", stages_of(criteria)) as shown,
-    ):
-        return collect_with(model, calibration, criteria, heads, shown, workspace)
 
 
 def collect_with(
