@@ -21,7 +21,7 @@ from liar.options import PruneOptions, ReconstructOptions, RunOptions, SelectOpt
 from liar.progress import Progress, ProgressOption, progress_of
 from liar.repair import RepairData, repair_data
 from liar.report import CostChange, Report
-from liar.runtime import Workspace, exclusive, layout_when_free, open_workspace, run_identity
+from liar.runtime import Workspace, distributed, exclusive, layout_when_free, open_workspace, run_identity
 from liar.selection import Costs, flops_of
 from liar.surgery import all_or_nothing, copy_dense
 
@@ -87,6 +87,7 @@ def prune(
     return report
 
 
+@distributed.together()
 def prune_with(
     model: nn.Module,
     calib: Iterable[Any] | Calibration,
@@ -112,6 +113,7 @@ def prune_with(
         open_workspace(where, "prune", identity) as workspace,
         progress_of(progress, "prune", stages, rounds=steps) as shown,
         all_or_nothing(model),
+        distributed.together(),
     ):
         if steps == 1:
             mask, cost = choose(model, data.calibration, selection, shown, workspace)

@@ -23,7 +23,7 @@ from liar.files import replacing_file, user_path
 from liar.models import Layout, layer_of, layout_with_weights
 from liar.options import HEADS, RunOptions, SelectOptions, check_list
 from liar.progress import Progress, ProgressOption, progress_of
-from liar.runtime import Workspace, exclusive, layout_when_free, open_workspace, run_identity
+from liar.runtime import Workspace, distributed, exclusive, layout_when_free, open_workspace, run_identity
 from liar.selection.error_curves import error_curves
 from liar.selection.gradients import unit_gradients
 from liar.selection.scores import CRITERIA, STATISTICS
@@ -155,6 +155,7 @@ def consumer_norms(model: nn.Module, layout: Layout) -> dict[str, float]:
     return {name: float(layer.matrix.norm(dtype=torch.float64)) for name, layer in layers.items()}
 
 
+@distributed.together()
 def collect(
     model: nn.Module,
     calib: Iterable[Any] | Calibration,
