@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 import liar
 from liar.cli import app
 from liar.runtime import distributed
-from liar.selection import CRITERIA
+from liar.selection import CRITERIA, params_of
 from liar.statistics import ChannelMoments, Factor, Folds, Moments, TokenIndex
 from liar.testing import tiny_batches, tiny_model
 
@@ -299,14 +300,36 @@ def test_unstructured(criterion):
         assert all(torch.equal(their_masks[name], mask) for name, mask in masks.items())
 
 
-def latency_mask():
-    model = model_of("bert", max_position_embeddings=128)
-    return liar.select(model, keep=0.7, criterion="magnitude", budget="latency", progress=False)
+def mask_by_own_costs():
+    """A mask by costs that are others in every process, as measured times are."""
+    model = model_of("bert")
+    costs = params_of(liar.discover(model))
+    ratio = 1 + distributed.rank()
+    sites = {site: {n: cost * (ratio if "heads" in site else 1) for n, cost in by.items()} for site, by in costs.sites.items()}
+    return liar.select(model, keep=0.6, criterion="magnitude", budget=replace(costs, sites=sites), progress=False)
 
 
-def test_measured_times_are_those_of_one_process():
-    first, second = in_processes(2, latency_mask)[0]
-    assert first == second
+def test_one_process_measures_and_chooses():
+    first, second = in_processes(2, mask_by_own_costs)[0]
+    assert first == second == mask_by_own_costs()
+
+
+def prune_again(folder):
+    """Prune with a run folder, where the second process fails; then go on: the weights, and what was found."""
+    model, data = model_of("bert"), batches_for("bert", 4)
+    progress = partial(stop, "late") if distributed.rank() == 1 else lambda _: None
+    with pytest.raises((KeyError, liar.LiarError)):
+        liar.prune(model, data, keep=0.5, run_folder=folder, activations="disk", progress=progress)
+    kept = {path.name.split(".")[0] for path in Path(folder).glob("prune/*.safetensors")}
+    liar.prune(model, data, keep=0.5, run_folder=folder, activations="disk", progress=False)
+    return dict(model.state_dict()), kept
+
+
+def test_several_processes_go_on_where_they_failed(tmp_path):
+    expected = prune("bert", 4, {})[0]
+    for weights, kept in in_processes(3, prune_again, str(tmp_path))[0]:
+        assert kept >= {"mask", "sensitivity", "elimination-block-0001", "repair-block-0000"}
+        assert difference(weights, expected) <= SAME
 
 
 # Errors
