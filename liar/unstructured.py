@@ -256,7 +256,6 @@ def _tokens(value: Tensor, token_mask: Tensor, name: str) -> Tensor:
     return rows[token_mask.flatten()]
 
 
-@distributed.together()
 def prune(
     model: nn.Module,
     calib: Iterable[Any] | None = None,
@@ -295,7 +294,8 @@ def prune(
         check_one_stack(layout, inner, "unstructured.prune")
         layers = {block: linear_layers(inner.get_submodule(block)) for block in layout.blocks}
     _check_groups(layers, options.sparsity)
-    calibration = _calibration(model, calib, options.criterion)
+    with distributed.together():
+        calibration = _calibration(model, calib, options.criterion)
     with (
         exclusive(inner),
         progress_of(progress, "prune", {"weights": 1}) as shown,

@@ -16,7 +16,6 @@ from liar.runtime import Point, by_sequence, capture_activations, distributed, e
 from liar.statistics import ChannelMoments, Moments
 
 
-@distributed.together()
 def moments(
     model: nn.Module, calib: Iterable[Any], *, sites: Sequence[str] | None = None, progress: ProgressOption = True
 ) -> dict[str, Moments]:
@@ -46,14 +45,15 @@ def moments(
     chosen = site_names if sites is None else list(sites)
     if unknown := [name for name in chosen if not isinstance(name, str) or name not in site_names]:
         raise MaskError(f"no such site: {', '.join(map(str, unknown))}; expected some of {', '.join(site_names)}")
-    calibration = distributed.share(Calibration.of(calib, model), model)
-    origins = [_earlier_tokens(calibration.of_stack(stack)) for stack in range(len(layout.stacks))]
-    accumulators = {name: Moments(origins[layout[name].stack]) for name in chosen or site_names}
-    updates = {name: lambda rows, part=part: part.update(rows, rows[:, :0]) for name, part in accumulators.items()}
-    with progress_of(progress, "moments", {"moments": 1}) as shown:
-        _read(model, layout, calibration, updates, shown)
-    for accumulator in accumulators.values():
-        accumulator.reduce(distributed)
+    with distributed.together():
+        calibration = distributed.share(Calibration.of(calib, model), model)
+        origins = [_earlier_tokens(calibration.of_stack(stack)) for stack in range(len(layout.stacks))]
+        accumulators = {name: Moments(origins[layout[name].stack]) for name in chosen or site_names}
+        updates = {name: lambda rows, part=part: part.update(rows, rows[:, :0]) for name, part in accumulators.items()}
+        with progress_of(progress, "moments", {"moments": 1}) as shown:
+            _read(model, layout, calibration, updates, shown)
+        for accumulator in accumulators.values():
+            accumulator.reduce(distributed)
     return accumulators
 
 

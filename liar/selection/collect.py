@@ -155,7 +155,6 @@ def consumer_norms(model: nn.Module, layout: Layout) -> dict[str, float]:
     return {name: float(layer.matrix.norm(dtype=torch.float64)) for name, layer in layers.items()}
 
 
-@distributed.together()
 def collect(
     model: nn.Module,
     calib: Iterable[Any] | Calibration,
@@ -193,16 +192,17 @@ def collect(
         check_choice("criterion", criterion, CRITERIA)
     check_choice("heads", heads, HEADS)
     options = RunOptions(activations, run_folder).checked()
-    layout_when_free(model)
-    # Read before the model is locked again: an iterable may need another thread to use the model.
-    calibration = Calibration.of(calib, model)
-    identity = partial(run_identity, model, calibration, criteria=" ".join(criteria), heads=heads)
-    with (
-        exclusive(model),
-        open_workspace(options, "collect", identity) as workspace,
-        progress_of(progress, "collect", stages_of(criteria)) as shown,
-    ):
-        return collect_with(model, calibration, criteria, heads, shown, workspace)
+    with distributed.together():
+        layout_when_free(model)
+        # Read before the model is locked again: an iterable may need another thread to use the model.
+        calibration = Calibration.of(calib, model)
+        identity = partial(run_identity, model, calibration, criteria=" ".join(criteria), heads=heads)
+        with (
+            exclusive(model),
+            open_workspace(options, "collect", identity) as workspace,
+            progress_of(progress, "collect", stages_of(criteria)) as shown,
+        ):
+            return collect_with(model, calibration, criteria, heads, shown, workspace)
 
 
 def collect_with(
