@@ -79,8 +79,7 @@ def channel_moments(
 
 def _earlier_tokens(calibration: Calibration) -> int:
     """How many tokens earlier processes have."""
-    own = sum(int(mask.sum()) for mask in calibration.token_masks)
-    return sum(distributed.gather(own)[: distributed.rank()])
+    return sum(distributed.gather(calibration.own_tokens)[: distributed.rank()])
 
 
 def _read(
@@ -97,7 +96,7 @@ def _read(
     consumers = {name: model.get_submodule(layout[name].module) for name in updates}
     points = {name: Point(consumer, 0) for name, consumer in consumers.items()}
     base, _ = base_and_prefix(model)
-    with exclusive(model), preserve_model_state(model), progress.stage("moments", calibration.tokens) as advance:
+    with exclusive(model), preserve_model_state(model), progress.stage("moments", calibration.own_tokens) as advance:
         for number, batch in enumerate(calibration.batches):
             with capture_activations(points) as activations:
                 run_model(base, batch, calibration.numbers[number])

@@ -15,7 +15,7 @@ import typer
 from torch import Tensor, nn
 
 from liar.api import prune_with, reconstruct_with, refine_with
-from liar.cli.processes import process_group
+from liar.cli.processes import is_first, process_group
 from liar.cli.source import SourceTexts
 from liar.data import builder_of
 from liar.errors import MaskError, OptionError, check_choice, wrap_parse_errors
@@ -251,7 +251,8 @@ def finish(run: Run, *, overwrite: bool) -> None:
                 distributed.answer(partial(remove_journals, folder))
     except KeyboardInterrupt as error:
         again = "to be able to go on, use --resume" if folder is None else f"the same command goes on; its work is in {folder}"
-        typer.echo(f"Interrupted: {again}", err=True)
+        if is_first():
+            typer.echo(f"Interrupted: {again}", err=True)
         raise typer.Exit(130) from error
     typer.echo(f"written to {run.out}")
 

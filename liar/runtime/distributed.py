@@ -135,7 +135,9 @@ def share(calibration: Calibration, model: nn.Module) -> Calibration:
     if size() == 1:
         return calibration
     check_same("calibration data", _digest(calibration))
-    check_same("weights", [crc32(_bytes(each.detach().flatten()[:PROBED])) for each in model.parameters()])
+    # What is kept elsewhere until it is needed is on the meta device.
+    probed = (each.detach().flatten()[:PROBED] for each in model.parameters() if not each.is_meta)
+    check_same("weights", [crc32(_bytes(each)) for each in probed])
     sizes = torch.tensor([mask.numel() for mask in calibration.token_masks], dtype=torch.float64)
     # A batch belongs to the process in whose part of all positions its middle is.
     owner = ((sizes.cumsum(0) - sizes / 2) / sizes.sum() * size()).long().clamp_max(size() - 1)

@@ -84,7 +84,7 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
     first = [consumers[site.name].weight for stack in layout.stacks for site in layout.of_block(stack[0])]
     calibration, every = sampled(model, calibration)
     calibration = distributed.share(calibration, model)
-    with record_gradients(model, first), progress.stage("sensitivity", calibration.tokens) as advance:
+    with record_gradients(model, first), progress.stage("sensitivity", calibration.own_tokens) as advance:
         ordinary, outputs = differentiable(calibration), 0
         for number, token_mask in enumerate(ordinary.token_masks):
             with timed(progress.seconds, "select: forward"):

@@ -49,7 +49,7 @@ def unit_gradients(
         sums = [UnitGradients(model.get_submodule(site.block), site) for site in layout.sites]
     points = {part.site.name: Point(part.layers[-1].module, 0) for part in sums}
     weights = [weight for part in sums for weight in part.weights]
-    with record_gradients(model, weights), progress.stage("gradients", calibration.tokens) as advance:
+    with record_gradients(model, weights), progress.stage("gradients", calibration.own_tokens) as advance:
         ordinary = differentiable(calibration)
         for number, token_mask in enumerate(ordinary.token_masks):
             activations, outputs = run_with_gradients(model, layout, ordinary, number, points)
