@@ -349,7 +349,9 @@ def failing(kind):
         model.encoder.layer[1].attention.output.dense.weight.data[-1, -1] = torch.nan
     if kind == "other mask":
         mask = {"heads.0": [0] if bad else [1]}
-    if kind in ("late", "last", "exit"):
+    if kind == "last of a reconstruction":
+        mask = {"heads.0": [0]}
+    if kind in ("late", "last", "exit", "last of a reconstruction"):
         progress = partial(stop, kind) if bad else lambda _: None
     before = {name: value.clone() for name, value in model.state_dict().items()}
     try:
@@ -371,7 +373,7 @@ def stop(kind, update):
         os._exit(3)
     if kind == "late" and update.stage == "reconstruct" and update.fraction > 0.7:
         raise KeyError("a screw")
-    if kind == "last" and update.stage == "reconstruct" and update.fraction == 1:
+    if kind.startswith("last") and update.stage == "reconstruct" and update.fraction == 1:
         raise OSError(28, "No space left on device")
 
 
@@ -384,6 +386,7 @@ FAILURES = {
     "other mask": ("CalibrationError", "CalibrationError", "was given other mask and options than process 0"),
     "late": ("ProcessError", "KeyError", "a screw"),
     "last": ("ProcessError", "OSError", "process 1 of 2: [Errno 28] No space left on device"),
+    "last of a reconstruction": ("ProcessError", "OSError", "process 1 of 2: [Errno 28] No space left on device"),
 }
 
 
