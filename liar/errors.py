@@ -100,6 +100,15 @@ class CheckpointError(LiarError):
     """
 
 
+class ProcessError(LiarError):
+    """Another process of the run has failed, or is gone.
+
+    Example:
+        >>> print(liar.errors.ProcessError("process 1 of 2: [Errno 28] No space left on device"))
+        process 1 of 2: [Errno 28] No space left on device
+    """
+
+
 @contextmanager
 def at_site(name: str, module: str) -> Iterator[None]:
     """Add the name of the site to a `CalibrationError` raised inside."""

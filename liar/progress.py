@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,9 @@ class ProgressUpdate:
     stage: str
     fraction: float
 
+
+# False in processes that share a run with the one that shows its bar.
+_HAS_BARS: ContextVar[bool] = ContextVar("has_bars", default=True)
 
 # Whether a bar is shown, or the function that is called in its place.
 ProgressOption = bool | Callable[[ProgressUpdate], Any]
@@ -74,7 +78,9 @@ class Progress:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._verb, self._stages, self._total = verb, dict(stages), rounds * sum(stages.values())
         self._function = show if callable(show) else None
-        self._bar = tqdm(total=self._total, desc=verb, bar_format=FORMAT, disable=callable(show) or not show)
+        self._bar = tqdm(
+            total=self._total, desc=verb, bar_format=FORMAT, disable=callable(show) or not show or not _HAS_BARS.get()
+        )
 
     @contextmanager
     def stage(self, name: str, steps: float) -> Iterator[Callable[[float], None]]:
@@ -101,6 +107,16 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it is."""
         self._bar.close()
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Show no bars inside the body, whatever is asked for; functions are called."""
+    token = _HAS_BARS.set(False)
+    try:
+        yield
+    finally:
+        _HAS_BARS.reset(token)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from liar.models import LayerView, check_one_stack, layout_with_weights, linear_
 from liar.options import UnstructuredOptions
 from liar.progress import ProgressOption, progress_of
 from liar.repair import RepairStep, SiteState, apply_steps
-from liar.runtime import exclusive
+from liar.runtime import distributed, exclusive
 from liar.statistics import ChannelMoments, Moments, check_finite
 from liar.surgery import all_or_nothing
 
@@ -147,18 +148,19 @@ class Criterion:
 
     Attributes:
         remove: weight [out, in] float64, statistics of the inputs, sparsity -> new weight, and what is removed.
-        statistics: makes an accumulator of what it needs to know of a layer's inputs; None where it needs nothing.
+        statistics: makes an accumulator of what it needs to know of a layer's inputs, given the rows that earlier processes
+            have; None where it needs nothing.
         update: adds inputs [tokens, in] to an accumulator.
     """
 
     remove: Callable[[Tensor, Any, Sparsity], tuple[Tensor, Tensor]]
-    statistics: Callable[[], Any] | None = None
+    statistics: Callable[..., Any] | None = None
     update: Callable[[Any, Tensor], None] = lambda part, rows: part.update(rows)
 
 
 CRITERIA = {
     "magnitude": Criterion(by_magnitude),
-    "wanda": Criterion(by_wanda, ChannelMoments),
+    "wanda": Criterion(by_wanda, lambda origin=0: ChannelMoments()),
     "sparsegpt": Criterion(by_sparsegpt, Moments, lambda part, rows: part.update(rows, rows[:, :0])),
 }
 
@@ -185,22 +187,26 @@ class RemoveWeights(RepairStep):
             self.remove(site.site.block, layers, self._statistics(site, layers))
 
     def remove(self, block: str, layers: Mapping[str, LayerView], statistics: Mapping[str, Any]) -> None:
-        """Prune the layers of a block, given the statistics of what each of them reads."""
-        for name, layer in layers.items():
-            full, (weight, bias) = f"{block}.{name}", layer.initial_weights()
-            with at_site(full, type(layer.module).__name__):
-                check_finite(weight, what="weights")
-                criterion = CRITERIA[self.options.criterion]
-                weight, removed = criterion.remove(weight.T.contiguous(), statistics.get(name), self.options.sparsity)
-                layer.write(weight.T, bias)
-            self.masks[f"{full}.weight"] = layer.as_matrix(~removed.T).contiguous()
+        """Prune the layers of a block, given the statistics of what each of them reads; processes take turns."""
+        choices = [partial(self._pruned, f"{block}.{name}", layer, statistics.get(name)) for name, layer in layers.items()]
+        for (name, layer), (weight, removed) in zip(layers.items(), distributed.answers(choices), strict=True):
+            layer.write(weight.T, layer.initial_weights()[1])
+            self.masks[f"{block}.{name}.weight"] = layer.as_matrix(~removed.T).contiguous()
         self.advance()
+
+    def _pruned(self, full_name: str, layer: LayerView, statistics: Any) -> tuple[Tensor, Tensor]:
+        """The new weight of a layer [out, in], and what is removed of it."""
+        weight = layer.initial_weights()[0].T.contiguous()
+        with at_site(full_name, type(layer.module).__name__):
+            check_finite(weight, what="weights")
+            return CRITERIA[self.options.criterion].remove(weight, statistics, self.options.sparsity)
 
     def _statistics(self, site: SiteState, layers: Mapping[str, LayerView]) -> dict[str, Any]:
         """By layer, of what it reads on the pruned stream; layers that read one tensor share them."""
         criterion, leaders = CRITERIA[self.options.criterion], dict[str, str]()
         assert criterion.statistics is not None
         parts: dict[str, Any] = {}
+        origin = sum(site.walk.sample(site.site.stack).origins)
         for batch, token_mask in enumerate(site.walk.calibration.token_masks):
             with _first_inputs(layers) as inputs:
                 site.run_block(batch)
@@ -208,7 +214,11 @@ class RemoveWeights(RepairStep):
             for name in dict.fromkeys(leaders.values()):
                 with site.walk.timed("statistics"), at_site(f"{site.site.block}.{name}", "its input"):
                     rows = _tokens(inputs[name], token_mask, name)
-                    criterion.update(parts.setdefault(name, criterion.statistics()), rows)
+                    criterion.update(parts.setdefault(name, criterion.statistics(origin)), rows)
+        # A process without batches has seen no layer.
+        leaders = next(each for each in distributed.gather(leaders) if each)
+        for name in dict.fromkeys(leaders.values()):
+            parts.setdefault(name, criterion.statistics(origin)).reduce(distributed)
         return {name: parts[leader] for name, leader in leaders.items()}
 
 
@@ -284,11 +294,13 @@ def prune(
         check_one_stack(layout, inner, "unstructured.prune")
         layers = {block: linear_layers(inner.get_submodule(block)) for block in layout.blocks}
     _check_groups(layers, options.sparsity)
-    calibration = _calibration(model, calib, options.criterion)
+    with distributed.together():
+        calibration = _calibration(model, calib, options.criterion)
     with (
         exclusive(inner),
         progress_of(progress, "prune", {"weights": 1}) as shown,
         all_or_nothing(inner),
+        distributed.together(),
         shown.stage("weights", len(layers)) as advance,
     ):
         step = RemoveWeights(options, lambda: advance(1))

@@ -737,7 +737,7 @@ def test_console_script(home, tmp_path):
     arguments = ["prune", home / "llama", tmp_path / "slim", "--keep", "0.5", "--calib", home / "texts.txt"]
     # As in this process: sums are split by threads, and the results must agree bit for bit.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "liar.cli", *arguments]
+    command = [sys.executable, "-m", "liar", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     call("prune", home / "llama", tmp_path / "here", "--keep", 0.5, "--calib", home / "texts.txt")

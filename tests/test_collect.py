@@ -148,8 +148,8 @@ def folds(calibration, solver="auto"):
     built = []
 
     class Recording(RepairContext):
-        def new_folds(self):
-            built.append(super().new_folds())
+        def new_folds(self, *args):
+            built.append(super().new_folds(*args))
             return built[-1]
 
     mask = liar.Mask.of({"heads": [[0, 2], [1]], "neurons": [range(5), range(3, 9)]}, LAYOUT)

@@ -44,6 +44,7 @@ ORDER = (
     "testing",
     "tracing",
     "cli",
+    "__main__",
 )
 # Tensors only: packages of mathematics know neither models nor data, so nothing but what is listed here.
 PURE = {

@@ -296,7 +296,7 @@ def test_fewer_rows_are_split_by_every_fold():
 def test_accumulators_made_together_have_one_shift():
     """Whichever has rows first sets it; merging them then moves nothing, and is as exact as ever."""
     z, t = pair(3 * CHUNK)
-    first, second, empty = Moments.several(3)
+    first, second, empty = Moments.several([0, 0, 0])
     second.update(z[:CHUNK], t[:CHUNK])
     first.update(z[CHUNK:] + 100, t[CHUNK:] - 50)
     first.merge(second)

@@ -341,7 +341,7 @@ def test_what_a_16_bit_stream_lacks_is_computed_in_more_bits():
 
     model = tiny_model("llama", dtype=torch.bfloat16)
     context = RepairContext(ReconstructOptions(refit=False), int)
-    context.new_folds = lambda: Recording(FOLDS, Moments)
+    context.new_folds = lambda *_: Recording(FOLDS, Moments)
     walked(model, every_other(model), tiny_batches(model), [*closed_form_steps(context), Exact()])
     assert len(context.reports) == 4
 

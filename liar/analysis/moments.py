@@ -12,7 +12,7 @@ from liar.errors import MaskError, at_site
 from liar.models import Layout, base_and_prefix, layout_with_weights
 from liar.options import check_list
 from liar.progress import Progress, ProgressOption, progress_of
-from liar.runtime import Point, by_sequence, capture_activations, exclusive, preserve_model_state, run_model
+from liar.runtime import Point, by_sequence, capture_activations, distributed, exclusive, preserve_model_state, run_model
 from liar.statistics import ChannelMoments, Moments
 
 
@@ -45,10 +45,15 @@ def moments(
     chosen = site_names if sites is None else list(sites)
     if unknown := [name for name in chosen if not isinstance(name, str) or name not in site_names]:
         raise MaskError(f"no such site: {', '.join(map(str, unknown))}; expected some of {', '.join(site_names)}")
-    accumulators = {name: Moments() for name in chosen or site_names}
-    updates = {name: lambda rows, part=part: part.update(rows, rows[:, :0]) for name, part in accumulators.items()}
-    with progress_of(progress, "moments", {"moments": 1}) as shown:
-        _read(model, layout, Calibration.of(calib, model), updates, shown)
+    with distributed.together():
+        calibration = distributed.share(Calibration.of(calib, model), model)
+        origins = [_earlier_tokens(calibration.of_stack(stack)) for stack in range(len(layout.stacks))]
+        accumulators = {name: Moments(origins[layout[name].stack]) for name in chosen or site_names}
+        updates = {name: lambda rows, part=part: part.update(rows, rows[:, :0]) for name, part in accumulators.items()}
+        with progress_of(progress, "moments", {"moments": 1}) as shown:
+            _read(model, layout, calibration, updates, shown)
+        for accumulator in accumulators.values():
+            accumulator.reduce(distributed)
     return accumulators
 
 
@@ -62,12 +67,19 @@ def channel_moments(
     """
     streamed = {site.name: ChannelMoments() for site in layout.sites}
     updates = {name: part.update for name, part in streamed.items()}
-    _read(model, layout, calibration, updates, progress)
+    _read(model, layout, distributed.share(calibration, model), updates, progress)
+    for part in streamed.values():
+        part.reduce(distributed)
     moments_of = {}
     for site in layout.sites:
         with at_site(site.name, site.module):
             moments_of[site.name] = {"mean": streamed[site.name].mean, "variance": streamed[site.name].variance}
     return moments_of
+
+
+def _earlier_tokens(calibration: Calibration) -> int:
+    """How many tokens earlier processes have."""
+    return sum(distributed.gather(calibration.own_tokens)[: distributed.rank()])
 
 
 def _read(
@@ -77,14 +89,17 @@ def _read(
     updates: Mapping[str, Callable[[Tensor], None]],
     progress: Progress,
 ) -> None:
-    """One forward pass of the dense model; what a site's consumer reads, [tokens, channels] per batch, goes to its update."""
+    """One forward pass of the dense model.
+
+    What a site's consumer reads, [tokens, channels] per batch, goes to its update.
+    """
     consumers = {name: model.get_submodule(layout[name].module) for name in updates}
     points = {name: Point(consumer, 0) for name, consumer in consumers.items()}
     base, _ = base_and_prefix(model)
-    with exclusive(model), preserve_model_state(model), progress.stage("moments", calibration.tokens) as advance:
+    with exclusive(model), preserve_model_state(model), progress.stage("moments", calibration.own_tokens) as advance:
         for number, batch in enumerate(calibration.batches):
             with capture_activations(points) as activations:
-                run_model(base, batch, number)
+                run_model(base, batch, calibration.numbers[number])
             for name, value in activations.items():
                 tokens = calibration.of_stack(layout[name].stack).token_masks[number]
                 updates[name](by_sequence(value, tokens)[tokens])

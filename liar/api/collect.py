@@ -14,7 +14,7 @@ from liar.errors import check_choice
 from liar.options import HEADS, ReconstructOptions, RunOptions, SelectOptions, check_list
 from liar.planning import choose_activations
 from liar.progress import ProgressOption, progress_of
-from liar.runtime import exclusive, layout_when_free, open_workspace, run_identity
+from liar.runtime import distributed, exclusive, layout_when_free, open_workspace, run_identity
 from liar.selection import CRITERIA, CriterionStatistics, collect_with, stages_of
 
 
@@ -55,16 +55,17 @@ def collect(
         check_choice("criterion", criterion, CRITERIA)
     check_choice("heads", heads, HEADS)
     options = RunOptions(activations, run_folder).checked()
-    layout_when_free(model)
-    # Read before the model is locked again: an iterable may need another thread to use the model.
-    calibration = Calibration.of(calib, model)
-    # Nothing is repaired.
-    selection = SelectOptions(1.0, next(iter(criteria)))
-    place = partial(choose_activations, model, calibration, ReconstructOptions(quality=0), selection=selection)
-    identity = partial(run_identity, model, calibration, criteria=" ".join(criteria), heads=heads)
-    with (
-        exclusive(model),
-        open_workspace(options, "collect", identity, place) as workspace,
-        progress_of(progress, "collect", stages_of(criteria)) as shown,
-    ):
-        return collect_with(model, calibration, criteria, heads, shown, workspace)
+    with distributed.together():
+        layout_when_free(model)
+        # Read before the model is locked again: an iterable may need another thread to use the model.
+        calibration = Calibration.of(calib, model)
+        # Nothing is repaired.
+        selection = SelectOptions(1.0, next(iter(criteria)))
+        place = partial(choose_activations, model, calibration, ReconstructOptions(quality=0), selection=selection)
+        identity = partial(run_identity, model, calibration, criteria=" ".join(criteria), heads=heads)
+        with (
+            exclusive(model),
+            open_workspace(options, "collect", identity, place) as workspace,
+            progress_of(progress, "collect", stages_of(criteria)) as shown,
+        ):
+            return collect_with(model, calibration, criteria, heads, shown, workspace)

@@ -22,7 +22,7 @@ from liar.planning import choose_activations
 from liar.progress import Progress, ProgressOption, progress_of
 from liar.repair import RepairData, repair_data
 from liar.report import CostChange, Report
-from liar.runtime import Workspace, exclusive, layout_when_free, open_workspace, run_identity
+from liar.runtime import Workspace, distributed, exclusive, layout_when_free, open_workspace, run_identity
 from liar.selection import Costs, flops_of
 from liar.surgery import all_or_nothing, copy_dense
 
@@ -88,6 +88,7 @@ def prune(
     return report
 
 
+@distributed.together()
 def prune_with(
     model: nn.Module,
     calib: Iterable[Any] | Calibration,
@@ -114,6 +115,7 @@ def prune_with(
         open_workspace(where, "prune", identity, place) as workspace,
         progress_of(progress, "prune", stages, rounds=steps) as shown,
         all_or_nothing(model),
+        distributed.together(),
     ):
         if steps == 1:
             mask, cost = choose(model, data.calibration, selection, shown, workspace)

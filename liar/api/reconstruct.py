@@ -30,7 +30,7 @@ from liar.repair import (
     walk_blocks,
 )
 from liar.report import Report
-from liar.runtime import Workspace, exclusive, layout_when_free, open_workspace, run_identity
+from liar.runtime import Workspace, distributed, exclusive, layout_when_free, open_workspace, run_identity
 from liar.surgery import all_or_nothing
 
 # The stage of a reconstruction, and about how many forward passes of the dense model it takes; see `Progress`.
@@ -107,6 +107,7 @@ def reconstruct(
     return reconstruct_with(model, mask, calib, options, where, teacher=teacher, held_out=held_out, progress=progress)
 
 
+@distributed.together()
 def reconstruct_with(
     model: nn.Module,
     mask: Mask | Mapping[str, Any] | None,
@@ -168,9 +169,11 @@ def repair(
     layout = layout_with_weights(model)
     dense = layout if teacher is None else layout_with_weights(teacher)
     before = count_parameters([model])
+    distributed.check_same("mask and options", (mask.to_json(), asdict(options)))
     clock: defaultdict[str, float] = defaultdict(float)
     # The stage ends when the model has changed, and a function of the caller's may raise there.
-    with all_or_nothing(model), progress.stage("reconstruct", len(layout.sites)) as advance:
+    # All processes adopt their blocks, or none does.
+    with all_or_nothing(model), distributed.together(), progress.stage("reconstruct", len(layout.sites)) as advance:
         context = RepairContext(options, lambda: advance(1))
         steps, on_stream = closed_form_steps(context), options.target == "residual_stream"
         blocks = walk_blocks(

@@ -19,7 +19,7 @@ from liar.options import ReconstructOptions, RunOptions, SelectOptions
 from liar.planning import choose_activations
 from liar.progress import Progress, ProgressOption, progress_of
 from liar.report import CostChange
-from liar.runtime import Workspace, exclusive, layout_when_free, open_workspace, run_identity
+from liar.runtime import Workspace, distributed, exclusive, layout_when_free, open_workspace, run_identity
 from liar.selection import (
     CRITERIA,
     TOLERANCE,
@@ -107,6 +107,7 @@ def select(
     return select_with(model, calib, options, RunOptions(activations, run_folder), progress=progress)
 
 
+@distributed.together()
 def select_with(
     model: nn.Module,
     calib: Iterable[Any] | Calibration | CriterionStatistics | None,
@@ -190,7 +191,8 @@ def _choose(
         raise OptionError(
             "heads='query' needs budget='params' or 'flops': other costs are known for whole groups of heads only"
         )
-    costs = COSTS[options.budget](model, counted, progress) if isinstance(options.budget, str) else options.budget
+    # Times that are measured differ from process to process.
+    costs = distributed.answer(partial(_costs, model, counted, options.budget, progress))
     possible = stock_counts(model, options.heads) if options.widths == "uniform" else None
     budget = Budget.of(counted, costs, options, possible=possible)
     statistics: Mapping[str, Mapping[str, Tensor]] = {site.name: {} for site in layout.sites}
@@ -204,6 +206,24 @@ def _choose(
             calibration = Calibration.of(calib, model)
             collected = collect_with(model, calibration, [options.criterion], options.heads, progress, workspace)
             statistics = collected.sites
+    return distributed.answer(partial(_mask_from, model, by_group, statistics, budget, options))
+
+
+def _costs(model: nn.Module, layout: Layout, budget: str | Costs, progress: Progress) -> Costs:
+    """The costs that a budget is a share of."""
+    return COSTS[budget](model, layout, progress) if isinstance(budget, str) else budget
+
+
+def _mask_from(
+    model: nn.Module,
+    by_group: Layout,
+    statistics: Mapping[str, Mapping[str, Tensor]],
+    budget: Budget,
+    options: SelectOptions,
+) -> tuple[Mask, CostChange]:
+    """The mask that scores and a budget lead to, and what it does to the costs."""
+    layout, costs, criterion = by_group.counted_by(options.heads), budget.costs, CRITERIA[options.criterion]
+    counted = by_rank(layout)
     by_site = {}
     for number, site in enumerate(layout.sites):
         weights = SiteWeights.of(model.get_submodule(site.block), site, statistics[site.name], seed=options.seed + number)

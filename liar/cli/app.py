@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from liar.cli.processes import be_silent, check_command, is_first
 from liar.errors import LiarError
 from liar.versions import versions
 
@@ -18,7 +19,9 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exce
 
 
 def main() -> None:
-    """The console script: exit code 0, 1 for unusable input, 2 for wrong usage."""
+    """The console script: exit code 0, 1 for unusable input, 2 for wrong usage. Of several processes the first one prints."""
+    if not is_first():
+        be_silent()
     app()
 
 
@@ -30,13 +33,19 @@ def _show_version(requested: bool) -> None:
 
 @app.callback()
 def app_options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show versions.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log more of what is done.")] = False,
 ) -> None:
-    """Make a pruned transformer work again without training."""
+    """Make a pruned transformer work again without training.
+
+    Several processes share prune, select and reconstruct, one on each GPU: torchrun --nproc-per-node 8 -m liar prune …
+    """
+    with report_errors():
+        check_command(context.invoked_subcommand)
     log = logging.getLogger("liar")
     log.handlers = [RichHandler(console=Console(stderr=True), show_path=False)]
-    log.setLevel(logging.INFO if verbose else logging.WARNING)
+    log.setLevel(logging.CRITICAL if not is_first() else logging.INFO if verbose else logging.WARNING)
 
 
 @contextmanager
@@ -45,5 +54,6 @@ def report_errors() -> Iterator[None]:
     try:
         yield
     except (LiarError, OSError, ImportError) as error:
-        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        if is_first():
+            typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from error

@@ -34,6 +34,8 @@ def prune(model: Model, out: Out, force: Force = False, resume: Resume = False, 
         liar prune bert-base-uncased slim --keep 0.5 --budget latency.json --calib texts.txt
 
         liar prune ./llama slim --keep 0.7 --calib texts.txt --activations disk --resume
+
+        torchrun --nproc-per-node 8 -m liar prune ./llama slim --keep 0.7 --calib texts.txt --device cuda
     """
     from liar.cli.run import finish, run_from  # noqa: PLC0415 (help needs no torch)
 

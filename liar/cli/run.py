@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import typer
 from torch import Tensor, nn
 
 from liar.api import prune_with, reconstruct_with, refine_with
+from liar.cli.processes import is_first, process_group
 from liar.cli.source import SourceTexts
 from liar.data import builder_of
 from liar.errors import MaskError, OptionError, check_choice, wrap_parse_errors
@@ -36,7 +38,7 @@ from liar.options import (
     check_text,
 )
 from liar.report import Report
-from liar.runtime import remove_journals
+from liar.runtime import distributed, remove_journals
 from liar.selection import Costs
 from liar.versions import versions
 
@@ -157,7 +159,7 @@ class Run:
         mask, report = self._applied(model, source, batches, progress=progress)
         extra = {**({} if mask is None else {"mask.json": mask.to_json()}), "run.json": self.to_json()}
         how: dict[str, Any] = {**asdict(self.save), "extra": extra, "overwrite": overwrite}
-        save(model, self.out, tokenizer=tokenizer, mask=mask, report=report, **how)
+        distributed.answer(partial(save, model, self.out, tokenizer=tokenizer, mask=mask, report=report, **how))
         return report
 
     def _applied(
@@ -237,16 +239,21 @@ def run_from(command: str, model: str, out: Path, options: Mapping[str, Any], *,
 
 
 def finish(run: Run, *, overwrite: bool) -> None:
-    """Carry out a run and print its report; what it kept meanwhile goes when the result is written."""
+    """Carry out a run, in the processes that torchrun has started, and print its report.
+
+    What it kept meanwhile goes when the result is written.
+    """
     folder = run.workspace.run_folder
     try:
-        typer.echo(str(run.carry_out(overwrite=overwrite)))
+        with process_group(run.load.device):
+            typer.echo(str(run.carry_out(overwrite=overwrite)))
+            if folder is not None:
+                distributed.answer(partial(remove_journals, folder))
     except KeyboardInterrupt as error:
         again = "to be able to go on, use --resume" if folder is None else f"the same command goes on; its work is in {folder}"
-        typer.echo(f"Interrupted: {again}", err=True)
+        if is_first():
+            typer.echo(f"Interrupted: {again}", err=True)
         raise typer.Exit(130) from error
-    if folder is not None:
-        remove_journals(folder)
     typer.echo(f"written to {run.out}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from liar.cli.app import app, report_errors
 from liar.cli.parameters import Force, Model, with_options
+from liar.cli.processes import process_group
 from liar.errors import OptionError
 from liar.options import BUDGETS, CalibrationOptions, LoadOptions, RunOptions, SelectOptions, SourceOptions
 
@@ -34,6 +36,7 @@ def select(
     from liar.cli.source import SourceTexts  # noqa: PLC0415 (help needs no torch)
     from liar.io import check_file, load_tokenizer  # noqa: PLC0415 (help needs no torch)
     from liar.models import layout_of  # noqa: PLC0415 (help needs no torch)
+    from liar.runtime import distributed  # noqa: PLC0415 (help needs no torch)
     from liar.selection import CRITERIA, Costs  # noqa: PLC0415 (help needs no torch)
 
     with report_errors():
@@ -46,12 +49,13 @@ def select(
             raise OptionError(f"criterion={selection.criterion!r} needs activations: give texts with --calib")
         source = group_options(SourceOptions, options) if needs_data else None
         check_source(source, load)
-        batches = None
-        if source is not None:
-            batches = SourceTexts(source, load_tokenizer(model), group_options(CalibrationOptions, options)).batches()
-        loaded = load_model(model, load)
-        mask = select_with(loaded, batches, selection, group_options(RunOptions, options))
-        mask.save(out)
+        with process_group(load.device):
+            batches = None
+            if source is not None:
+                batches = SourceTexts(source, load_tokenizer(model), group_options(CalibrationOptions, options)).batches()
+            loaded = load_model(model, load)
+            mask = select_with(loaded, batches, selection, group_options(RunOptions, options))
+            distributed.answer(partial(mask.save, out))
         layout = layout_of(loaded).matching(mask.masks)
         for site in layout.sites:
             typer.echo(f"{site.name:12} {mask.kept(site.name):6} of {site.units}")

@@ -3,7 +3,7 @@
 from liar.data.calibration_data import FOLDS, Calibration
 from liar.data.decoder import IGNORED
 from liar.data.held_out import distinct_from, set_aside
-from liar.data.sample import evenly, sample, sample_tokens, split, spread, take, take_sequences
+from liar.data.sample import evenly, sample, sample_tokens, split, spread, take, take_batches, take_sequences
 from liar.data.sentences import read_by, transformer_and_data
 from liar.data.texts import builder_of, texts
 from liar.data.tokenise import calibration
@@ -23,6 +23,7 @@ __all__ = [
     "split",
     "spread",
     "take",
+    "take_batches",
     "take_sequences",
     "texts",
     "transformer_and_data",

@@ -151,6 +151,11 @@ class Calibration:
         read = main_input if self.encoder is None else decoder_input
         return [(mask, read(batch)) for mask, batch in zip(self.token_masks, self.batches, strict=True)]  # type: ignore[misc]
 
+    @property
+    def own_tokens(self) -> int:
+        """Real tokens in these batches, where they are one process's part of the whole."""
+        return sum(int(mask.sum()) for mask in self.token_masks)
+
     @cached_property
     def starts(self) -> tuple[int, ...]:
         """Per batch the global number of its first sequence."""

@@ -49,6 +49,28 @@ def take(calibration: Calibration, pieces: Sequence[tuple[int, Tensor]]) -> Cali
     )
 
 
+def take_batches(calibration: Calibration, numbers: range) -> Calibration:
+    """Some batches that follow each other, as a part of the whole: their sequences keep their global numbers.
+
+    `tokens`, `distinct_tokens` and `sequences` stay those of the whole. There may be no batch at all.
+
+    Args:
+        calibration: the whole.
+        numbers: of the batches, ascending by 1.
+    """
+    part = slice(numbers.start, numbers.stop)
+    return replace(
+        calibration,
+        encoder=None if calibration.encoder is None else take_batches(calibration.encoder, numbers),
+        batches=calibration.batches[part],
+        token_masks=calibration.token_masks[part],
+        folds=calibration.folds[part],
+        labels=calibration.labels[part],
+        numbers=calibration.numbers[part],
+        first_sequence=calibration.starts[numbers.start] if numbers else calibration.first_sequence,
+    )
+
+
 def sample(calibration: Calibration, tokens: int, *, sequences: int = 1) -> Calibration:
     """Whole sequences with about so many tokens, spread evenly over the data; all of it where there are no more.
 

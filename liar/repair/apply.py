@@ -12,6 +12,7 @@ from liar.mask import Mask
 from liar.models import Layout
 from liar.repair.step import RepairStep
 from liar.repair.walker import walk_blocks
+from liar.runtime import distributed
 from liar.surgery import adopt, all_or_nothing, check_adoptable, update_config
 
 
@@ -50,10 +51,11 @@ def apply_steps(
         >>> [report.site for report in context.reports]
         ['heads.0', 'neurons.0', 'heads.1', 'neurons.1']
     """
-    pruned_blocks = walk_blocks(
-        model, layout, calibration, steps, mask=mask, teacher=teacher, has_pruned_stream=has_pruned_stream, clock=clock
-    )
-    adopt_blocks(model, layout, pruned_blocks)
+    with distributed.together():
+        pruned_blocks = walk_blocks(
+            model, layout, calibration, steps, mask=mask, teacher=teacher, has_pruned_stream=has_pruned_stream, clock=clock
+        )
+        adopt_blocks(model, layout, pruned_blocks)
 
 
 def adopt_blocks(model: nn.Module, layout: Layout, pruned_blocks: Sequence[nn.Module]) -> None:

@@ -14,6 +14,7 @@ consumer's fit needs no weights: there, large tokens have large errors.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from liar.repair.captures import Capture
 from liar.repair.context import RepairContext
 from liar.repair.state import SiteState
 from liar.repair.step import RepairStep
-from liar.runtime import output_scale, widen
+from liar.runtime import distributed, output_scale, widen
 from liar.solve import fit_drift
 from liar.statistics import Folds, check_finite
 
@@ -58,14 +59,15 @@ class RefitProducers(RepairStep):
     def repair(self, site: SiteState) -> None:
         """One regression for all producers, written into each."""
         if site.drifted:
-            folds = self.context.new_folds()
             share = max(TOKENS, ROWS * site.producers[0].size("in")) / site.calibration.tokens
+            folds = self.context.new_folds(site, share)
             weights = self._token_weights(site)
             for batch, pruned in site.run_pruned("producer_input"):
                 with site.walk.timed("statistics"):
                     tokens = site.tokens(batch, share)
                     folds.update(pruned["producer_input"], site.get("producer input", batch), tokens, weights[batch])
-            self._fit(site, folds)
+            self.context.reduce(site, folds)
+            self._write(site, *distributed.answer(partial(self._fit, site, folds)))
         self._discard(site)
 
     def _discard(self, site: SiteState) -> None:
@@ -81,7 +83,8 @@ class RefitProducers(RepairStep):
             return [None for _ in site.walk.batches]
         return [1 + size for size in over_mean(site, [site.get("output size", batch) for batch in site.walk.batches])]
 
-    def _fit(self, site: SiteState, folds: Folds) -> None:
+    def _fit(self, site: SiteState, folds: Folds) -> tuple[Tensor, Tensor]:
+        """Weight and bias of all producers side by side: [in, out], [out]."""
         with site.walk.timed("solve"), at_site(site.name, site.site.module):
             layers, options = site.producers, self.context.options
             initial = [layer.initial_weights() for layer in layers]
@@ -89,7 +92,7 @@ class RefitProducers(RepairStep):
             weight, bias = (torch.cat(parts, -1) for parts in zip(*initial, strict=True))
             affine = all(layer.bias is not None for layer in layers)
             all_data, splits = folds.normals(affine=affine, channels=len(weight))
-            weight, bias = fit_drift(
+            return fit_drift(
                 all_data,
                 splits,
                 weight,
@@ -98,16 +101,23 @@ class RefitProducers(RepairStep):
                 solver=options.solver,
                 enough=self.context.is_enough(site, len(weight)),
             )
-            widths = [layer.size("out") for layer in layers]
-            parts = torch.split(weight, widths, 1), torch.split(bias, widths)
-            for layer, part, offset in zip(layers, *parts, strict=True):
-                layer.write(part, offset)
+
+    def _write(self, site: SiteState, weight: Tensor, bias: Tensor) -> None:
+        widths = [layer.size("out") for layer in site.producers]
+        parts = torch.split(weight, widths, 1), torch.split(bias, widths)
+        for layer, part, offset in zip(site.producers, *parts, strict=True):
+            layer.write(part, offset)
 
 
 def over_mean(site: SiteState, sizes: Sequence[Tensor]) -> list[Tensor]:
-    """Sizes of tokens, by batch [sequences, length], over their mean over all real tokens; where that is zero, so are they."""
-    mean = torch.cat([size[mask] for size, mask in zip(sizes, site.calibration.token_masks, strict=True)]).mean()
-    return [size / mean.clamp_min(torch.finfo(mean.dtype).tiny) for size in sizes]
+    """Sizes of tokens, by batch [sequences, length], over their mean over all real tokens, those of all processes.
+
+    Where the mean is zero, so are they.
+    """
+    pairs = zip(sizes, site.calibration.token_masks, strict=True)
+    totals = distributed.gather(sum(float(size[mask].sum(dtype=torch.float64)) for size, mask in pairs))
+    mean = sum(totals) / site.calibration.tokens
+    return [size / max(mean, torch.finfo(size.dtype).tiny) for size in sizes]
 
 
 class FitConsumer(RepairStep):
@@ -144,7 +154,7 @@ class FitToResidualStream(FitConsumer):
 
     def repair(self, site: SiteState) -> None:
         """Fit on the pruned stream; the sublayer need not run again afterwards."""
-        folds = self.context.new_folds()
+        folds = self.context.new_folds(site)
         for batch, pruned in site.run_pruned("consumer_input", *residual_of(site)):
             with site.walk.timed("statistics"):
                 folds.update(pruned["consumer_input"], self.lacking(site, batch, pruned), site.tokens(batch))
@@ -191,7 +201,7 @@ class FitOutputAndDrift(FitToResidualStream):
         if not site.drifted:
             super().repair(site)
             return
-        folds, weights = self.context.new_folds(), self._token_weights(site)
+        folds, weights = self.context.new_folds(site), self._token_weights(site)
         for batch, pruned in site.run_pruned("consumer_input"):
             with site.walk.timed("statistics"):
                 target = torch.cat([widen(site.get("own output", batch)), site.get("whole target", batch)], -1)
@@ -221,6 +231,7 @@ class FitToLayerOutput(FitConsumer):
     def __init__(self, context: RepairContext) -> None:
         super().__init__(context)
         self.folds: dict[str, Folds] = {}
+        self.waiting: list[SiteState] = []
 
     def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
         """Add a batch to the statistics of the kept channels."""
@@ -233,7 +244,7 @@ class FitToLayerOutput(FitConsumer):
             )
         with site.walk.timed("statistics"):
             if site.name not in self.folds:
-                self.folds[site.name] = self.context.new_folds()
+                self.folds[site.name] = self.context.new_folds(site)
             z, t = dense["consumer_input"], dense["consumer_output"]
             channels = site.site.consumer.channels(site.unit_mask).to(z.device)
             # `index_select` of the last of three dimensions takes twenty times as long.
@@ -242,15 +253,28 @@ class FitToLayerOutput(FitConsumer):
 
     def skip(self, site: SiteState) -> None:
         """Everything is kept."""
-        self.context.leave(site)
+        self.repair(site)
 
     def repair(self, site: SiteState) -> None:
-        """Fit, from statistics that are complete by now; where everything is kept there are none."""
-        folds = self.folds.pop(site.name, None)
-        if folds is None:
-            self.context.leave(site)
-        else:
-            self.context.fit_consumer(site, folds)
+        """At the last site of a block, fit all of them: none depends on another, so the processes take turns."""
+        self.waiting.append(site)
+        if site.site == site.block.sites[-1]:
+            self._fit_all(site.block.number)
+            self.waiting.clear()
+
+    def _fit_all(self, block: int) -> None:
+        cut = [site for site in self.waiting if not site.keeps_all]
+        # A process without batches has seen none of them.
+        folds = [self.folds.pop(site.name) if site.name in self.folds else self.context.new_folds(site) for site in cut]
+        for site, own in zip(cut, folds, strict=True):
+            self.context.reduce(site, own)
+        solve = [partial(self.context.solve, site, own) for site, own in zip(cut, folds, strict=True)]
+        found = dict(zip((site.name for site in cut), distributed.answers(solve, first=block), strict=True))
+        for site in self.waiting:
+            if site.keeps_all:
+                self.context.leave(site)
+            else:
+                self.context.finish(site, *found[site.name])
 
 
 def closed_form_steps(context: RepairContext) -> list[RepairStep]:

@@ -15,10 +15,10 @@ text that nothing was fitted to need text to spare: `held_out` batches, what the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,10 @@ from liar.errors import ModelError
 from liar.mask import Mask
 from liar.models import Layout, Site
 from liar.report import Measure, Quality
-from liar.runtime import Output, outputs_of, preserve_model_state, replace_forwards
+from liar.runtime import Output, distributed, outputs_of, preserve_model_state, replace_forwards
 from liar.surgery import copy_block, cut_site
+
+T = TypeVar("T")
 
 # Sequences that are compared if nobody says how many: a 32nd of the calibration data, at most 16; of little data an eighth, up
 # to 4. Then three passes over them take a few per cent of the time of a run, which reads all data several times.
@@ -87,6 +89,7 @@ def compare_outputs(
         for block in repaired_blocks:
             block.eval()
         parts, every = _in_passes(model, compared)
+        parts = distributed.share(parts, model)
         for number in range(len(parts.batches)):
             dense = outputs_of(source, parts, number, every=every)
             for output in dense:
@@ -99,7 +102,11 @@ def compare_outputs(
                     for metric, values in distances(one, other).items():
                         total = sums[one.name, metric]
                         total[variant] = total.get(variant, 0) + values.sum(dtype=torch.float64)
-    means = {key: {variant: float(total / max(counts[key[0]], 1)) for variant, total in by.items()} for key, by in sums.items()}
+    numbers = {(*key, variant): float(total) for key, by_variant in sums.items() for variant, total in by_variant.items()}
+    total_counts, totals = (_added(distributed.gather(dict(each))) for each in (counts, numbers))
+    means: defaultdict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for (output, metric, variant), value in totals.items():
+        means[output, metric][variant] = value / max(total_counts[output], 1)
     return Quality(
         measures=tuple(
             Measure(output, metric, **{variant: FINISH.get(metric, float)(mean) for variant, mean in by_variant.items()})
@@ -107,9 +114,15 @@ def compare_outputs(
         ),
         sequences=compared.sequences,
         tokens=compared.tokens,
-        predictions=max(counts.values(), default=0),
+        predictions=int(max(total_counts.values(), default=0)),
         held_out=held_out,
     )
+
+
+def _added(parts: Sequence[Mapping[T, float]]) -> dict[T, float]:
+    """Sums by key; not every part has to have every key."""
+    keys = dict.fromkeys(key for part in parts for key in part)
+    return {key: sum(part.get(key, 0) for part in parts) for key in keys}
 
 
 def _check_comparable(dense: Sequence[Output], changed: Sequence[Output]) -> None:

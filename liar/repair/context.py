@@ -14,6 +14,7 @@ from liar.errors import at_site
 from liar.options import ReconstructOptions
 from liar.repair.state import SiteState
 from liar.report import SiteReport
+from liar.runtime import distributed
 from liar.solve import MIDDLE, RIDGES, Solution, fit, fit_in_parts
 from liar.statistics import Factor, Folds, Moments
 from liar.verdicts import Verdict
@@ -44,9 +45,10 @@ class RepairContext:
     reports: list[SiteReport] = field(default_factory=list)
     starts: dict[str, float] = field(default_factory=dict)
 
-    def new_folds(self) -> Folds:
-        """Empty statistics for one site."""
-        return Folds(FOLDS, Factor if self.options.solver == "lstsq" else Moments)
+    def new_folds(self, site: SiteState, share: float = 1) -> Folds:
+        """Empty statistics for one site, of all its tokens or about such a share of them."""
+        origins = site.walk.sample(site.site.stack, share).origins
+        return Folds(FOLDS, Factor if self.options.solver == "lstsq" else Moments, origins)
 
     def is_enough(self, site: SiteState, channels: int) -> bool:
         """Whether there is enough text, copies counted once, to change layers with so many input channels by it.
@@ -59,17 +61,25 @@ class RepairContext:
         return site.calibration.distinct_tokens >= max(FEWEST_TOKENS, per_channel * channels)
 
     def fit_consumer(self, site: SiteState, folds: Folds, *, drift_ridge: float | None = None) -> None:
-        """Solve a site, write the answer into its consumer, and report it.
+        """Solve a site in one process, from the rows of all, write the answer into its consumer, and report it.
 
         With a `drift_ridge` the statistics have the columns that `fit_in_parts` expects.
         """
+        self.reduce(site, folds)
+        self.finish(site, *distributed.answer(partial(self.solve, site, folds, drift_ridge=drift_ridge)))
+
+    def reduce(self, site: SiteState, folds: Folds) -> None:
+        """Add the rows of all processes to the statistics of a site."""
+        with site.walk.timed("statistics"):
+            folds.reduce(distributed)
+
+    def solve(self, site: SiteState, folds: Folds, *, drift_ridge: float | None = None) -> tuple[Solution, float]:
+        """The answer for a site, and how many seconds it took."""
         began = time.perf_counter()
-        consumer = site.consumer
-        creates = self.options.bias == "create" and consumer.bias is None
+        consumer, options = site.consumer, self.options
         with site.walk.timed("solve"), at_site(site.name, site.site.module):
-            affine = creates or consumer.bias is not None
+            affine = self._creates_bias(site) or consumer.bias is not None
             all_data, splits = folds.normals(affine=affine, channels=consumer.size("in"))
-            options = self.options
             enough = self.is_enough(site, consumer.size("in"))
             initial = consumer.initial_weights()
             # Ridges of the same part of neighbouring blocks are alike, so the search is short from there.
@@ -78,10 +88,18 @@ class RepairContext:
             solution = solver(
                 all_data, splits, *initial, ridge=options.ridge, solver=options.solver, enough=enough, start=start
             )
-            if solution.ridge in RIDGES:
-                self.starts[site.site.kind] = solution.ridge
-            consumer.write(solution.weight, solution.bias, create_bias=creates)
-        self._report(site, solution, time.perf_counter() - began, bias_created=creates)
+        return solution, time.perf_counter() - began
+
+    def finish(self, site: SiteState, solution: Solution, seconds: float) -> None:
+        """Write an answer into the consumer of its site, and report it."""
+        creates = self._creates_bias(site)
+        if solution.ridge in RIDGES:
+            self.starts[site.site.kind] = solution.ridge
+        site.consumer.write(solution.weight, solution.bias, create_bias=creates)
+        self._report(site, solution, seconds, bias_created=creates)
+
+    def _creates_bias(self, site: SiteState) -> bool:
+        return self.options.bias == "create" and site.consumer.bias is None
 
     def finished(self, sites: Sequence[str]) -> dict[str, Any]:
         """The reports of some sites, and where the next searches begin; see `RepairStep.finished`."""

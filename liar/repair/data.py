@@ -16,6 +16,7 @@ from liar.models import Layout
 from liar.options import ReconstructOptions
 from liar.repair.comparison import MOST, compare_outputs, sequences_to_compare
 from liar.report import Quality
+from liar.runtime import distributed
 from liar.verdicts import OutputVerdict
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ class RepairData:
         if self.compared is None:
             return None
         try:
-            quality = compare_outputs(model, layout, mask, blocks, self.compared, held_out=self.held_out, teacher=teacher)
+            with distributed.together():
+                quality = compare_outputs(model, layout, mask, blocks, self.compared, held_out=self.held_out, teacher=teacher)
         except (ModelError, CalibrationError) as error:
             # The blocks are repaired; what comes after them cannot be run, or gives nothing that can be compared.
             logger.warning("the output was not compared with the dense model's: %s", error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from liar.mask import Mask
 from liar.models import LayerView, Layout, Site, layer_of
 from liar.progress import timed
 from liar.repair.captures import Capture, capture_points, read_captures
-from liar.runtime import ActivationStore, BlockCall, calls_of, capture_activations, replay_output, run_block
+from liar.runtime import ActivationStore, BlockCall, calls_of, capture_activations, distributed, replay_output, run_block
 from liar.statistics import TokenIndex
 
 # The two streams in the store.
@@ -43,6 +43,19 @@ class BlockPair:
     finished: set[tuple[str, int]] = field(default_factory=set)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Some of the tokens that a stack reads.
+
+    Attributes:
+        tokens: by batch, which positions they are at, sorted by fold.
+        origins: by fold, how many of them earlier processes have.
+    """
+
+    tokens: Sequence[TokenIndex]
+    origins: Sequence[int]
+
+
 @dataclass
 class Walk:
     """What all blocks of a walk share.
@@ -52,10 +65,10 @@ class Walk:
         calibration: the batches.
         mask: None where nothing is cut: only the dense model is walked.
         store: both streams, how blocks are called, and what the steps keep.
-        tokens: by stack and batch, which positions are real tokens, sorted by fold.
         clock: seconds by stage.
         has_pruned_stream: False where the steps look at the dense stream only.
         drifted: whether the pruned stream differs from the dense one by now.
+        samples: by stack and share, the tokens that were asked for.
     """
 
     layout: Layout
@@ -65,19 +78,28 @@ class Walk:
     clock: defaultdict[str, float]
     has_pruned_stream: bool
     drifted: bool
-    tokens: list[list[TokenIndex]] = field(init=False)
+    samples: dict[tuple[int, float], Sample] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        stacks = range(len(self.layout.stacks))
-        self.tokens = [[self.sampled(stack, batch, 1) for batch in self.batches] for stack in stacks]
+        for stack in range(len(self.layout.stacks)):
+            self.sample(stack)
 
     @property
     def batches(self) -> range:
         """Numbers of the batches."""
         return range(len(self.calibration.batches))
 
-    def sampled(self, stack: int, batch: int, share: float) -> TokenIndex:
-        """About such a share of the real tokens that a stack reads in a batch, by fold."""
+    def sample(self, stack: int, share: float = 1) -> Sample:
+        """The real tokens that a stack reads, or about such a share of them; all processes ask for one at the same time."""
+        key = stack, min(share, 1)
+        if key not in self.samples:
+            tokens = [self._sampled(stack, batch, share) for batch in self.batches]
+            own = [sum(sizes) for sizes in zip(*(index.sizes for index in tokens), strict=True)] or [0] * FOLDS
+            earlier = distributed.gather(own)[: distributed.rank()]
+            self.samples[key] = Sample(tokens, [sum(counts) for counts in zip(*earlier, strict=True)] or [0] * FOLDS)
+        return self.samples[key]
+
+    def _sampled(self, stack: int, batch: int, share: float) -> TokenIndex:
         calibration = self.calibration.of_stack(stack)
         mask, fold = calibration.token_masks[batch], calibration.folds[batch]
         part = sample_tokens(calibration, batch, share)
@@ -154,8 +176,7 @@ class SiteState:
 
     def tokens(self, batch: int, share: float = 1) -> TokenIndex:
         """The real tokens of a batch, or about such a share of them, by fold."""
-        stack = self.site.stack
-        return self.walk.tokens[stack][batch] if share >= 1 else self.walk.sampled(stack, batch, share)
+        return self.walk.sample(self.site.stack, share).tokens[batch]
 
     @property
     def unit_mask(self) -> Tensor:

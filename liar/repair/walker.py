@@ -27,6 +27,7 @@ from liar.runtime import (
     Workspace,
     calls_of,
     capture_activations,
+    distributed,
     preserve_model_state,
     record_block_calls,
     run_block,
@@ -50,6 +51,9 @@ def walk_blocks(
 
     In each block the dense copy runs first, and steps `observe` its activations. Then site after site is cut and repaired, so
     that each step sees the pruned stream as the sites before it left it.
+
+    Where several processes share the run (see `liar.runtime.distributed`), the steps of each see its share of the batches: what
+    they make of all tokens has to be summed over the processes first.
 
     Args:
         model: the model to cut; it is left alone.
@@ -83,6 +87,7 @@ def walk_blocks(
     has_pruned_stream = has_pruned_stream and mask is not None
     if mask is not None:
         layout = layout.matching(mask.masks)
+    calibration = distributed.share(calibration, model)
     source, dense_layout = (model, layout) if teacher is None else (teacher, layout_of(teacher))
     if teacher is not None:
         check_teacher(teacher, dense_layout, model, layout)

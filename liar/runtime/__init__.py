@@ -1,5 +1,6 @@
 """Running a model block by block and reading its activations; the user's model is left as it was."""
 
+from liar.runtime import distributed
 from liar.runtime.blocks import BlockCall, calls_of, record_block_calls, replace_forwards, run_block, run_model
 from liar.runtime.hooks import Point, StopForward, capture_activations, replay_output
 from liar.runtime.identity import run_identity
@@ -26,6 +27,7 @@ __all__ = [
     "by_sequence",
     "calls_of",
     "capture_activations",
+    "distributed",
     "drawn",
     "exclusive",
     "layout_when_free",

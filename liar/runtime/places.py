@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,7 +105,7 @@ class File:
 
 
 class OnDisk:
-    """Keep tensors in files of a folder."""
+    """Keep tensors in files of a folder, which several processes may share."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._numbers = folder, itertools.count()
@@ -113,7 +114,7 @@ class OnDisk:
         """What is kept in place of a tensor."""
         if tensor.nbytes < LITTLE:
             return tensor
-        return File(tensor, self._folder / f"{next(self._numbers):08d}.safetensors")
+        return File(tensor, self._folder / f"{os.getpid()}-{next(self._numbers):08d}.safetensors")
 
 
 def map_tensors(value: Any, function: Callable[[Any], Any], kind: type | tuple[type, ...] = Tensor) -> Any:

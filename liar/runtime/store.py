@@ -67,7 +67,7 @@ class ActivationStore:
 
     def share(self, series: str, other: str) -> None:
         """Let `other` begin with the values of `series`, without copies; each changes for itself from then on."""
-        self._series[other] = dict(self._series[series])
+        self._series[other] = dict(self._series.get(series, {}))
 
     def discard(self, *series: str) -> None:
         """Drop whole series, whether they are there or not."""

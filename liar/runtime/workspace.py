@@ -7,11 +7,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from liar.files import user_path
 from liar.options import RunOptions
+from liar.runtime import distributed
 from liar.runtime.journal import ACTIVATIONS, Journal, open_journal
 from liar.runtime.places import OnDisk, OnHost, Place
 from liar.runtime.store import ActivationStore
@@ -38,13 +40,15 @@ class Workspace:
         return ActivationStore(self.place)
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A finished entry, if there is one."""
-        return None if self.journal is None else self.journal.read(self.prefix + name)
+        """A finished entry, if there is one; of several processes the first one reads."""
+        if self.journal is None:
+            return None
+        return distributed.answer(partial(self.journal.read, self.prefix + name))
 
     def commit(self, name: str, content: Mapping[str, Any]) -> None:
-        """Note what is finished."""
+        """Note what is finished; of several processes the first one writes."""
         if self.journal is not None:
-            self.journal.commit(self.prefix + name, content)
+            distributed.answer(partial(self.journal.commit, self.prefix + name, content))
 
     def within(self, prefix: str) -> Workspace:
         """The same with entries of its own, for one of several rounds."""
@@ -72,13 +76,16 @@ def open_workspace(
     """
     activations = options.activations
     if activations == "auto":
-        activations = place()
+        activations = distributed.answer(place)
         logger.info("activations are kept in this place: %s", activations)
     with ExitStack() as stack:
         journal = None
         if options.run_folder is not None:
             folder = user_path(options.run_folder) / verb
-            journal = stack.enter_context(open_journal(folder, identity()))
+            # The others only know where it is, and wait until it is there.
+            is_first = distributed.rank() == 0
+            journal = stack.enter_context(open_journal(folder, identity())) if is_first else Journal(folder)
+            distributed.gather(None)
         kept_in: Place | None = None
         if activations == "host":
             kept_in = OnHost()

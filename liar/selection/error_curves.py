@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from liar.data import Calibration, sample
 from liar.errors import at_site
 from liar.models import Layout
-from liar.progress import Progress
+from liar.progress import Progress, timed
 from liar.repair import RepairStep, SiteState, walk_blocks
-from liar.runtime import IN_PLACE, Workspace, sequence_sums, widen
+from liar.runtime import IN_PLACE, Workspace, distributed, sequence_sums, widen
 from liar.selection.elimination import Elimination, eliminate
 from liar.selection.fisher import Sensitivity, sensitivities
 from liar.statistics import Moments
@@ -49,6 +50,8 @@ def error_curves(
     with progress.stage("elimination", len(layout.sites)) as advance:
         curves = ErrorCurves(sensitivity, lambda: advance(1))
         walk_blocks(model, layout, calibration, [curves], workspace=workspace.within("elimination"), clock=clock)
+        with timed(clock, "elimination"):
+            curves.finish()
     for work, seconds in clock.items():
         progress.seconds[f"select: {work}"] += seconds
     return {name: {"order": curve.order, "increases": curve.increases} for name, curve in curves.result.items()}
@@ -69,13 +72,17 @@ def _sensitivities(
 
 
 class ErrorCurves(RepairStep):
-    """A step that changes nothing: moments of what each consumer reads, and the elimination of its units."""
+    """A step that changes nothing: moments of what each consumer reads, and the elimination of its units.
+
+    Several processes eliminate at the same time: as many sites of one kind wait, one in each.
+    """
 
     captures = frozenset({"consumer_input"})
 
     def __init__(self, sensitivity: Mapping[str, Sensitivity], advance: Callable[[], Any]) -> None:
         self.sensitivity, self.advance = sensitivity, advance
         self.moments: dict[str, Moments] = {}
+        self.waiting: defaultdict[str, dict[str, Callable[[], Elimination] | None]] = defaultdict(dict)
         self.result: dict[str, Elimination] = {}
 
     def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
@@ -84,16 +91,24 @@ class ErrorCurves(RepairStep):
             token_mask = site.calibration.token_masks[batch]
             rows = widen(dense["consumer_input"][token_mask])
             rows = reweight_sequence_mean(rows, token_mask, self.sensitivity[site.name].coherence)
-            self.moments.setdefault(site.name, Moments()).update(rows, rows[:, :0])
+            if site.name not in self.moments:
+                self.moments[site.name] = Moments(sum(site.walk.sample(site.site.stack).origins))
+            self.moments[site.name].update(rows, rows[:, :0])
 
     def repair(self, site: SiteState) -> None:
-        """Eliminate, in the unit of the sensitivities."""
-        with site.walk.timed("elimination"), at_site(site.name, site.site.module):
-            self.result[site.name] = self._curve(site)
-        self.advance()
+        """Eliminate, in the unit of the sensitivities, as soon as there is a site for every process."""
+        # A process without batches has seen nothing.
+        moments, waiting = self.moments.pop(site.name, None) or Moments(), self.waiting[site.site.kind]
+        with site.walk.timed("statistics"):
+            moments.reduce(distributed)
+        with site.walk.timed("elimination"):
+            waiting[site.name] = self._prepared(site, moments) if distributed.has_turn(len(waiting)) else None
+            if len(waiting) == distributed.size():
+                self._eliminate(waiting)
 
     def finished(self, sites: Sequence[str]) -> dict[str, Any]:
         """The curves of the sites."""
+        self.finish()
         return {f"{site}/{name}": value for site in sites for name, value in vars(self.result[site]).items()}
 
     def restore(self, sites: Sequence[str], content: Mapping[str, Any]) -> None:
@@ -102,14 +117,32 @@ class ErrorCurves(RepairStep):
             self.result[site] = Elimination(content[f"{site}/order"], content[f"{site}/increases"])
             self.advance()
 
-    def _curve(self, site: SiteState) -> Elimination:
+    def finish(self) -> None:
+        """Eliminate what still waits."""
+        for waiting in self.waiting.values():
+            self._eliminate(waiting)
+
+    def _eliminate(self, waiting: dict[str, Callable[[], Elimination] | None]) -> None:
+        for name, curve in zip(waiting, distributed.answers(list(waiting.values())), strict=True):
+            self.result[name] = curve
+            self.advance()
+        waiting.clear()
+
+    def _prepared(self, site: SiteState, moments: Moments) -> Callable[[], Elimination]:
+        """The elimination of a site, with all that it needs of the model."""
         sensitivity, consumer = self.sensitivity[site.name], site.dense_consumer
-        gram = self.moments.pop(site.name).normal(affine=consumer.bias is not None).gram
+        with at_site(site.name, site.site.module):
+            gram = moments.normal(affine=consumer.bias is not None).gram
         mean, root = directions(sensitivity.fisher.to(gram), sensitivity.outputs)
         channels = site.site.consumer.by_unit(site.site.units).flatten().to(gram.device)
-        weight = consumer.matrix.double() @ root
-        curve = eliminate(gram[channels][:, channels], weight[channels], site.site.units, RIDGE)
-        return replace(curve, increases=curve.increases * float(mean) / site.calibration.tokens)
+        weight = (consumer.matrix.double() @ root)[channels]
+        scale = float(mean) / site.calibration.tokens
+        return partial(_scaled_elimination, gram[channels][:, channels], weight, site.site.units, scale)
+
+
+def _scaled_elimination(gram: Tensor, weight: Tensor, units: int, scale: float) -> Elimination:
+    curve = eliminate(gram, weight, units, RIDGE)
+    return replace(curve, increases=curve.increases * scale)
 
 
 def reweight_sequence_mean(rows: Tensor, token_mask: Tensor, coherence: float) -> Tensor:

@@ -13,10 +13,19 @@ from liar.data import Calibration, sample, split, take
 from liar.errors import at_site
 from liar.models import Layout, layer_of
 from liar.progress import Progress, timed
-from liar.runtime import Point, by_sequence, drawn, outputs_of, preserve_model_state, record_gradients, sequence_sums
+from liar.runtime import (
+    Point,
+    by_sequence,
+    distributed,
+    drawn,
+    outputs_of,
+    preserve_model_state,
+    record_gradients,
+    sequence_sums,
+)
 from liar.selection.gradients import differentiable, gradients, run_with_gradients
 from liar.selection.loss import sampled_label_loss
-from liar.statistics import check_finite
+from liar.statistics import Collectives, check_finite
 
 # A sample of the data is enough, since what it estimates is a mean over outputs (benchmarks/README.md, "What a sample of the
 # calibration data decides"): of so many tokens where each has an output of its own ...
@@ -74,7 +83,8 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
     # Gradients flow down to the first block of a stack: its consumers make all that comes after them differentiable.
     first = [consumers[site.name].weight for stack in layout.stacks for site in layout.of_block(stack[0])]
     calibration, every = sampled(model, calibration)
-    with record_gradients(model, first), progress.stage("sensitivity", calibration.tokens) as advance:
+    calibration = distributed.share(calibration, model)
+    with record_gradients(model, first), progress.stage("sensitivity", calibration.own_tokens) as advance:
         ordinary, outputs = differentiable(calibration), 0
         for number, token_mask in enumerate(ordinary.token_masks):
             with timed(progress.seconds, "select: forward"):
@@ -88,6 +98,9 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
                     sums[site.name].update(by_sequence(gradient, tokens)[tokens].float(), tokens)
             outputs += len(predicted[0].rows)
             advance(int(token_mask.sum()))
+    outputs = sum(distributed.gather(outputs))
+    for part in sums.values():
+        part.reduce(distributed)
     # From the last site to the first, as gradients flow: the one named is where NaN began.
     for site in reversed(layout.sites):
         with at_site(site.name, site.module):
@@ -129,6 +142,11 @@ class GradientMoments:
         """Add another's gradients. `other` keeps its content."""
         self.squares += other.squares
         self.together += other.together
+
+    def reduce(self, processes: Collectives) -> None:
+        """Add the gradients of all processes."""
+        processes.add(self.squares)
+        self.together = sum(processes.gather(self.together))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on later."""

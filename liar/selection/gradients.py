@@ -13,9 +13,9 @@ from liar.data import Calibration
 from liar.errors import CalibrationError, at_site
 from liar.models import Edge, LayerView, Layout, Site, base_and_prefix, layer_of
 from liar.progress import Progress
-from liar.runtime import Output, Point, by_sequence, capture_activations, outputs_of, record_gradients, widen
+from liar.runtime import Output, Point, by_sequence, capture_activations, distributed, outputs_of, record_gradients, widen
 from liar.selection.loss import label_loss, sampled_label_loss
-from liar.statistics import check_finite
+from liar.statistics import Collectives, check_finite
 
 # Endings of the names of transformers' classes that predict the next token.
 CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -43,12 +43,13 @@ def unit_gradients(
         ModelError: parameters that gradients cannot be taken of.
     """
     _check_labels(model, calibration)
+    calibration = distributed.share(calibration, model)
     # The user may be in inference mode, whose tensors cannot be added to outside of it.
     with torch.inference_mode(False):
         sums = [UnitGradients(model.get_submodule(site.block), site) for site in layout.sites]
     points = {part.site.name: Point(part.layers[-1].module, 0) for part in sums}
     weights = [weight for part in sums for weight in part.weights]
-    with record_gradients(model, weights), progress.stage("gradients", calibration.tokens) as advance:
+    with record_gradients(model, weights), progress.stage("gradients", calibration.own_tokens) as advance:
         ordinary = differentiable(calibration)
         for number, token_mask in enumerate(ordinary.token_masks):
             activations, outputs = run_with_gradients(model, layout, ordinary, number, points)
@@ -60,6 +61,8 @@ def unit_gradients(
                 own = [next(rest) for _ in part.weights]
                 part.update(by_sequence(x, tokens), by_sequence(gradient, tokens), own)
             advance(int(token_mask.sum()))
+    for part in sums:
+        part.reduce(distributed)
     # From the last site to the first, as gradients flow: the one named is where NaN began.
     return {part.site.name: part.result() for part in reversed(sums)}
 
@@ -165,6 +168,10 @@ class UnitGradients:
         self.squared += other.squared
         for total, part in zip(self.sums, other.sums, strict=True):
             total += part
+
+    def reduce(self, processes: Collectives) -> None:
+        """Add the batches of all processes."""
+        processes.add(self.gradient, self.squared, *self.sums)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on later."""

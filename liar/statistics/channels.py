@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from liar.errors import CalibrationError
+from liar.statistics.collectives import Collectives, merge_over
 from liar.statistics.normal import NO_ROWS, check_finite
 
 
@@ -39,6 +40,10 @@ class ChannelMoments:
         """Add another's rows. `other` keeps its content."""
         if other.count:
             self._add(other.count, other._mean, other._m2)
+
+    def reduce(self, processes: Collectives) -> None:
+        """Add the rows of all processes."""
+        merge_over(processes, self)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on later."""

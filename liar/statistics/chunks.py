@@ -22,11 +22,19 @@ class Chunks:
 
     Rows come as several tensors of one length, [tokens, ...] each, and go as they came, in buffers that may be overwritten and
     are filled again for the next chunk. If any of the tensors is float64 all are, everything else is multiplied in float32.
+
+    Nor should sums depend on how the rows are shared among processes, so chunks begin where they would if one had them all:
+    the rows before the first such place (`head`) belong to the last chunk of an earlier process.
+
+    Args:
+        origin: rows that earlier processes have.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, origin: int = 0) -> None:
         self._buffers: tuple[Tensor, ...] = ()
         self._used = 0
+        self._missing = -origin % CHUNK
+        self._head: tuple[Tensor, ...] = ()
 
     def add(self, *rows: Tensor, only: Tensor | None = None) -> Iterator[tuple[Tensor, ...]]:
         """Take rows, all or only those with some numbers (int64), in that order; give the chunks that are full."""
@@ -37,7 +45,8 @@ class Chunks:
             self._buffers = tuple(buffer.double() for buffer in self._buffers)
         start, count = 0, len(rows[0]) if only is None else len(only)
         while start < count:
-            size = min(CHUNK - self._used, count - start)
+            full = self._missing or CHUNK
+            size = min(full - self._used, count - start)
             for buffer, part in zip(self._buffers, rows, strict=True):
                 place = buffer[self._used : self._used + size]
                 if only is None:
@@ -47,15 +56,30 @@ class Chunks:
                 else:
                     place.copy_(part.index_select(0, only[start : start + size]))
             start, self._used = start + size, self._used + size
-            if self._used == CHUNK:
+            if self._used == full and self._missing:
+                self._head, self._missing, self._used = self._copies(), 0, 0
+            elif self._used == full:
                 self._used = 0
                 yield self._buffers
 
     def rest(self) -> Iterator[tuple[Tensor, ...]]:
         """Give what is left, if anything."""
+        if self._head:
+            yield self._head
         if self._used:
             yield tuple(buffer[: self._used] for buffer in self._buffers)
-        self._buffers, self._used = (), 0
+        self._buffers, self._used, self._head, self._missing = (), 0, (), 0
+
+    def take_head(self) -> tuple[tuple[Tensor, ...], bool]:
+        """Take out the rows of a chunk that began in an earlier process, and say whether it ends in this one."""
+        ends = not self._missing
+        if not ends:
+            self._head, self._used = self._copies(), 0
+        head, self._head = self._head, ()
+        return head, ends
+
+    def _copies(self) -> tuple[Tensor, ...]:
+        return tuple(buffer[: self._used].clone() for buffer in self._buffers)
 
 
 def add_gram(total: Tensor, z: Tensor) -> None:

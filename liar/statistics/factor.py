@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from liar.errors import CalibrationError
 from liar.statistics.chunks import RANK_TOLERANCE, Chunks
+from liar.statistics.collectives import Collectives, merge_over
 from liar.statistics.normal import NO_ROWS, Normal, check_finite
 
 
@@ -34,9 +36,9 @@ class Factor:
         self._r: Tensor | None = None
 
     @classmethod
-    def several(cls, count: int) -> list[Factor]:
-        """Empty ones, to be merged later."""
-        return [cls() for _ in range(count)]
+    def several(cls, origins: Sequence[int]) -> list[Factor]:
+        """Empty ones, to be merged later; all is in float64, so it does not matter where chunks begin."""
+        return [cls() for _ in origins]
 
     def update(self, z: Tensor, t: Tensor, weight: Tensor | None = None, *, only: Tensor | None = None) -> None:
         """Add rows: z [tokens, channels], t [tokens, out], weight [tokens] (1 each if left out, then always).
@@ -70,6 +72,12 @@ class Factor:
         theirs = other._all()
         if theirs is not None:
             self._stack(theirs, other._count, other._weight_sum, other._channels)
+
+    @classmethod
+    def reduce_all(cls, parts: Sequence[Factor], processes: Collectives) -> None:
+        """Add the rows of all processes, in each of which there are as many accumulators: one factor comes at a time."""
+        for part in parts:
+            merge_over(processes, part)
 
     @property
     def count(self) -> int:

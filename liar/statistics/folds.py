@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from liar.statistics.collectives import Collectives
 from liar.statistics.factor import Factor
 from liar.statistics.moments import Moments
 from liar.statistics.normal import Normal
@@ -47,11 +49,12 @@ class Folds:
     Args:
         folds: how many.
         kind: `Moments` or `Factor`.
+        origins: by fold, the rows that earlier processes have, where several share the data.
     """
 
-    def __init__(self, folds: int, kind: type[Moments] | type[Factor] = Moments) -> None:
+    def __init__(self, folds: int, kind: type[Moments] | type[Factor] = Moments, origins: Sequence[int] | None = None) -> None:
         self._kind = kind
-        self._parts = self._several(folds)
+        self._parts = self._several([0] * folds if origins is None else origins)
 
     def update(self, z: Tensor, t: Tensor, tokens: TokenIndex, weight: Tensor | None = None) -> None:
         """Add the real tokens of a batch.
@@ -72,13 +75,17 @@ class Folds:
         for mine, theirs in zip(self._parts, other._parts, strict=True):
             mine.merge(theirs)
 
+    def reduce(self, processes: Collectives) -> None:
+        """Add the rows of all processes, fold by fold: once, before anything is factorised."""
+        self._kind.reduce_all(self._parts, processes)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on later."""
         return {"parts": [part.state_dict() for part in self._parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the content by what `state_dict` gave."""
-        self._parts = self._several(len(self._parts))
+        self._parts = self._several([0] * len(self._parts))
         for part, content in zip(self._parts, state["parts"], strict=True):
             if content:
                 part.load_state_dict(content)
@@ -101,8 +108,8 @@ class Folds:
         rest[0].merge(parts[0])
         return rest[0].normal(affine=affine), splits
 
-    def _several(self, count: int) -> list[Any]:
-        return list(self._kind.several(count))
+    def _several(self, origins: Sequence[int]) -> list[Any]:
+        return list(self._kind.several(origins))
 
     def _joined(self, parts: list[Any]) -> Any:
         joined = self._kind()

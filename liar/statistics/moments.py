@@ -1,7 +1,11 @@
-"""Streamed moments of `[tokens, channels]`, shifted by the first chunk's mean so that centring does not cancel."""
+"""Streamed moments of `[tokens, channels]`: products of what differs from a chunk's own mean, so that centring does not cancel.
+
+Sums over chunks are seen from the mean of the first one, in float64.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,6 +14,7 @@ from torch import Tensor
 
 from liar.errors import CalibrationError
 from liar.statistics.chunks import RANK_TOLERANCE, Chunks, add_gram, mirror
+from liar.statistics.collectives import Collectives
 from liar.statistics.normal import NO_ROWS, Normal, check_finite
 
 
@@ -50,8 +55,12 @@ class Sums:
         )
 
     def with_rows(self, z: Tensor, t: Tensor, weight: Tensor | None) -> Sums:
-        """The sums with those of one chunk, whose rows are overwritten; the big sums are added in place, self is used up."""
-        z, t, weight_sum = z.sub_(self.shift_z.to(z)), t.sub_(self.shift_t.to(t)), float(len(z))
+        """The sums with those of one chunk, whose rows are overwritten; the big sums are added in place, self is used up.
+
+        The products of a chunk depend on nothing but its rows, in whatever process they are computed.
+        """
+        means = z.mean(0), t.mean(0)
+        z, t, weight_sum = z.sub_(means[0]), t.sub_(means[1]), float(len(z))
         if weight is None:
             sums = z.sum(0), t.sum(0)
         else:
@@ -60,13 +69,19 @@ class Sums:
             sums = root @ z, root @ t
         add_gram(self.gram, z)
         self.cross.add_(z.T @ t)
+        energy = t.square().sum(0).double()
+        dz, dt = means[0] - self.shift_z, means[1] - self.shift_t
+        moved_z, moved_t = sums[0] + weight_sum * dz, sums[1] + weight_sum * dt
+        left = torch.stack([sums[0].double(), dz], 1)
+        self.gram.addmm_(left, torch.stack([dz, moved_z]))
+        self.cross.addmm_(left, torch.stack([dt, moved_t]))
         return replace(
             self,
             count=self.count + len(z),
             weight_sum=self.weight_sum + weight_sum,
-            z=self.z + sums[0],
-            t=self.t + sums[1],
-            target_energy=self.target_energy + t.square().sum(0),
+            z=self.z + moved_z,
+            t=self.t + moved_t,
+            target_energy=self.target_energy + energy + 2 * sums[1] * dt + weight_sum * dt.square(),
             rank_tolerance=max(self.rank_tolerance, RANK_TOLERANCE[z.dtype]),
         )
 
@@ -105,11 +120,21 @@ class Sums:
         """Whether both can be added as they are."""
         return self.shift_z is other.shift_z and self.shift_t is other.shift_t
 
+    def over(self, processes: Collectives) -> Sums:
+        """The sums over the rows of all processes, whose shifts are equal; added in place, self is used up."""
+        numbers = processes.gather((self.count, self.weight_sum, self.rank_tolerance))
+        counts, weight_sums, tolerances = zip(*numbers, strict=True)
+        processes.add(self.gram, self.cross, self.z, self.t, self.target_energy)
+        return replace(self, count=sum(counts), weight_sum=sum(weight_sums), rank_tolerance=max(tolerances))
+
 
 class Moments:
-    """Count, sums, Gram and cross moments of rows z beside rows t, shifted by the mean of the first chunk.
+    """Count, sums, Gram and cross moments of rows z beside rows t, seen from the mean of the first chunk.
 
     Memory: O(channels * (channels + out)), however many tokens.
+
+    Args:
+        origin: rows that earlier processes have, where several share the data; see `reduce_all`.
 
     Example:
         >>> z = torch.randn(100, 3, dtype=torch.float64)
@@ -119,16 +144,16 @@ class Moments:
         torch.Size([3, 3])
     """
 
-    def __init__(self) -> None:
-        self._chunks = Chunks()
+    def __init__(self, origin: int = 0) -> None:
+        self._chunks = Chunks(origin)
         self._sums: Sums | None = None
         # The shifts of all accumulators that were made together, once one of them has a chunk.
         self._shifts: list[Tensor] = []
 
     @classmethod
-    def several(cls, count: int) -> list[Moments]:
+    def several(cls, origins: Sequence[int]) -> list[Moments]:
         """Empty ones that will have one shift, so that they are merged without being shifted first."""
-        made = [cls() for _ in range(count)]
+        made = [cls(origin) for origin in origins]
         for each in made:
             each._shifts = made[0]._shifts
         return made
@@ -158,6 +183,45 @@ class Moments:
             self._sums = replace(theirs, gram=theirs.gram.clone(), cross=theirs.cross.clone())
         else:
             self._sums = mine + (theirs if theirs.has_shift_of(mine) else theirs.at(mine.shift_z, mine.shift_t))
+
+    @classmethod
+    def reduce_all(cls, parts: Sequence[Moments], processes: Collectives) -> None:
+        """Add the rows of all processes, in each of which there are as many accumulators; made by `several`, or a single one.
+
+        Chunks that end in another process than they began in are completed in that one. Then all see their rows from the shift
+        of the first process that has any, and their sums are added, one matrix at a time: beside its own, a process never holds
+        those of another. So the result differs from that of one process by the order of sums in float64 alone.
+        """
+        for part in parts:
+            part._complete_chunks(processes)
+        own = [part._all() for part in parts]
+        found = next((sums for sums in own if sums is not None), None)
+        with_rows = processes.gather(found is not None)
+        if not any(with_rows):
+            return
+        shift = processes.broadcast(found and (found.shift_z, found.shift_t), with_rows.index(True))
+        for part, sums in zip(parts, own, strict=True):
+            part._shifts[:] = shift
+            seen = Sums.none(*shift) if sums is None else sums if sums.shift_z is shift[0] else sums.at(*shift)
+            part._sums = seen.over(processes)
+            if not part._sums.count:
+                part._sums = None
+
+    def reduce(self, processes: Collectives) -> None:
+        """Add the rows of all processes."""
+        self.reduce_all([self], processes)
+
+    def _complete_chunks(self, processes: Collectives) -> None:
+        """Give rows to the earlier process in which their chunk began, and take those of later ones."""
+        head, ends = self._chunks.take_head()
+        ends_in = processes.gather(ends)
+        began_in = 0
+        for process in range(1, processes.size()):
+            rows = processes.broadcast(head, process)
+            if rows and processes.rank() == began_in:
+                self.update(*rows)
+            if ends_in[process]:
+                began_in = process
 
     def _all(self) -> Sums | None:
         for chunk in self._chunks.rest():

@@ -1,4 +1,4 @@
-"""`python -m liar.cli`."""
+"""`python -m liar`: the command line."""
 
 from liar.cli import main
 
