@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from liar.errors import CalibrationError, ModelError, OptionError
-from liar.models import check_model
+from liar.models import check_model, compute_device
 from liar.options import SHORTEST_GENERATED
 
 # The random token and those that follow greedily.
@@ -122,7 +122,7 @@ def _continued(model: Any, vocabulary: Vocabulary, ids: Tensor, length: int, *, 
         use_cache=True,
         **sampling,
     )
-    ids = ids.to(model.device)
+    ids = ids.to(compute_device(model))
     try:
         continued: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
     except Exception as error:  # models raise whatever they raise

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from liar.errors import ModelError
+from liar.models.dispatched import check_hooks, check_weights
 from liar.models.family import Family, FusedProducer, SitePattern, Stack
 from liar.models.layers import LayerView, storage_of
 from liar.models.layout import Edge, Layout, Segment, Site
@@ -31,14 +32,11 @@ def layout_with_weights(model: nn.Module) -> Layout:
     """`layout_of`, for a model whose weights are about to be read.
 
     Raises:
-        ModelError: as `layout_of`; or the model is on the meta device.
+        ModelError: as `layout_of`; or the model is on the meta device, and no hook of accelerate knows where its weights are.
     """
     check_model(model)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ModelError(
-            "the model is on the meta device: its weights are not there; load it with real weights (without "
-            'device_map="auto" offloading, or with enough memory)'
-        )
+    check_hooks(model)
+    check_weights(model)
     return layout_of(model)
 
 
