@@ -323,7 +323,7 @@ def test_replay_gives_the_same_bits(home, tmp_path):
     assert run["select"] == {**selection, "protect": ["heads.0"]}
     assert (run["calibration"]["max_length"], run["calibration"]["pack"]) == (7, True)
     assert (run["reconstruct"]["refit"], run["reconstruct"]["ridge"]) == (False, 0.01)
-    assert run["load"] == {"dtype": "bfloat16", "device": "cpu"}
+    assert run["load"] == {"dtype": "bfloat16", "device": "cpu", "offload": "none"}
     assert run["mask"] is None
     text = (first / "run.json").read_text()
     assert Run.from_json(text) == Run.from_json(Run.from_json(text).to_json())
@@ -562,6 +562,7 @@ WRONG = {
     "batch_size": ["0"],
     "tokens": ["0"],
     "dtype": ["int8"],
+    "offload": ["gpu"],
     "steps": ["0", "x"],
     "activations": ["gpu"],
     "granularity": ["row", "0"],

@@ -113,8 +113,8 @@ def stored_tensor(module: nn.Module, name: str) -> Tensor:
         ) from error
     if value.shape != tensor.shape:
         raise ModelError(
-            f"{name} of a {type(module).__name__}: expected {list(tensor.shape)} where it is kept, got {list(value.shape)}: the "
-            "files of an offloaded model have to stay as they were; load it again"
+            f"{name} of a {type(module).__name__}: expected {list(tensor.shape)} where it is kept, got {list(value.shape)}: "
+            "the files of an offloaded model have to stay as they were; load it again"
         )
     return value.detach().to(tensor.dtype)
 
@@ -128,8 +128,9 @@ def stored_state(model: nn.Module) -> Iterator[None]:
     """
 
     def fill(_: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-        own = (name.removeprefix(prefix) for name, value in state.items() if isinstance(value, Tensor) and value.is_meta)
-        away = {name: getattr(model, "all_tied_weights_keys", {}).get(name, name) for name in own}
+        names = [name.removeprefix(prefix) for name, value in state.items() if isinstance(value, Tensor) and value.is_meta]
+        tied: Mapping[str, str] = vars(model).get("all_tied_weights_keys", {})
+        away: dict[str, str] = {name: tied.get(name, name) for name in names}
         for name, source in sorted(away.items(), key=lambda pair: pair[0] != pair[1]):
             owner, _, key = name.rpartition(".")
             is_copy = source != name and source in away
@@ -139,7 +140,7 @@ def stored_state(model: nn.Module) -> Iterator[None]:
         yield
         return
     # Public from torch 2.5 on, under another name.
-    handle: Any = model._register_state_dict_hook(fill)
+    handle: Any = model._register_state_dict_hook(fill)  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -149,8 +150,8 @@ def stored_state(model: nn.Module) -> Iterator[None]:
 def plain_block(block: nn.Module, device: torch.device | None = None) -> nn.Module:
     """A block with its weights on the device that computes, and without hooks of accelerate.
 
-    That is the block itself where it has none. Else a copy, for as long as it is needed: modules of its own, with parameters and
-    buffers that are read from where they are kept. Of files on the CPU they are memory-mapped.
+    That is the block itself where it has none. Else a copy, for as long as it is needed: modules of its own, with parameters
+    and buffers that are read from where they are kept. Of files on the CPU they are memory-mapped.
 
     Args:
         block: of a model; it is not changed.

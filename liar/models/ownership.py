@@ -65,7 +65,8 @@ def check_owned(model: nn.Module, sites: Iterable[Site]) -> None:
     """Check that the layers of all sites are the model's own, and that its blocks compute what their classes say.
 
     Raises:
-        ModelError: a weight is shared, comes and goes with a module around it, or a module has a forward of its own, bound to the layers as they were.
+        ModelError: a weight is shared, or comes and goes with a module around it; or a module has a forward of its own, bound
+            to the layers as they were.
     """
     sites = list(sites)
     check_hooks(model)
@@ -76,9 +77,9 @@ def check_owned(model: nn.Module, sites: Iterable[Site]) -> None:
             if own is not None and getattr(own, "__func__", None) is not type(module).forward:
                 raise ModelError(
                     f"{'.'.join(filter(None, (block, name)))} has a forward of its own, set on the instance (a patched "
-                    "kernel, a hook of accelerate that does more than to bring in weights): a copy of the block would still run "
-                    "the original layers. Remove it first (accelerate.hooks.remove_hook_from_module(model, recurse=True), or "
-                    "load the model without it), and put it back afterwards"
+                    "kernel, a hook of accelerate that does more than to bring in weights): a copy of the block would still "
+                    "run the original layers. Remove it first (accelerate.hooks.remove_hook_from_module(model, recurse=True), "
+                    "or load the model without it), and put it back afterwards"
                 )
     holders: dict[object, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -46,8 +46,8 @@ def run_model(model: nn.Module, batch: Mapping[str, Any], number: int = 0) -> An
         raise
     except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"{type(model).__name__}: a weight that is kept in a file cannot be read ({error}): the files of an offloaded model "
-            "have to stay where they were; load it again"
+            f"{type(model).__name__}: a weight that is kept in a file cannot be read ({error}): the files of an offloaded "
+            "model have to stay where they were; load it again"
         ) from error
     except Exception as error:
         attention = getattr(getattr(model, "config", None), "_attn_implementation", None) or "eager"

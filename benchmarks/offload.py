@@ -1,0 +1,170 @@
+"""Whether a model that is larger than the memory it may take is pruned and saved with its weights on the disk.
+
+    python -m benchmarks.offload [--width 1024] [--tokens 4096]
+
+A random LLaMA in float32 (4 layers, hidden 1,024, feed-forward 2,816, a vocabulary of 32,000 with a head of its own) is written to
+a folder in shards, and `liar.prune` and `liar.save` run in a process of their own whose memory is limited: to half of the model
+and the statistics, on top of what Python and its libraries take before. The limit is a control group's (version 1, Linux, which
+takes a folder in /sys/fs/cgroup/memory that can be written to); pages of files that are in memory count, too, and none of the
+model's are there before. The same is done to the whole model in memory, which should be killed, and without a limit, where the
+folder should be the same.
+
+The statistics are those of one site at a time: of the feed-forward part, float64, of d channels and o outputs, d (d + o) for every
+fold, and for the three sums of a split; the rows that wait for a product, and the streams of all tokens (see `benchmarks.speed`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import liar
+from benchmarks.results import RESULTS, Record, ResultFile
+from liar.data import FOLDS
+from liar.statistics.chunks import CHUNK
+from liar.testing import tiny_batches, tiny_model
+
+GROUPS = Path("/sys/fs/cgroup/memory")
+LAYERS, VOCABULARY, LENGTH = 4, 32_000, 256
+# How the model is loaded, and whether memory is limited.
+ARMS: dict[str, tuple[dict[str, Any], bool]] = {
+    "on disk": ({"device_map": {"": "disk"}}, True),
+    "in memory": ({}, True),
+    "in memory, no limit": ({}, False),
+}
+HEADINGS = ("model", "tokens", "weights", "limit", "finished", "seconds")
+
+
+def write_model(folder: Path, width: int) -> int:
+    """Write a random LLaMA in shards, and let no page of it stay in memory; its bytes."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=4 * VOCABULARY * width)
+    files = list(folder.glob("*.safetensors"))
+    for file in files:
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return sum(file.stat().st_size for file in files)
+
+
+def statistics_bytes(width: int, tokens: int) -> int:
+    """What one site needs at a time beside weights; see the top of this file."""
+    channels = width * 11 // 4
+    grams = 8 * channels * (channels + width) * (FOLDS + 3)
+    waiting = 4 * FOLDS * CHUNK * (channels + width)
+    streams = 4 * tokens * (5 * width + width + channels)
+    return grams + waiting + streams
+
+
+def can_limit() -> bool:
+    """Whether a control group for memory can be made here."""
+    return os.access(GROUPS, os.W_OK) and (GROUPS / "memory.limit_in_bytes").exists()
+
+
+def run_arm(folder: Path, arm: str, limit: int, tokens: int) -> Record:
+    """Prune and save in a process of its own: whether it finished, its seconds, and the digest of the weights it wrote."""
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "benchmarks.offload", "--arm", arm, "--limit", str(limit), "--tokens", str(tokens)]
+        done = subprocess.run(
+            [*command, "--folder", folder, "--out", f"{out}/slim"], capture_output=True, text=True, check=False
+        )
+        if done.returncode not in (0, -9, 137):
+            raise RuntimeError(done.stderr)
+        return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"finished": False}
+
+
+def work(folder: Path, out: Path, arm: str, limit: int, tokens: int) -> Record:
+    """What the process of an arm does."""
+    kwargs, limited = ARMS[arm]
+    # Whatever is loaded when it is first used, is not the model's.
+    small = tiny_model("llama", head="causal-lm")
+    liar.prune(small, tiny_batches(small), keep=0.5, progress=False)
+    liar.save(small, out)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(VOCABULARY, (4, LENGTH), generator=generator) for _ in range(tokens // (4 * LENGTH))]
+    group = GROUPS / f"liar-{os.getpid()}"
+    if limited:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+    began = time.perf_counter()
+    model = liar.load(folder, **kwargs)
+    liar.prune(model, batches, keep=0.5, progress=False)
+    liar.save(model, out)
+    seconds = time.perf_counter() - began
+    if limited:
+        (GROUPS / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
+    weights = sha256()
+    for file in sorted(out.glob("*.safetensors")):
+        weights.update(file.read_bytes())
+    return {"finished": True, "seconds": seconds, "weights": weights.hexdigest()}
+
+
+def measure(folder: Path, width: int, tokens: int) -> Record:
+    """All arms of one model."""
+    size = write_model(folder, width)
+    statistics = statistics_bytes(width, tokens)
+    limit = size // 2 + statistics
+    arms = {arm: run_arm(folder, arm, limit, tokens) for arm in ARMS}
+    return {"model_mb": size / 1e6, "statistics_mb": statistics / 1e6, "limit_mb": limit / 1e6, "arms": arms}
+
+
+def rows(run: Record) -> list[list[str]]:
+    """The table's lines of a run."""
+    lines = []
+    for arm, result in run["arms"].items():
+        limit = f"{run['limit_mb']:.0f} MB" if ARMS[arm][1] else "none"
+        seconds = f"{result['seconds']:.0f}" if result["finished"] else ""
+        finished = "yes" if result["finished"] else "no, out of memory"
+        lines.append([f"{run['model_mb']:.0f} MB", f"{run['tokens']:,}", arm.partition(",")[0], limit, finished, seconds])
+    return lines
+
+
+def main() -> None:
+    """Measure what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=1_024)
+    parser.add_argument("--tokens", type=int, default=4_096)
+    for name in ("--arm", "--limit", "--folder", "--out"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.arm:
+        folder, out = Path(arguments.folder), Path(arguments.out)
+        print(json.dumps(work(folder, out, arguments.arm, int(arguments.limit), arguments.tokens)))
+        return
+    if not can_limit():
+        raise SystemExit(f"no control group can be made in {GROUPS}: memory cannot be limited here")
+    results = ResultFile(RESULTS / "offload.jsonl")
+    with tempfile.TemporaryDirectory() as folder:
+        key = {"width": arguments.width, "tokens": arguments.tokens}
+        run = results.get_or_run(key, lambda: measure(Path(folder), arguments.width, arguments.tokens))
+    table = Table(*HEADINGS, title="Pruned and saved")
+    for line in rows(run):
+        table.add_row(*line)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
