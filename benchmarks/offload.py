@@ -2,15 +2,16 @@
 
     python -m benchmarks.offload [--width 1024] [--tokens 4096]
 
-A random LLaMA in float32 (4 layers, hidden 1,024, feed-forward 2,816, a vocabulary of 32,000 with a head of its own) is written to
-a folder in shards, and `liar.prune` and `liar.save` run in a process of their own whose memory is limited: to half of the model
-and the statistics, on top of what Python and its libraries take before. The limit is a control group's (version 1, Linux, which
-takes a folder in /sys/fs/cgroup/memory that can be written to); pages of files that are in memory count, too, and none of the
-model's are there before. The same is done to the whole model in memory, which should be killed, and without a limit, where the
-folder should be the same.
+A random LLaMA in float32 (4 layers, hidden 1,024, feed-forward 2,816, a vocabulary of 32,000 with a head of its own) is written
+to a folder in shards, and `liar.prune` and `liar.save` run in a process of their own whose memory is limited: to half of the
+model and the statistics, on top of what Python and its libraries take before. The limit is a control group's (version 1, Linux,
+which takes a folder in /sys/fs/cgroup/memory that can be written to); pages of files that are in memory count, too, and none of
+the model's are there before. The same is done to the whole model in memory, which should be killed, and without a limit, where
+the weights that are written should be the same.
 
-The statistics are those of one site at a time: of the feed-forward part, float64, of d channels and o outputs, d (d + o) for every
-fold, and for the three sums of a split; the rows that wait for a product, and the streams of all tokens (see `benchmarks.speed`).
+The statistics are those of one site at a time: of the feed-forward part, float64, of d channels and o outputs, d (d + o) for
+every fold and for the three sums of a split; the rows that wait for a product, and the streams of all tokens (see
+`benchmarks.speed`).
 """
 
 from __future__ import annotations
@@ -157,9 +158,9 @@ def main() -> None:
     if not can_limit():
         raise SystemExit(f"no control group can be made in {GROUPS}: memory cannot be limited here")
     results = ResultFile(RESULTS / "offload.jsonl")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as place:
         key = {"width": arguments.width, "tokens": arguments.tokens}
-        run = results.get_or_run(key, lambda: measure(Path(folder), arguments.width, arguments.tokens))
+        run = results.get_or_run(key, lambda: measure(Path(place), arguments.width, arguments.tokens))
     table = Table(*HEADINGS, title="Pruned and saved")
     for line in rows(run):
         table.add_row(*line)

@@ -1,22 +1,23 @@
 """Models that accelerate has dispatched: the same answers as for ordinary ones, hooks that still work, and clear errors."""
 
 import copy
+import gc
 import json
-import os
-import subprocess
-import sys
+import weakref
+from collections import Counter
+from contextlib import ExitStack, nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, LlamaForCausalLM
 
 import liar
 from benchmarks.offload import can_limit, measure
-from liar.errors import CheckpointError, ModelError, OptionError
-from liar.models import compute_device, count_parameters, layout_of, plain_block
-from liar.runtime import capture_activations, exclusive, Point, outputs_of, record_gradients, recompute_blocks
+from liar.errors import ModelError
+from liar.models import compute_device, count_parameters, layout_of, on_device, plain_block
+from liar.runtime import Point, capture_activations, outputs_of, recompute_blocks, record_gradients
 from liar.testing import tiny_batches, tiny_model
 
 accelerate = pytest.importorskip("accelerate")
@@ -228,26 +229,261 @@ def test_a_saved_model_is_pruned_again_from_its_folder(tmp_path):
 
 
 def test_gradients_of_blocks_that_run_again(pair):
-    """Activations and their gradients are those of the ordinary model, and no two blocks have their weights at once."""
+    """Activations at the sites and their gradients are those of the ordinary model without the second run."""
     plain, dispatched = pair
-    results, present, batches = [], [], tiny_batches(plain)
-
-    def watch(block, blocks):
-        there = [any(not p.is_meta for p in each.parameters()) for each in blocks]
-        present.append(sum(there))
-
+    batches, results = tiny_batches(plain), []
     for model in (plain, dispatched):
         layout, data = layout_of(model), liar.Calibration.of(batches, model)
-        blocks = [model.get_submodule(name) for name in layout.blocks]
         points = {site.name: Point(model.get_submodule(site.module), None) for site in layout.sites}
-        with exclusive(model), record_gradients(model, []), recompute_blocks(blocks):
+        with ExitStack() as stack:
+            first = [model.get_submodule(site.module).weight for names in layout.stacks for site in layout.of_block(names[0])]
+            stack.enter_context(record_gradients(model, first if model is plain else []))
+            if model is dispatched:
+                stack.enter_context(recompute_blocks([model.get_submodule(name) for name in layout.blocks]))
             with capture_activations(points) as activations:
                 outputs = outputs_of(model, data, 0)
-            handles = [block.register_forward_pre_hook(lambda m, a, b=blocks: watch(m, b)) for block in blocks]
             loss = sum(output.rows.square().sum() for output in outputs)
             results.append((activations, torch.autograd.grad(loss, list(activations.values()))))
-            for handle in handles:
-                handle.remove()
-    assert_same(results[0][0], results[1][0])
+    assert_same(*(activations for activations, _ in results))
     assert all(torch.equal(*each) for each in zip(results[0][1], results[1][1], strict=True))
     assert any(bool(each.any()) for each in results[1][1])
+
+
+class Watched(dict):
+    """A map of weights that hands out copies, and notes of how many blocks there are some at every time."""
+
+    def __init__(self, module, block, alive, counts):
+        super().__init__({name: module._hf_hook.weights_map[name] for name, _ in module.named_parameters(recurse=False)})
+        self.block, self.alive, self.counts = block, alive, counts
+
+    def __getitem__(self, name):
+        value = super().__getitem__(name).clone()
+        self.alive[self.block] += 1
+        weakref.finalize(value.untyped_storage(), self.gone)
+        self.counts.append(sum(number > 0 for number in self.alive.values()))
+        return value
+
+    def gone(self):
+        self.alive[self.block] -= 1
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_weights_of_one_block_are_there_at_a_time(again, tmp_path):
+    """In a pass forward and back; the negative control keeps those of all blocks for the way back."""
+    plain = MODELS["llama"](num_hidden_layers=4)
+    model, alive, counts = cpu_offload(plain, tmp_path), Counter(), []
+    blocks = [model.get_submodule(name) for name in layout_of(model).blocks]
+    for number, block in enumerate(blocks):
+        for module in block.modules():
+            if "_hf_hook" in vars(module) and module._hf_hook.offload:
+                module._hf_hook.weights_map = Watched(module, number, alive, counts)
+    blocks[0].register_forward_pre_hook(lambda _, args: args[0].requires_grad_())
+    data = liar.Calibration.of(tiny_batches(plain), model)
+    with record_gradients(model, []), recompute_blocks(blocks) if again else nullcontext():
+        points = {str(number): Point(block.mlp.down_proj, None) for number, block in enumerate(blocks)}
+        with capture_activations(points) as activations:
+            loss = outputs_of(model, data, 0)[0].rows.sum()
+        torch.autograd.grad(loss, list(activations.values()))
+    assert (max(counts) == 1) is again, max(counts)
+    del activations, loss
+    gc.collect()
+    assert not any(alive.values())
+
+
+def interrupted(model, batches, after):
+    """Prune, with an error after so many messages of progress."""
+    told = []
+
+    def tell(update):
+        told.append(update)
+        if len(told) == after:
+            raise KeyboardInterrupt
+
+    liar.prune(model, batches, keep=0.5, progress=tell)
+    return len(told)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_run_leaves_the_model_as_it_was(kind, tmp_path):
+    """Whenever it happens: in a pass through the model, in the walk, after the blocks have been cut."""
+    plain = MODELS["llama"]()
+    model, batches = KINDS[kind](plain, tmp_path), tiny_batches(plain)
+    whole = interrupted(KINDS[kind](plain, tmp_path), batches, None)
+    before, weights = state_of(model), weights_of(model)
+    for after in range(1, whole + 1):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(model, batches, after)
+        assert state_of(model) == before
+    assert_same(weights_of(model), weights)
+    liar.prune(plain, batches, keep=0.5, progress=False)
+    liar.prune(model, batches, keep=0.5, progress=False)
+    assert_same(weights_of(model), weights_of(plain))
+
+
+def preloaded(folder):
+    return accelerate.cpu_offload(MODELS["llama"](), preload_module_classes=["LlamaMLP"])
+
+
+def without_values(folder):
+    return MODELS["llama"]().to("meta")
+
+
+def with_another_hook(folder):
+    model = MODELS["llama"]()
+    hooks.add_hook_to_module(model.model.layers[0].mlp, hooks.CpuOffload("cpu"))
+    return model
+
+
+def with_one_more_hook(folder):
+    model = cpu_offload(MODELS["llama"](), folder)
+    hooks.add_hook_to_module(model.model.layers[1].mlp.up_proj, hooks.ModelHook(), append=True)
+    return model
+
+
+def patched_before(folder):
+    model = MODELS["llama"]()
+    layer = model.model.layers[0].mlp.up_proj
+    layer.forward = partial(type(layer).forward, layer)
+    return accelerate.cpu_offload(model)
+
+
+def patched_after(folder):
+    model = cpu_offload(MODELS["llama"](), folder)
+    layer = model.model.layers[0].mlp.up_proj
+    layer.forward = partial(layer.forward)
+    return model
+
+
+def in_8_bits(folder):
+    model = MODELS["llama"]()
+    layer = model.model.layers[1].mlp.down_proj
+    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    return accelerate.cpu_offload(model)
+
+
+REFUSED = {
+    preloaded: r"layers\.0\.mlp was dispatched with preload_module_classes",
+    without_values: "the model is on the meta device: .*embed_tokens.weight has no values",
+    with_another_hook: r"layers\.0\.mlp has a forward of its own, set on the instance",
+    with_one_more_hook: r"layers\.1\.mlp\.up_proj has a forward of its own",
+    patched_before: r"layers\.0\.mlp\.up_proj has a forward of its own",
+    patched_after: r"layers\.0\.mlp\.up_proj has a forward of its own",
+    in_8_bits: r"down_proj is a Linear, expected .* in float32",
+}
+
+
+@pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
+def test_what_cannot_be_taken_apart_is_refused(make, tmp_path):
+    model, batches = make(tmp_path), tiny_batches(MODELS["llama"]())
+    before = state_of(model)
+    for work in (
+        lambda: liar.prune(model, batches, keep=0.5, progress=False),
+        lambda: liar.select(model, keep=0.5, criterion="magnitude"),
+        lambda: liar.save(model, tmp_path / "out"),
+    ):
+        with pytest.raises(ModelError, match=REFUSED[make]):
+            work()
+        assert state_of(model) == before
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["on_disk", "disk_offload", "mixed"])
+def test_files_that_are_gone_or_cut_off(kind, tmp_path):
+    plain = MODELS["llama"]()
+    model, batches = KINDS[kind](plain, tmp_path), tiny_batches(plain)
+    before, mask = state_of(model), liar.select(plain, keep=0.5, criterion="magnitude")
+    place = tmp_path / ("offloaded" if kind == "disk_offload" else "model")
+    contents = {file: file.read_bytes() for file in place.iterdir() if file.suffix in (".dat", ".safetensors")}
+    for damage in (lambda file: file.unlink(), lambda file: file.write_bytes(contents[file][:-100])):
+        for file in contents:
+            damage(file)
+        for work in (
+            lambda: liar.prune(model, batches, keep=0.5, progress=False),
+            lambda: liar.collect(model, batches, criteria=["wanda"], progress=False),
+            lambda: liar.reconstruct(model, mask, batches, progress=False),
+            lambda: liar.remove(model, mask),
+            lambda: liar.save(model, tmp_path / "out"),
+        ):
+            with pytest.raises(ModelError, match=r"cannot (be )?read .*have to stay (where|as) they were; load it again"):
+                work()
+            assert state_of(model) == before
+            assert not (tmp_path / "out").exists()
+        for file, content in contents.items():
+            file.write_bytes(content)
+    assert liar.prune(model, batches, keep=0.5, progress=False).achieved <= 0.5
+
+
+@pytest.mark.parametrize("criterion", ["snip", "taylor", "fisher"])
+def test_criteria_that_need_all_weights_at_once(criterion, tmp_path):
+    plain = MODELS["llama"]()
+    model = cpu_offload(plain, tmp_path)
+    message = f"gradients of weights \\({criterion}\\) need all weights .*another criterion: reconstruction, fluctuation, wanda"
+    with pytest.raises(ModelError, match=message):
+        liar.prune(model, tiny_batches(plain), keep=0.5, criterion=criterion, progress=False)
+    with pytest.raises(ModelError, match="choose a budget in parameters"):
+        liar.latency(model, length=4, progress=False)
+
+
+def test_weights_in_host_memory_are_let_go(tmp_path):
+    """What a model no longer has after it was pruned is in no hook either; on an error all of it is still there."""
+    plain = MODELS["llama"]()
+    model, batches = cpu_offload(plain, tmp_path), tiny_batches(plain)
+    layer = model.model.layers[0].mlp.down_proj
+    alive = weakref.ref(layer._hf_hook.weights_map["weight"])
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(model, batches, 3)
+    assert alive() is layer._hf_hook.weights_map["weight"]
+    liar.prune(model, batches, keep=0.5, progress=False)
+    gc.collect()
+    assert alive() is None
+
+
+def test_files_of_an_offloaded_model_are_mapped_and_not_read(tmp_path):
+    """On the CPU: the values of a block are pages of its files."""
+    model = disk_offload(MODELS["llama"](), tmp_path)
+    block = plain_block(model.model.layers[0])
+    assert "_hf_hook" not in vars(block.mlp.up_proj)
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("/proc/self/maps says what is mapped on Linux only")
+    assert str(tmp_path / "offloaded" / "model.layers.0.mlp.up_proj.weight.dat") in maps.read_text()
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+
+
+def test_parts_of_a_dispatched_model(tmp_path):
+    plain = MODELS["tied llama"]()
+    model = cpu_offload(plain, tmp_path)
+    assert compute_device(model) == compute_device(plain) == torch.device("cpu")
+    assert count_parameters([model]) == count_parameters([plain])
+    block = model.model.layers[0]
+    assert plain_block(plain.model.layers[0]) is plain.model.layers[0]
+    copied = plain_block(block, torch.device("meta"))
+    assert {parameter.device.type for parameter in copied.parameters()} == {"meta"}
+    assert copied.self_attn.config is block.self_attn.config
+    assert on_device(copied, torch.device("meta")) is copied
+    moved = on_device(plain.model.layers[0], torch.device("meta"))
+    assert {parameter.device.type for parameter in moved.parameters()} == {"meta"}
+    assert {parameter.device.type for parameter in plain.model.layers[0].parameters()} == {"cpu"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: weights on the host, and one block at a time on it")
+def test_weights_on_the_host_and_blocks_on_a_gpu(tmp_path):
+    plain = MODELS["llama"](num_hidden_layers=4)
+    model, batches = accelerate.cpu_offload(copy.deepcopy(plain), execution_device="cuda"), tiny_batches(plain)
+    plain.to("cuda")
+    reports = [liar.prune(each, batches, keep=0.5, progress=False) for each in (plain, model)]
+    assert [site.kept for site in reports[0].sites] == [site.kept for site in reports[1].sites]
+    for name, value in weights_of(model).items():
+        assert value.device.type == "cpu"
+        torch.testing.assert_close(value, plain.state_dict()[name].cpu())
+    batch = {name: value.to("cuda") for name, value in batches[0].items()}
+    torch.testing.assert_close(model(**batch)[0], plain(**batch)[0])
+
+
+@pytest.mark.skipif(not can_limit(), reason="needs /sys/fs/cgroup/memory (version 1), where a group with a limit can be made")
+def test_a_model_larger_than_the_memory_it_may_take(tmp_path):
+    """Pruned and saved within half of the model and the statistics; in memory, as the negative control, it is killed."""
+    run = measure(tmp_path, width=512, tokens=256)
+    assert run["arms"]["on disk"]["finished"], run
+    assert not run["arms"]["in memory"]["finished"], run
+    assert run["arms"]["on disk"]["weights"] == run["arms"]["in memory, no limit"]["weights"]

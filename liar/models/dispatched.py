@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from liar.errors import ModelError
@@ -81,8 +82,9 @@ def check_weights(model: nn.Module) -> None:
     """Check that a model's weights are there, or that hooks know where each is.
 
     Raises:
-        ModelError: some are on the meta device and nowhere else.
+        ModelError: some are on the meta device and nowhere else, or files are gone or were cut off.
     """
+    files: set[str] = set()
     for name, module in model.named_modules():
         hook = _offloading(module)
         lost = [key for key, parameter in module.named_parameters(recurse=False) if parameter.is_meta]
@@ -91,6 +93,9 @@ def check_weights(model: nn.Module) -> None:
                 f"the model is on the meta device: {'.'.join(filter(None, (name, lost[0])))} has no values; load it with real "
                 "weights, or let accelerate keep them elsewhere (device_map, accelerate.cpu_offload, disk_offload)"
             )
+        for key in lost:
+            with _reading(module, key):
+                _check_file(hook.weights_map, key, files)
 
 
 def stored_tensor(module: nn.Module, name: str) -> Tensor:
@@ -103,14 +108,9 @@ def stored_tensor(module: nn.Module, name: str) -> Tensor:
     hook = _offloading(module)
     if not tensor.is_meta or hook is None:
         return tensor.detach()
-    try:
+    with _reading(module, name):
         value = _memory_mapped(hook.weights_map, name)
         value = hook.weights_map[name] if value is None else value
-    except Exception as error:  # files, safetensors and other people's maps raise whatever they raise
-        raise ModelError(
-            f"cannot read {name} of a {type(module).__name__}, which is kept outside of the model's device "
-            f"({type(error).__name__}: {error}): the files of an offloaded model have to stay where they were; load it again"
-        ) from error
     if value.shape != tensor.shape:
         raise ModelError(
             f"{name} of a {type(module).__name__}: expected {list(tensor.shape)} where it is kept, got {list(value.shape)}: "
@@ -127,7 +127,7 @@ def stored_state(model: nn.Module) -> Iterator[None]:
         ModelError: (when the state dict is made) a weight cannot be read.
     """
 
-    def fill(_: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    def fill(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         names = [name.removeprefix(prefix) for name, value in state.items() if isinstance(value, Tensor) and value.is_meta]
         tied: Mapping[str, str] = vars(model).get("all_tied_weights_keys", {})
         away: dict[str, str] = {name: tied.get(name, name) for name in names}
@@ -319,6 +319,29 @@ def _in_memory(weights_map: Any) -> bool:
     """Whether a map, shared by several hooks, holds tensors."""
     source, _ = _source(weights_map, "")
     return source is not weights_map and (isinstance(source, dict) or bool(getattr(source, "state_dict", None)))
+
+
+@contextmanager
+def _reading(module: nn.Module, name: str) -> Iterator[None]:
+    """Say what could not be read: files, safetensors and other people's maps raise whatever they raise."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(
+            f"cannot read {name} of a {type(module).__name__}, which is kept outside of the model's device "
+            f"({type(error).__name__}: {error}): the files of an offloaded model have to stay where they were; load it again"
+        ) from error
+
+
+def _check_file(weights_map: Any, name: str, checked: set[str]) -> None:
+    """Open the file that a weight is in, unless it was checked before, and read nothing of it but what is in it."""
+    source, key = _source(weights_map, name)
+    file = getattr(source, "index", {}).get(key, {}).get("safetensors_file")
+    if file is None:
+        _memory_mapped(weights_map, name)
+    elif file not in checked:
+        with safe_open(file, framework="pt"):
+            checked.add(file)
 
 
 def _memory_mapped(weights_map: Any, name: str) -> Tensor | None:
