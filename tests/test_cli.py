@@ -1,13 +1,16 @@
 """The command line, on tiny models: what it writes, what it refuses, and that a run.json replays to the same bits."""
 
+import gc
 import gzip
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import MISSING
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -299,6 +302,56 @@ def test_reconstruct_with_lists_of_kept_indices(home, tmp_path):
     slim = liar.load(tmp_path / "slim")
     assert slim.dtype == torch.bfloat16
     assert [layer.attention.self.num_attention_heads for layer in slim.bert.encoder.layer] == [2, 1, 4]
+
+
+@pytest.mark.parametrize(("model", "offload"), [("llama", "host"), ("bert", "disk")])
+def test_weights_outside_of_the_device(home, tmp_path, model, offload):
+    """The same bits; its own folder can be read in the same way, and replayed."""
+    pytest.importorskip("accelerate")
+    options = ("--keep", 0.6, "--calib", home / "texts.txt", "--tokens", 300, "--criterion", "magnitude")
+    source, before = home / model, set(Path(tempfile.gettempdir()).glob("liar-offload-*"))
+    for number in ("first", "second"):
+        whole, parts = tmp_path / f"{number}-whole", tmp_path / f"{number}-parts"
+        call("prune", source, whole, *options)
+        call("prune", source, parts, *options, "--offload", offload)
+        assert_same_result(whole, parts)
+        assert {path.name for path in whole.iterdir()} == {path.name for path in parts.iterdir()}
+        source = parts
+    call("replay", parts / "run.json", "--out", tmp_path / "again")
+    assert_same_result(parts, tmp_path / "again")
+    gc.collect()
+    assert set(Path(tempfile.gettempdir()).glob("liar-offload-*")) <= before
+
+
+@pytest.mark.parametrize("offload", ["host", "disk"])
+def test_other_commands_with_weights_outside_of_the_device(home, tmp_path, offload):
+    pytest.importorskip("accelerate")
+    own, llama = tmp_path / "own.jsonl", home / "llama"
+    call("calibrate", llama, "--tokens", 40, "--max-length", 8, "--language", "off", "--out", own, "--offload", offload)
+    call("calibrate", llama, "--tokens", 40, "--max-length", 8, "--language", "off", "--out", tmp_path / "whole.jsonl")
+    assert own.read_text() == (tmp_path / "whole.jsonl").read_text()
+    mask, options = tmp_path / "mask.json", ("--calib", home / "texts.txt", "--tokens", 300, "--offload", offload)
+    call("select", llama, mask, "--keep", 0.6, *options)
+    call("reconstruct", llama, tmp_path / "slim", "--mask", mask, *options)
+    call("refine", tmp_path / "slim", tmp_path / "refined", "--teacher", llama, "--epochs", 1, *options)
+    gradients = refused("select", llama, tmp_path / "other.json", "--keep", 0.6, "--criterion", "snip", *options)
+    assert "choose another criterion: reconstruction, fluctuation" in gradients
+    assert "accelerate keeps some elsewhere" in refused("latency", llama, tmp_path / "t.json", "--length", 8, *options[-2:])
+
+
+def test_offloading_needs_accelerate(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("liar.cli.run.find_spec", lambda name: None)
+    message = refused(
+        "prune", home / "bert", tmp_path / "slim", "--keep", 0.5, "--calib", home / "texts.txt", "--offload", "disk"
+    )
+    assert 'pip install "liar-prune[offload]"' in message
+
+
+def test_a_run_from_before_there_was_offloading(home, tmp_path):
+    call("prune", home / "bert", tmp_path / "slim", "--keep", 0.5, "--calib", home / "texts.txt", "--criterion", "magnitude")
+    run = json.loads((tmp_path / "slim" / "run.json").read_text())
+    del run["run"]["load"]["offload"]
+    assert Run.from_json(json.dumps(run)).load.offload == "none"
 
 
 def test_replay_gives_the_same_bits(home, tmp_path):

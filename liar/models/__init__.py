@@ -2,6 +2,7 @@
 
 from liar.models.dispatched import (
     check_kept_here,
+    check_weights,
     compute_device,
     compute_on,
     forget_unused,
@@ -40,6 +41,7 @@ __all__ = [
     "check_kept_here",
     "check_model",
     "check_one_stack",
+    "check_weights",
     "compute_device",
     "compute_on",
     "count_parameters",
