@@ -1,17 +1,17 @@
 """Whether a model that is larger than the memory it may take is pruned and saved with its weights on the disk.
 
-    python -m benchmarks.offload [--width 1024] [--tokens 8192]
+    python -m benchmarks.offload [--width 1024] [--tokens 2048]
 
-A random LLaMA in float32 (4 layers, hidden 1,024, feed-forward 2,816, a vocabulary of 32,000 with a head of its own) is written
-to a folder in shards, and `liar.prune` and `liar.save` run in a process of their own whose memory is limited: to half of the
-model and the statistics, on top of what Python and its libraries take before. The limit is a control group's (version 1, Linux,
-which takes a folder in /sys/fs/cgroup/memory that can be written to); pages of files that are in memory count, too, and none of
-the model's are there before. The same is done to the whole model in memory, which should be killed, and without a limit, where
-the weights that are written should be the same.
+A random LLaMA without a head in float32 (4 layers, hidden 1,024, feed-forward 2,816, a vocabulary of 32,000) is written to a
+folder in shards, and `liar.prune` with a run folder and `liar.save` run in a process of their own whose memory is limited: to
+half of the model and the statistics, on top of what Python and its libraries take before. The limit is a control group's
+(version 1, Linux, which takes a folder in /sys/fs/cgroup/memory that can be written to); pages of files that are in memory
+count, too, and none of the model's are there before. The same is done to the whole model in memory, which should be killed, and
+without a limit, where the weights that are written should be the same.
 
 The statistics are those of one site at a time: of the feed-forward part, float64, of d channels and o outputs, d (d + o) for
-every fold and for the three sums of a split (there is one, with 2,000 tokens in a fold); the rows that wait for a product, and
-the streams of all tokens (see `benchmarks.speed`).
+every fold, for what is left without it, for the normal equations of both, and for those of all data; and in float32 the rows
+that wait for a product, and the streams of all tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaModel
 
 import liar
 from benchmarks.results import RESULTS, Record, ResultFile
@@ -60,7 +61,7 @@ def write_model(folder: Path, width: int) -> int:
         num_attention_heads=width // 64,
         num_key_value_heads=width // 64,
     )
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=4 * VOCABULARY * width)
+    LlamaModel(config).save_pretrained(folder, max_shard_size=4 * VOCABULARY * width)
     files = list(folder.glob("*.safetensors"))
     for file in files:
         with open(file, "rb") as opened:
@@ -72,7 +73,8 @@ def write_model(folder: Path, width: int) -> int:
 def statistics_bytes(width: int, tokens: int) -> int:
     """What one site needs at a time beside weights; see the top of this file."""
     channels = width * 11 // 4
-    grams = 8 * channels * (channels + width) * (FOLDS + 3)
+    # With 2,000 tokens in a fold there is one split, with fewer one for each fold.
+    grams = 8 * channels * (channels + width) * (4 * FOLDS + 1)
     waiting = 4 * FOLDS * CHUNK * (channels + width)
     streams = 4 * tokens * (5 * width + width + channels)
     return grams + waiting + streams
@@ -85,46 +87,43 @@ def can_limit() -> bool:
 
 def run_arm(folder: Path, arm: str, limit: int, tokens: int) -> Record:
     """Prune and save in a process of its own: whether it finished, its seconds, and the digest of the weights it wrote."""
-    with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "benchmarks.offload", "--arm", arm, "--limit", str(limit), "--tokens", str(tokens)]
-        done = subprocess.run(
-            [*command, "--folder", folder, "--out", f"{out}/slim"], capture_output=True, text=True, check=False
-        )
-        if done.returncode not in (0, -9, 137):
+    group = GROUPS / f"liar-{os.getpid()}"
+    group.mkdir()
+    try:
+        if ARMS[arm][1]:
+            (group / "memory.limit_in_bytes").write_text(str(limit))
+        with tempfile.TemporaryDirectory() as out:
+            command = [sys.executable, "-m", "benchmarks.offload", "--arm", arm, "--tokens", str(tokens), "--group", group]
+            done = subprocess.run(
+                [*command, "--folder", folder, "--out", f"{out}/slim"], capture_output=True, text=True, check=False
+            )
+        if done.returncode not in (0, -signal.SIGKILL):
             raise RuntimeError(done.stderr)
-        return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"finished": False}
+        result = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
+        peak = int((group / "memory.max_usage_in_bytes").read_text())
+        return {"finished": done.returncode == 0, "peak_mb": peak / 1e6, **result}
+    finally:
+        group.rmdir()
 
 
-def work(folder: Path, out: Path, arm: str, limit: int, tokens: int) -> Record:
+def work(folder: Path, out: Path, arm: str, group: Path, tokens: int) -> Record:
     """What the process of an arm does."""
-    kwargs, limited = ARMS[arm]
     # Whatever is loaded when it is first used, is not the model's.
-    small = tiny_model("llama", head="causal-lm")
+    small = tiny_model("llama")
     liar.prune(small, tiny_batches(small), keep=0.5, progress=False)
     liar.save(small, out)
     generator = torch.Generator().manual_seed(0)
-    # One at a time: the logits of 256 tokens are 33 MB.
     batches = [torch.randint(VOCABULARY, (1, LENGTH), generator=generator) for _ in range(tokens // LENGTH)]
-    group = GROUPS / f"liar-{os.getpid()}"
-    if limited:
-        group.mkdir()
-        (group / "memory.limit_in_bytes").write_text(str(limit))
-        (group / "cgroup.procs").write_text(str(os.getpid()))
+    (group / "cgroup.procs").write_text(str(os.getpid()))
     began = time.perf_counter()
-    model = liar.load(folder, **kwargs)
-    liar.prune(model, batches, keep=0.5, progress=False)
+    model = liar.load(folder, **ARMS[arm][0])
+    liar.prune(model, batches, keep=0.5, run_folder=out.parent / "run", progress=False)
     liar.save(model, out)
     seconds = time.perf_counter() - began
-    if limited:
-        peak = int((group / "memory.max_usage_in_bytes").read_text())
-        (GROUPS / "cgroup.procs").write_text(str(os.getpid()))
-        group.rmdir()
-    else:
-        peak = None
     weights = sha256()
     for file in sorted(out.glob("*.safetensors")):
         weights.update(file.read_bytes())
-    return {"finished": True, "seconds": seconds, "peak_mb": peak and peak / 1e6, "weights": weights.hexdigest()}
+    return {"seconds": seconds, "weights": weights.hexdigest()}
 
 
 def measure(folder: Path, width: int, tokens: int) -> Record:
@@ -151,13 +150,13 @@ def main() -> None:
     """Measure what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=1_024)
-    parser.add_argument("--tokens", type=int, default=8_192)
-    for name in ("--arm", "--limit", "--folder", "--out"):
+    parser.add_argument("--tokens", type=int, default=2_048)
+    for name in ("--arm", "--group", "--folder", "--out"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.arm:
-        folder, out = Path(arguments.folder), Path(arguments.out)
-        print(json.dumps(work(folder, out, arguments.arm, int(arguments.limit), arguments.tokens)))
+        folder, out, group = map(Path, (arguments.folder, arguments.out, arguments.group))
+        print(json.dumps(work(folder, out, arguments.arm, group, arguments.tokens)))
         return
     if not can_limit():
         raise SystemExit(f"no control group can be made in {GROUPS}: memory cannot be limited here")
