@@ -93,10 +93,10 @@ def run_arm(folder: Path, arm: str, limit: int, tokens: int) -> Record:
         if ARMS[arm][1]:
             (group / "memory.limit_in_bytes").write_text(str(limit))
         with tempfile.TemporaryDirectory() as out:
-            command = [sys.executable, "-m", "benchmarks.offload", "--arm", arm, "--tokens", str(tokens), "--group", group]
-            done = subprocess.run(
-                [*command, "--folder", folder, "--out", f"{out}/slim"], capture_output=True, text=True, check=False
-            )
+            given = {"arm": arm, "tokens": tokens, "group": group, "folder": folder, "out": f"{out}/slim"}
+            options = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+            command = [sys.executable, "-m", "benchmarks.offload", *options]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode not in (0, -signal.SIGKILL):
             raise RuntimeError(done.stderr)
         result = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
