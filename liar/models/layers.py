@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from liar.errors import ModelError
-from liar.models.dispatched import set_parameters
+from liar.models.plain import set_parameters
 
 Axis = Literal["in", "out"]
 

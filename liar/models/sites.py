@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from liar.errors import ModelError
-from liar.models.dispatched import check_hooks, check_weights
+from liar.models.dispatched import check_hooks
 from liar.models.family import Family, FusedProducer, SitePattern, Stack
 from liar.models.layers import LayerView, storage_of
 from liar.models.layout import Edge, Layout, Segment, Site
 from liar.models.ownership import check_model, check_owned, count_parameters
 from liar.models.registry import family_of
+from liar.models.stored import check_weights
 
 
 def base_and_prefix(model: nn.Module) -> tuple[nn.Module, str]:
