@@ -3,15 +3,13 @@
     python -m benchmarks.offload [--width 1024] [--tokens 2048]
 
 A random LLaMA without a head in float32 (4 layers, hidden 1,024, feed-forward 2,816, a vocabulary of 32,000) is written to a
-folder in shards, and `liar.prune` with a run folder and `liar.save` run in a process of their own whose memory is limited: to
-half of the model and the statistics, on top of what Python and its libraries take before. The limit is a control group's
-(version 1, Linux, which takes a folder in /sys/fs/cgroup/memory that can be written to); pages of files that are in memory
-count, too, and none of the model's are there before. The same is done to the whole model in memory, which should be killed, and
-without a limit, where the weights that are written should be the same.
+folder in shards, and `liar.prune` with a run folder and `liar.save` run in a process of their own. What it takes on top of
+Python and its libraries, with the model in memory, less the model, is what the statistics take. With half of the model and the
+statistics as the limit, the model is then pruned with its weights on the disk, and once more in memory, which should be killed.
+The weights that are written should be the same.
 
-The statistics are those of one site at a time: of the feed-forward part, float64, of d channels and o outputs, d (d + o) for
-every fold, for what is left without it, for the normal equations of both, and for those of all data; and in float32 the rows
-that wait for a product, and the streams of all tokens.
+The limit is a control group's (version 1, Linux, which takes a folder in /sys/fs/cgroup/memory that can be written to). Pages
+of files that are in memory count, too, and none of the model's are there before; the system may drop them.
 """
 
 from __future__ import annotations
@@ -35,19 +33,14 @@ from transformers import LlamaConfig, LlamaModel
 
 import liar
 from benchmarks.results import RESULTS, Record, ResultFile
-from liar.data import FOLDS
-from liar.statistics.chunks import CHUNK
 from liar.testing import tiny_batches, tiny_model
 
 GROUPS = Path("/sys/fs/cgroup/memory")
 LAYERS, VOCABULARY, LENGTH = 4, 32_000, 256
-# How the model is loaded, and whether memory is limited.
-ARMS: dict[str, tuple[dict[str, Any], bool]] = {
-    "on disk": ({"device_map": {"": "disk"}}, True),
-    "in memory": ({}, True),
-    "in memory, no limit": ({}, False),
-}
-HEADINGS = ("model", "tokens", "weights", "limit", "finished", "seconds")
+UNLIMITED = "in memory, no limit"
+# How the model is loaded.
+ARMS: dict[str, dict[str, Any]] = {UNLIMITED: {}, "in memory": {}, "on disk": {"device_map": {"": "disk"}}}
+HEADINGS = ("model", "tokens", "weights", "limit", "peak without pages of files", "finished", "seconds")
 
 
 def write_model(folder: Path, width: int) -> int:
@@ -70,38 +63,32 @@ def write_model(folder: Path, width: int) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def statistics_bytes(width: int, tokens: int) -> int:
-    """What one site needs at a time beside weights; see the top of this file."""
-    channels = width * 11 // 4
-    # With 2,000 tokens in a fold there is one split, with fewer one for each fold.
-    grams = 8 * channels * (channels + width) * (4 * FOLDS + 1)
-    waiting = 4 * FOLDS * CHUNK * (channels + width)
-    streams = 4 * tokens * (5 * width + width + channels)
-    return grams + waiting + streams
-
-
 def can_limit() -> bool:
     """Whether a control group for memory can be made here."""
     return os.access(GROUPS, os.W_OK) and (GROUPS / "memory.limit_in_bytes").exists()
 
 
-def run_arm(folder: Path, arm: str, limit: int, tokens: int) -> Record:
-    """Prune and save in a process of its own: whether it finished, its seconds, and the digest of the weights it wrote."""
+def run_arm(folder: Path, arm: str, limit: int | None, tokens: int) -> Record:
+    """Prune and save in a process of its own: whether it finished, its peak, its seconds, and the digest of what it wrote."""
     group = GROUPS / f"liar-{os.getpid()}"
     group.mkdir()
     try:
-        if ARMS[arm][1]:
+        if limit is not None:
             (group / "memory.limit_in_bytes").write_text(str(limit))
         with tempfile.TemporaryDirectory() as out:
             given = {"arm": arm, "tokens": tokens, "group": group, "folder": folder, "out": f"{out}/slim"}
             options = [text for name, value in given.items() for text in (f"--{name}", str(value))]
             command = [sys.executable, "-m", "benchmarks.offload", *options]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode not in (0, -signal.SIGKILL):
-            raise RuntimeError(done.stderr)
-        result = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
-        peak = int((group / "memory.max_usage_in_bytes").read_text())
-        return {"finished": done.returncode == 0, "peak_mb": peak / 1e6, **result}
+            process, peak = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True), 0
+            while process.poll() is None:
+                lines = (group / "memory.stat").read_text().splitlines()
+                peak = max(peak, *(int(line.split()[1]) for line in lines if line.startswith("rss ")))
+                time.sleep(0.02)
+            printed, _ = process.communicate()
+        if process.returncode not in (0, -signal.SIGKILL):
+            raise RuntimeError(f"{arm} ended with {process.returncode}: {' '.join(command)}")
+        result = json.loads(printed.splitlines()[-1]) if process.returncode == 0 else {}
+        return {"finished": process.returncode == 0, "peak_mb": peak / 1e6, **result}
     finally:
         group.rmdir()
 
@@ -116,7 +103,7 @@ def work(folder: Path, out: Path, arm: str, group: Path, tokens: int) -> Record:
     batches = [torch.randint(VOCABULARY, (1, LENGTH), generator=generator) for _ in range(tokens // LENGTH)]
     (group / "cgroup.procs").write_text(str(os.getpid()))
     began = time.perf_counter()
-    model = liar.load(folder, **ARMS[arm][0])
+    model = liar.load(folder, **ARMS[arm])
     liar.prune(model, batches, keep=0.5, run_folder=out.parent / "run", progress=False)
     liar.save(model, out)
     seconds = time.perf_counter() - began
@@ -127,22 +114,23 @@ def work(folder: Path, out: Path, arm: str, group: Path, tokens: int) -> Record:
 
 
 def measure(folder: Path, width: int, tokens: int) -> Record:
-    """All arms of one model."""
+    """All arms of one model, the one without a limit first."""
     size = write_model(folder, width)
-    statistics = statistics_bytes(width, tokens)
-    limit = size // 2 + statistics
-    arms = {arm: run_arm(folder, arm, limit, tokens) for arm in ARMS}
-    return {"model_mb": size / 1e6, "statistics_mb": statistics / 1e6, "limit_mb": limit / 1e6, "arms": arms}
+    arms = {UNLIMITED: run_arm(folder, UNLIMITED, None, tokens)}
+    limit = int(1e6 * arms[UNLIMITED]["peak_mb"]) - size // 2
+    arms |= {arm: run_arm(folder, arm, limit, tokens) for arm in ARMS if arm != UNLIMITED}
+    return {"model_mb": size / 1e6, "limit_mb": limit / 1e6, "arms": arms}
 
 
 def rows(run: Record) -> list[list[str]]:
     """The table's lines of a run."""
     lines = []
     for arm, result in run["arms"].items():
-        limit = f"{run['limit_mb']:.0f} MB" if ARMS[arm][1] else "none"
+        limit = f"{run['limit_mb']:.0f} MB" if arm != UNLIMITED else "none"
         seconds = f"{result['seconds']:.0f}" if result["finished"] else ""
+        peak = f"{result['peak_mb']:.0f} MB"
         finished = "yes" if result["finished"] else "no, out of memory"
-        lines.append([f"{run['model_mb']:.0f} MB", f"{run['tokens']:,}", arm.partition(",")[0], limit, finished, seconds])
+        lines.append([f"{run['model_mb']:.0f} MB", f"{run['tokens']:,}", arm.partition(",")[0], limit, peak, finished, seconds])
     return lines
 
 
