@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,7 +80,10 @@ def stored_state(model: nn.Module) -> Iterator[None]:
     # Public from torch 2.5 on, under another name.
     handle: Any = model._register_state_dict_hook(fill)  # type: ignore[no-untyped-call]
     try:
-        yield
+        with warnings.catch_warnings():
+            # It is for those who would load the weights; here they are mapped, or where they are kept anyway.
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+            yield
     finally:
         handle.remove()
 
