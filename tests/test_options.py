@@ -132,7 +132,7 @@ BAD = {
     },
     LoadOptions: {
         "dtype": (["int8", None], "expected one of 'auto', 'float32', 'bfloat16', 'float16'"),
-        "offload": (["gpu", None, True], "expected one of 'none', 'host', 'disk'"),
+        "weights": (["gpu", None, True], "expected one of 'device', 'host', 'disk'"),
     },
 }
 # Any text, switch or number will do, as far as can be said before the model and the data are there.

@@ -266,7 +266,7 @@ def _absolute(name: str) -> str:
 
 def load_model(model: str, options: LoadOptions) -> nn.Module:
     """The model of a folder, on the device, or kept elsewhere and computed there."""
-    return LOADERS[options.offload](model, options)
+    return LOADERS[options.weights](model, options)
 
 
 def _load_whole(model: str, options: LoadOptions) -> nn.Module:
@@ -291,7 +291,7 @@ def _leave_on_disk(model: str, options: LoadOptions) -> nn.Module:
 
 
 LOADERS: dict[str, Callable[[str, LoadOptions], nn.Module]] = {
-    "none": _load_whole,
+    "device": _load_whole,
     "host": _load_to_host,
     "disk": _leave_on_disk,
 }
@@ -303,7 +303,7 @@ def check_source(source: SourceOptions | None, load: LoadOptions) -> None:
         builder_of(source.calib)
     if reason := why_unusable(load.device):
         raise OptionError(f"device={load.device!r}: expected one torch can use here, such as cpu or cuda: {reason}")
-    if load.offload != "none" and find_spec("accelerate") is None:
+    if load.weights != "device" and find_spec("accelerate") is None:
         raise OptionError(
-            f'offload={load.offload!r} needs the package accelerate, which is not installed: pip install "liar-prune[offload]"'
+            f'weights={load.weights!r} needs the package accelerate, which is not installed: pip install "liar-prune[offload]"'
         )
