@@ -287,6 +287,11 @@ ACTIVATIONS: dict[str, str] = {
     "auto": "the first of these that fits in the memory that is free",
 }
 PLACES: dict[str, str] = {name: meaning for name, meaning in ACTIVATIONS.items() if name != "auto"}
+WEIGHTS: dict[str, str] = {
+    "device": "on the device, all of them",
+    "host": "in host memory; one block at a time is on the device",
+    "disk": "in the files of the model; one block at a time is in memory",
+}
 DTYPES: dict[str, str] = {
     "auto": "as stored",
     "float32": "32 bits",
@@ -507,6 +512,7 @@ class LoadOptions(OptionGroup):
 
     dtype: str = _option("Type of the weights.", default="auto", choices=DTYPES)
     device: str = _option("Where to run: cpu, cuda, …", default="cpu", check=check_text)
+    weights: str = _option("Where the weights are while they are not needed.", default="device", choices=WEIGHTS)
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from liar.data import Calibration, transformer_and_data
 from liar.errors import CalibrationError, ModelError, OptionError, at_site
 from liar.mask import Mask, WeightMasks, apply_masks, hold_masks
-from liar.models import LayerView, check_one_stack, layout_with_weights, linear_layers, transformer_in
+from liar.models import LayerView, check_one_stack, layout_with_weights, linear_layers, plain_block, transformer_in
 from liar.options import UnstructuredOptions
 from liar.progress import ProgressOption, progress_of
 from liar.repair import RepairStep, SiteState, apply_steps
 from liar.runtime import distributed, exclusive
 from liar.statistics import ChannelMoments, Moments, check_finite
-from liar.surgery import all_or_nothing
+from liar.surgery import adopt, all_or_nothing, copy_block
 
 __all__ = ["Sparsified", "WeightMasks", "apply_masks", "hold_masks", "prune"]
 
@@ -305,8 +305,11 @@ def prune(
     ):
         step = RemoveWeights(options, lambda: advance(1))
         if calibration is None:
-            for block, views in layers.items():
-                step.remove(block, views, {})
+            for name in layers:
+                block = inner.get_submodule(name)
+                sparse = copy_block(plain_block(block))
+                step.remove(name, linear_layers(sparse), {})
+                adopt(block, sparse)
         else:
             all_units = Mask({site.name: torch.ones(site.units, dtype=torch.bool) for site in layout.sites})
             apply_steps(inner, layout, calibration, [step], all_units)

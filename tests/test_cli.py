@@ -1,13 +1,16 @@
 """The command line, on tiny models: what it writes, what it refuses, and that a run.json replays to the same bits."""
 
+import gc
 import gzip
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import MISSING
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -301,6 +304,56 @@ def test_reconstruct_with_lists_of_kept_indices(home, tmp_path):
     assert [layer.attention.self.num_attention_heads for layer in slim.bert.encoder.layer] == [2, 1, 4]
 
 
+@pytest.mark.parametrize(("model", "weights"), [("llama", "host"), ("bert", "disk")])
+def test_weights_outside_of_the_device(home, tmp_path, model, weights):
+    """The same bits; its own folder can be read in the same way, and replayed."""
+    pytest.importorskip("accelerate")
+    options = ("--keep", 0.6, "--calib", home / "texts.txt", "--tokens", 300, "--criterion", "magnitude")
+    source, before = home / model, set(Path(tempfile.gettempdir()).glob("liar-offload-*"))
+    for number in ("first", "second"):
+        whole, parts = tmp_path / f"{number}-whole", tmp_path / f"{number}-parts"
+        call("prune", source, whole, *options)
+        call("prune", source, parts, *options, "--weights", weights)
+        assert_same_result(whole, parts)
+        assert {path.name for path in whole.iterdir()} == {path.name for path in parts.iterdir()}
+        source = parts
+    call("replay", parts / "run.json", "--out", tmp_path / "again")
+    assert_same_result(parts, tmp_path / "again")
+    gc.collect()
+    assert set(Path(tempfile.gettempdir()).glob("liar-offload-*")) <= before
+
+
+@pytest.mark.parametrize("weights", ["host", "disk"])
+def test_other_commands_with_weights_outside_of_the_device(home, writer, tmp_path, weights):
+    pytest.importorskip("accelerate")
+    own, llama = tmp_path / "own.jsonl", home / "llama"
+    call("calibrate", writer, "--tokens", 40, "--max-length", 12, "--language", "off", "--out", own, "--weights", weights)
+    call("calibrate", writer, "--tokens", 40, "--max-length", 12, "--language", "off", "--out", tmp_path / "whole.jsonl")
+    assert own.read_text() == (tmp_path / "whole.jsonl").read_text()
+    mask, options = tmp_path / "mask.json", ("--calib", home / "texts.txt", "--tokens", 300, "--weights", weights)
+    call("select", llama, mask, "--keep", 0.6, *options)
+    call("reconstruct", llama, tmp_path / "slim", "--mask", mask, *options)
+    call("refine", tmp_path / "slim", tmp_path / "refined", "--teacher", llama, "--epochs", 1, *options)
+    gradients = refused("select", llama, tmp_path / "other.json", "--keep", 0.6, "--criterion", "snip", *options)
+    assert "choose another criterion: reconstruction, fluctuation" in gradients
+    assert "accelerate keeps some elsewhere" in refused("latency", llama, tmp_path / "t.json", "--length", 8, *options[-2:])
+
+
+def test_offloading_needs_accelerate(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("liar.cli.run.find_spec", lambda name: None)
+    message = refused(
+        "prune", home / "bert", tmp_path / "slim", "--keep", 0.5, "--calib", home / "texts.txt", "--weights", "disk"
+    )
+    assert 'pip install "liar-prune[offload]"' in message
+
+
+def test_a_run_from_before_there_was_offloading(home, tmp_path):
+    call("prune", home / "bert", tmp_path / "slim", "--keep", 0.5, "--calib", home / "texts.txt", "--criterion", "magnitude")
+    run = json.loads((tmp_path / "slim" / "run.json").read_text())
+    del run["run"]["load"]["weights"]
+    assert Run.from_json(json.dumps(run)).load.weights == "device"
+
+
 def test_replay_gives_the_same_bits(home, tmp_path):
     """With an option of every group that is not the default."""
     first, again = tmp_path / "first", tmp_path / "again"
@@ -323,7 +376,7 @@ def test_replay_gives_the_same_bits(home, tmp_path):
     assert run["select"] == {**selection, "protect": ["heads.0"]}
     assert (run["calibration"]["max_length"], run["calibration"]["pack"]) == (7, True)
     assert (run["reconstruct"]["refit"], run["reconstruct"]["ridge"]) == (False, 0.01)
-    assert run["load"] == {"dtype": "bfloat16", "device": "cpu"}
+    assert run["load"] == {"dtype": "bfloat16", "device": "cpu", "weights": "device"}
     assert run["mask"] is None
     text = (first / "run.json").read_text()
     assert Run.from_json(text) == Run.from_json(Run.from_json(text).to_json())
@@ -562,6 +615,7 @@ WRONG = {
     "batch_size": ["0"],
     "tokens": ["0"],
     "dtype": ["int8"],
+    "weights": ["gpu"],
     "steps": ["0", "x"],
     "activations": ["gpu"],
     "granularity": ["row", "0"],

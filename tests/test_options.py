@@ -130,7 +130,10 @@ BAD = {
         "activations": (["gpu", None, True], "expected one of 'device', 'host', 'disk', 'auto'"),
         "run_folder": ([3, "", ["run"], b"run"], "expected a text"),
     },
-    LoadOptions: {"dtype": (["int8", None], "expected one of 'auto', 'float32', 'bfloat16', 'float16'")},
+    LoadOptions: {
+        "dtype": (["int8", None], "expected one of 'auto', 'float32', 'bfloat16', 'float16'"),
+        "weights": (["gpu", None, True], "expected one of 'device', 'host', 'disk'"),
+    },
 }
 # Any text, switch or number will do, as far as can be said before the model and the data are there.
 UNCHECKED = {"seed", "refit", "set_aside", "pack", "mixed_lengths", "calib", "config", "split", "column", "device"}

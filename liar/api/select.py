@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from liar.data import Calibration, transformer_and_data
 from liar.errors import CalibrationError, OptionError, at_site
 from liar.mask import Mask
-from liar.models import Layout, layout_with_weights
+from liar.models import Layout, layout_with_weights, plain_block
 from liar.options import ReconstructOptions, RunOptions, SelectOptions
 from liar.planning import choose_activations
 from liar.progress import Progress, ProgressOption, progress_of
@@ -224,13 +224,15 @@ def _mask_from(
     """The mask that scores and a budget lead to, and what it does to the costs."""
     layout, costs, criterion = by_group.counted_by(options.heads), budget.costs, CRITERIA[options.criterion]
     counted = by_rank(layout)
-    by_site = {}
-    for number, site in enumerate(layout.sites):
-        weights = SiteWeights.of(model.get_submodule(site.block), site, statistics[site.name], seed=options.seed + number)
-        by_site[site.name] = scores(options.criterion, weights)
-        # A comparison with NaN is neither true nor false: it would decide at random which units go.
-        with at_site(site.name, site.module):
-            check_finite(by_site[site.name], what=f"scores of criterion={options.criterion!r}")
+    by_site: dict[str, Tensor] = {}
+    for name in layout.blocks:
+        block = plain_block(model.get_submodule(name))
+        for site in layout.of_block(name):
+            seed = options.seed + len(by_site)
+            by_site[site.name] = scores(options.criterion, SiteWeights.of(block, site, statistics[site.name], seed=seed))
+            # A comparison with NaN is neither true nor false: it would decide at random which units go.
+            with at_site(site.name, site.module):
+                check_finite(by_site[site.name], what=f"scores of criterion={options.criterion!r}")
     ranked = {site.name: rank_scores(by_site[site.name], site) for site in layout.sites if site.groups}
     mask = allocate({**by_site, **ranked}, counted, budget, options.widths, comparable=criterion.comparable)
     change = CostChange(costs.name, float(costs.dense), float(costs.of({name: mask.kept(name) for name in mask.masks})))

@@ -8,9 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from weakref import finalize
 
+import torch
 import typer
 from torch import Tensor, nn
 
@@ -22,7 +26,7 @@ from liar.errors import MaskError, OptionError, check_choice, wrap_parse_errors
 from liar.files import user_path
 from liar.io import check_target, load, load_tokenizer, save
 from liar.mask import Mask
-from liar.models import layout_of, why_unusable
+from liar.models import compute_on, layout_of, why_unusable
 from liar.options import (
     BUDGETS,
     CalibrationOptions,
@@ -268,9 +272,36 @@ def _absolute(name: str) -> str:
 
 
 def load_model(model: str, options: LoadOptions) -> nn.Module:
-    """The model of a folder, on the device."""
+    """The model of a folder, on the device, or kept elsewhere and computed there."""
+    return LOADERS[options.weights](model, options)
+
+
+def _load_whole(model: str, options: LoadOptions) -> nn.Module:
     loaded: nn.Module = load(model, dtype=options.dtype)
     return loaded.to(options.device)
+
+
+def _load_to_host(model: str, options: LoadOptions) -> nn.Module:
+    from accelerate import cpu_offload  # noqa: PLC0415 (an extra)
+
+    loaded: nn.Module = cpu_offload(load(model, dtype=options.dtype), execution_device=torch.device(options.device))
+    return loaded
+
+
+def _leave_on_disk(model: str, options: LoadOptions) -> nn.Module:
+    # Only what is not kept in files as the model needs it is written there.
+    more = TemporaryDirectory(prefix="liar-offload-")
+    loaded: nn.Module = load(model, dtype=options.dtype, device_map={"": "disk"}, offload_folder=more.name)
+    finalize(loaded, more.cleanup)
+    compute_on(loaded, torch.device(options.device))
+    return loaded
+
+
+LOADERS: dict[str, Callable[[str, LoadOptions], nn.Module]] = {
+    "device": _load_whole,
+    "host": _load_to_host,
+    "disk": _leave_on_disk,
+}
 
 
 def check_source(source: SourceOptions | None, load: LoadOptions) -> None:
@@ -279,3 +310,7 @@ def check_source(source: SourceOptions | None, load: LoadOptions) -> None:
         builder_of(source.calib)
     if reason := why_unusable(load.device):
         raise OptionError(f"device={load.device!r}: expected one torch can use here, such as cpu or cuda: {reason}")
+    if load.weights != "device" and find_spec("accelerate") is None:
+        raise OptionError(
+            f'weights={load.weights!r} needs the package accelerate, which is not installed: pip install "liar-prune[offload]"'
+        )

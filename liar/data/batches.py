@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from liar.data.decoder import IGNORED, reads_twice, with_decoder_inputs
 from liar.data.signals import PROCESSOR, SIGNALS, check_signal, warn_of_silence
 from liar.errors import CalibrationError
-from liar.models import base_and_prefix, takes_choices
+from liar.models import base_and_prefix, compute_device, takes_choices
 from liar.options import is_iterable
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def read_batches(data: Iterable[Any], model: nn.Module) -> list[tuple[Batch, Any
     """
     _check_kind(data, model)
     base, _ = base_and_prefix(model)
-    device = next(model.parameters()).device
+    device = compute_device(model)
     accepted = _accepted(base)
     has_decoder = reads_twice(model, accepted)
     pairs = [

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from liar.errors import CalibrationError, ModelError, OptionError
-from liar.models import check_model
+from liar.models import check_model, check_weights, compute_device
 from liar.options import SHORTEST_GENERATED
 
 # The random token and those that follow greedily.
@@ -80,8 +80,7 @@ def check_generator(model: Any, max_length: int) -> None:
             f"{type(model).__name__} cannot write texts: expected a causal language model with its head, as "
             "liar.load(folder) or AutoModelForCausalLM gives it; encoders need real texts"
         )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ModelError("the model is on the meta device: its weights are not there; load it with real weights")
+    check_weights(model)
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and max_length > longest:
         raise OptionError(f"max_length={max_length}: expected at most {longest}, the positions of this {type(model).__name__}")
@@ -122,7 +121,7 @@ def _continued(model: Any, vocabulary: Vocabulary, ids: Tensor, length: int, *, 
         use_cache=True,
         **sampling,
     )
-    ids = ids.to(model.device)
+    ids = ids.to(compute_device(model))
     try:
         continued: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
     except Exception as error:  # models raise whatever they raise

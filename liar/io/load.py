@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 BUILD = (
     "device_map",
+    "max_memory",
+    "offload_folder",
+    "offload_buffers",
     "dtype",
     "torch_dtype",
     "attn_implementation",

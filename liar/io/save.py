@@ -18,7 +18,7 @@ from liar.io.shapes import Shapes, differences, fitted, stored_shapes
 from liar.io.sizes import config_sizes
 from liar.io.standalone import Form, in_form
 from liar.mask import Mask
-from liar.models import Layout, is_plain, layout_with_weights, transformer_in
+from liar.models import Layout, is_plain, layout_with_weights, stored_state, transformer_in
 from liar.options import check_flag
 from liar.report import Report
 from liar.surgery import all_or_nothing, build_stock, stock_class
@@ -95,7 +95,7 @@ def save(
             library = "transformers" if model is inner else "sentence-transformers"
             is_pruned = mask is not None or report is not None or not is_stock
             files.setdefault("README.md", model_card(inner, report, loading, library=library, is_pruned=is_pruned))
-            with replacing(user_path(folder)) as fresh, in_form(inner, form):
+            with replacing(user_path(folder)) as fresh, in_form(inner, form), stored_state(inner):
                 _write(model, inner, fresh, is_stock=is_stock)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(fresh)

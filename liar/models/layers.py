@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from liar.errors import ModelError
+from liar.models.plain import set_parameters
 
 Axis = Literal["in", "out"]
 
@@ -139,7 +140,7 @@ class LayerView:
         """New parameters, since the old ones may be shared with another module; as trainable as what they replace."""
         replaced = getattr(self.module, name)
         trainable = self.weight.requires_grad if replaced is None else replaced.requires_grad
-        setattr(self.module, name, nn.Parameter(value, requires_grad=trainable))
+        set_parameters(self.module, {name: nn.Parameter(value, requires_grad=trainable)})
 
 
 def _class_name(module: nn.Module) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from liar.errors import ModelError
+from liar.models.dispatched import check_hooks, is_dispatched, own_forward
 from liar.models.layout import Site
 
 # Classes that wrap a model or a part of one -> what to do first. Known by name: their packages may not be installed.
@@ -64,19 +65,21 @@ def check_owned(model: nn.Module, sites: Iterable[Site]) -> None:
     """Check that the layers of all sites are the model's own, and that its blocks compute what their classes say.
 
     Raises:
-        ModelError: a weight is shared, or a module has a forward of its own, bound to the layers as they were.
+        ModelError: a weight is shared, or comes and goes with a module around it; or a module has a forward of its own, bound
+            to the layers as they were.
     """
     sites = list(sites)
+    check_hooks(model)
     for block in dict.fromkeys(site.block for site in sites):
         for name, module in model.get_submodule(block).named_modules():
-            own = vars(module).get("forward")
+            own = own_forward(module)
             # What accelerate leaves when it takes its hooks away is the class's own forward.
             if own is not None and getattr(own, "__func__", None) is not type(module).forward:
                 raise ModelError(
-                    f"{'.'.join(filter(None, (block, name)))} has a forward of its own, set on the instance (accelerate's "
-                    "hooks, a patched kernel): a copy of the block would still run the original layers. Remove it first "
-                    "(accelerate.hooks.remove_hook_from_module(model, recurse=True), or load the model without it), and put "
-                    "it back afterwards"
+                    f"{'.'.join(filter(None, (block, name)))} has a forward of its own, set on the instance (a patched "
+                    "kernel, a hook of accelerate that does more than to bring in weights): a copy of the block would still "
+                    "run the original layers. Remove it first (accelerate.hooks.remove_hook_from_module(model, recurse=True), "
+                    "or load the model without it), and put it back afterwards"
                 )
     holders: dict[object, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -94,8 +97,17 @@ def check_owned(model: nn.Module, sites: Iterable[Site]) -> None:
 
 
 def count_parameters(modules: Iterable[nn.Module]) -> int:
-    """Parameters in some modules; one that several share counts once."""
-    return sum(each.numel() for each in {id(p): p for module in modules for p in module.parameters()}.values())
+    """Parameters in some modules; one that several share counts once.
+
+    Between passes tied weights of a dispatched model are no longer one object: they are known by their names.
+    """
+    counted: dict[int, int] = {}
+    for module in modules:
+        tied = getattr(module, "all_tied_weights_keys", {})
+        for name, parameter in module.named_parameters():
+            if not (parameter.is_meta and name in tied and is_dispatched(module)):
+                counted[id(parameter)] = parameter.numel()
+    return sum(counted.values())
 
 
 def _memory(parameter: Tensor) -> object:

@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from liar.errors import ModelError
+from liar.models.dispatched import check_hooks
 from liar.models.family import Family, FusedProducer, SitePattern, Stack
 from liar.models.layers import LayerView, storage_of
 from liar.models.layout import Edge, Layout, Segment, Site
 from liar.models.ownership import check_model, check_owned, count_parameters
 from liar.models.registry import family_of
+from liar.models.stored import check_weights
 
 
 def base_and_prefix(model: nn.Module) -> tuple[nn.Module, str]:
@@ -31,14 +33,11 @@ def layout_with_weights(model: nn.Module) -> Layout:
     """`layout_of`, for a model whose weights are about to be read.
 
     Raises:
-        ModelError: as `layout_of`; or the model is on the meta device.
+        ModelError: as `layout_of`; or the model is on the meta device, and no hook of accelerate knows where its weights are.
     """
     check_model(model)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ModelError(
-            "the model is on the meta device: its weights are not there; load it with real weights (without "
-            'device_map="auto" offloading, or with enough memory)'
-        )
+    check_hooks(model)
+    check_weights(model)
     return layout_of(model)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from liar.data import Calibration
-from liar.models import layout_of
+from liar.models import compute_device, is_offloaded, layout_of
 from liar.options import ReconstructOptions, SelectOptions
 from liar.planning.memory import Phase, phases
 from liar.planning.passes import kept_units, workload_of
@@ -118,7 +118,6 @@ def choose_activations(
     selection: SelectOptions | None = None,
     masks: Mapping[str, Any] | None = None,
     free: Mapping[str, float] | None = None,
-    offload: bool = False,
 ) -> str:
     """Where a run should keep its activations: the fastest of device, host and disk at which what it adds fits.
 
@@ -129,11 +128,9 @@ def choose_activations(
         selection: how its units are selected, where they still are to be.
         masks: the units that stay, by site, where they are selected.
         free: bytes by place; what is free now if not given.
-        offload: whether the weights come to the device one block at a time.
     """
     layout = layout_of(model)
-    device = next(model.parameters()).device
-    device = torch.device("cpu") if device.type == "meta" else device
+    device, offload = compute_device(model), is_offloaded(model)
     free = free_memory(device) if free is None else free
     if masks is None:
         kept = kept_units(layout, 1.0 if selection is None else selection.keep)

@@ -9,7 +9,7 @@ from torch import nn
 
 from liar.data import Calibration
 from liar.mask import Mask
-from liar.models import Layout
+from liar.models import Layout, forget_unused
 from liar.repair.step import RepairStep
 from liar.repair.walker import walk_blocks
 from liar.runtime import distributed
@@ -72,3 +72,4 @@ def adopt_blocks(model: nn.Module, layout: Layout, pruned_blocks: Sequence[nn.Mo
         for pair in pairs:
             adopt(*pair)
         update_config(model)
+        forget_unused(model)

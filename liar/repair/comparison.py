@@ -27,7 +27,7 @@ from torch.nn.functional import cosine_similarity, logsigmoid
 from liar.data import Calibration, split, take
 from liar.errors import ModelError
 from liar.mask import Mask
-from liar.models import Layout, Site
+from liar.models import Layout, Site, compute_device, is_dispatched, on_device, plain_block
 from liar.report import Measure, Quality
 from liar.runtime import Output, distributed, outputs_of, preserve_model_state, replace_forwards
 from liar.surgery import copy_block, cut_site
@@ -77,9 +77,12 @@ def compare_outputs(
     layout = layout.matching(mask.masks)
     blocks = [model.get_submodule(name) for name in layout.blocks]
     sites = [layout.of_block(name) for name in layout.blocks]
-    cut = [partial(_run_cut, copy_block(block), own, mask) for block, own in zip(blocks, sites, strict=True)]
+    device = compute_device(model)
+    # Copies, since others run in place of the model's own.
+    copies = [block if is_dispatched(block) else copy_block(block) for block in blocks]
+    cut = [partial(_run_cut, block, device, own, mask) for block, own in zip(copies, sites, strict=True)]
     variants: dict[str, Sequence[Callable[..., Any]]] = {
-        "repaired": [each.__call__ for each in repaired_blocks],
+        "repaired": [partial(_run_repaired, each, device) for each in repaired_blocks],
         "mask_only": cut,
     }
     sums: defaultdict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
@@ -155,9 +158,14 @@ def distances(dense: Output, other: Output) -> dict[str, Tensor]:
 FINISH: dict[str, Callable[[float], float]] = {"difference": lambda mean: mean**0.5}
 
 
-def _run_cut(block: nn.Module, sites: Sequence[Site], mask: Mask, *args: Any, **kwargs: Any) -> Any:
+def _run_repaired(block: nn.Module, device: torch.device, *args: Any, **kwargs: Any) -> Any:
+    """Run a finished block, which may be kept elsewhere than where the model computes."""
+    return on_device(block, device)(*args, **kwargs)
+
+
+def _run_cut(block: nn.Module, device: torch.device, sites: Sequence[Site], mask: Mask, *args: Any, **kwargs: Any) -> Any:
     """Cut a copy of a block, run it, and forget it."""
-    cut = copy_block(block)
+    cut = copy_block(plain_block(block, device))
     for site in sites:
         cut_site(cut, site, mask[site.name])
     return cut.eval()(*args, **kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from liar.errors import ModelError
-from liar.models import Layout, model_type_of
+from liar.models import Layout, compute_device, model_type_of
 
 
 def check_teacher(teacher: nn.Module, dense: Layout, model: nn.Module, pruned: Layout) -> None:
@@ -36,7 +36,7 @@ def check_teacher(teacher: nn.Module, dense: Layout, model: nn.Module, pruned: L
             f"the teacher has a vocabulary of {vocabularies[0]:,} tokens, the model of {vocabularies[1]:,}: expected the "
             "same tokenizer; pass the model that this one was cut from"
         )
-    devices = [next(each.parameters()).device for each in (teacher, model)]
+    devices = [compute_device(each) for each in (teacher, model)]
     if devices[0] != devices[1]:
         raise ModelError(f"the teacher is on {devices[0]}, the model on {devices[1]}: move them to one device")
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from liar.data import Calibration
 from liar.mask import Mask
-from liar.models import Layout, base_and_prefix, layout_of
+from liar.models import Layout, base_and_prefix, compute_device, layout_of, plain_block, put_away
 from liar.repair.captures import Capture, capture_points, read_captures
 from liar.repair.resume import finished_block, resume_block, set_weights
 from liar.repair.state import DENSE, PRUNED, BlockPair, SiteState, Walk
@@ -93,6 +93,7 @@ def walk_blocks(
         check_teacher(teacher, dense_layout, model, layout)
     clock = defaultdict(float) if clock is None else clock
     walk = Walk(layout, calibration, mask, workspace.new_store(), clock, has_pruned_stream, drifted=teacher is not None)
+    device = compute_device(model)
     with preserve_model_state(model), preserve_model_state(source):
         pruned_blocks: list[nn.Module] = []
         for number, (name, dense_name) in enumerate(zip(layout.blocks, dense_layout.blocks, strict=True)):
@@ -102,21 +103,24 @@ def walk_blocks(
                     _enter(walk, source, dense_layout, DENSE, stack)
                     if has_pruned_stream:
                         _enter_pruned(walk, model, stack)
+            own, dense = model.get_submodule(name), plain_block(source.get_submodule(dense_name), device)
+            original = dense if teacher is None else plain_block(own, device)
             block = BlockPair(
                 number=number,
-                dense=source.get_submodule(dense_name),
-                pruned=None if mask is None else copy_block(model.get_submodule(name)),
+                dense=dense,
+                pruned=None if mask is None else copy_block(original),
                 sites=layout.of_block(name),
                 dense_sites=dense_layout.of_block(dense_name),
             )
             finished = workspace.read(_entry(number))
             if finished is None:
                 _walk_block(walk, block, steps, is_pre_norm=dense_layout.is_pre_norm)
-                _commit(workspace, walk, block, model.get_submodule(name), steps)
+                _commit(workspace, walk, block, original, steps)
             else:
                 resume_block(walk, block, steps, finished)
             _leave(walk, block)
             if block.pruned is not None:
+                put_away(block.pruned, own)
                 pruned_blocks.append(block.pruned)
     return pruned_blocks
 

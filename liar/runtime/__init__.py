@@ -1,7 +1,15 @@
 """Running a model block by block and reading its activations; the user's model is left as it was."""
 
 from liar.runtime import distributed
-from liar.runtime.blocks import BlockCall, calls_of, record_block_calls, replace_forwards, run_block, run_model
+from liar.runtime.blocks import (
+    BlockCall,
+    calls_of,
+    recompute_blocks,
+    record_block_calls,
+    replace_forwards,
+    run_block,
+    run_model,
+)
 from liar.runtime.hooks import Point, StopForward, capture_activations, replay_output
 from liar.runtime.identity import run_identity
 from liar.runtime.journal import Journal, open_journal, remove_journals
@@ -38,6 +46,7 @@ __all__ = [
     "output_scale",
     "outputs_of",
     "preserve_model_state",
+    "recompute_blocks",
     "record_block_calls",
     "record_gradients",
     "remove_journals",

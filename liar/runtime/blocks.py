@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from liar.errors import CalibrationError, LiarError, ModelError
 from liar.runtime.hooks import StopForward
@@ -36,12 +38,17 @@ def run_model(model: nn.Module, batch: Mapping[str, Any], number: int = 0) -> An
 
     Raises:
         CalibrationError: the model does not take the batch.
-        ModelError: it runs attention in a way that not every device and pass has, and stops.
+        ModelError: it runs attention in a way that not every device and pass has, and stops; or its files are gone.
     """
     try:
         return model(**batch)
     except (StopForward, LiarError):
         raise
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{type(model).__name__}: a weight that is kept in a file cannot be read ({error}): the files of an offloaded "
+            "model have to stay where they were; load it again"
+        ) from error
     except Exception as error:
         attention = getattr(getattr(model, "config", None), "_attn_implementation", None) or "eager"
         if attention not in ("eager", "sdpa"):
@@ -155,6 +162,29 @@ def replace_forwards(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..
             vars(block).pop("forward", None)
             if own is not None:
                 block.forward = own
+
+
+@contextmanager
+def recompute_blocks(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Let blocks run once more for their gradients, so that the weights of one of them are there at a time.
+
+    Gradients flow down to what enters the first of them, of a stack, and to no weights: their own come and go.
+    """
+
+    def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not hidden_states.requires_grad:
+                hidden_states = hidden_states.detach().requires_grad_()
+            return checkpoint(forward, hidden_states, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        return run
+
+    # To its end: a hook that brought weights in has to take them away again.
+    with (
+        set_checkpoint_early_stop(enable=False),
+        replace_forwards(blocks, [recomputed(block.forward) for block in blocks]),
+    ):
+        yield
 
 
 def calls_of(stream: str, block: int) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from liar.data import Calibration
+from liar.models import stored_state
 from liar.versions import versions
 
 # Options that no weight and no mask depends on.
@@ -53,7 +54,8 @@ def _model_digest(model: nn.Module) -> str:
     # Where the model came from does not matter.
     kept = {name: value for name, value in entries.items() if not name.startswith("_") and name != "transformers_version"}
     about = {"": f"{type(model).__name__} {json.dumps(kept, sort_keys=True, default=str)}"}
-    return _digest([*about.items(), *model.state_dict().items()])
+    with stored_state(model):
+        return _digest([*about.items(), *model.state_dict().items()])
 
 
 def _digest(named: Iterable[tuple[str, Any]]) -> str:

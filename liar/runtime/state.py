@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from liar.errors import ModelError
-from liar.models import Layout, check_default_device, check_model, layout_with_weights
+from liar.models import (
+    Layout,
+    check_default_device,
+    check_model,
+    compute_device,
+    layout_with_weights,
+    take_weights_away,
+)
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
@@ -37,7 +44,7 @@ def exclusive(model: nn.Module) -> Iterator[None]:
         lock = _LOCKS.setdefault(model, threading.RLock())
     with lock, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        for kind in {"cpu", *(p.device.type for p in model.parameters())} - {"meta"}:
+        for kind in {"cpu", compute_device(model).type, *(p.device.type for p in model.parameters())} - {"meta"}:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.get_default_device().type != "cpu":
@@ -116,7 +123,8 @@ def preserve_model_state(model: nn.Module) -> Iterator[None]:
     config: Any = getattr(model, "config", None)
     by_name = getattr(config, "return_dict", True)
     modes = [(module, module.training) for module in model.modules()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    used = (compute_device(model), *(parameter.device for parameter in model.parameters()))
+    devices = sorted({device.index or 0 for device in used if device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             model.eval()
@@ -128,6 +136,7 @@ def preserve_model_state(model: nn.Module) -> Iterator[None]:
             config.return_dict = by_name
         for module, training in modes:
             module.training = training
+        take_weights_away(model)
 
 
 @contextmanager
@@ -142,16 +151,21 @@ def record_gradients(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[No
             f"{type(model).__name__}: expected parameters that gradients can be taken of, got some that were made inside "
             "torch.inference_mode: load the model outside of it"
         )
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # By name: the parameters of a dispatched model are others after every pass.
+    flags = [
+        (module, name, parameter.requires_grad)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
     # The user may be in inference mode, where nothing can be differentiated.
     with torch.inference_mode(False), preserve_model_state(model):
         try:
-            for parameter, _ in flags:
+            for parameter in model.parameters():
                 parameter.requires_grad_(False)
             for weight in weights:
                 weight.requires_grad_(True)
             with torch.enable_grad():
                 yield
         finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+            for module, name, flag in flags:
+                module.get_parameter(name).requires_grad_(flag)

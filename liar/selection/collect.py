@@ -17,7 +17,7 @@ from liar.analysis import channel_moments
 from liar.data import Calibration
 from liar.errors import CalibrationError
 from liar.files import replacing_file, user_path
-from liar.models import Layout, layer_of, layout_with_weights
+from liar.models import Layout, check_kept_here, layer_of, layout_with_weights, plain_block
 from liar.progress import Progress
 from liar.runtime import Workspace
 from liar.selection.error_curves import error_curves
@@ -145,10 +145,20 @@ def needs_of(criteria: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(needs for criterion in criteria if (needs := CRITERIA[criterion].needs)))
 
 
+def _without_gradients() -> str:
+    """The criteria that need no gradients of weights."""
+    names = [name for name, criterion in CRITERIA.items() if criterion.needs != "gradients"]
+    return f"another criterion: {', '.join(names)}"
+
+
 def consumer_norms(model: nn.Module, layout: Layout) -> dict[str, float]:
     """Frobenius norm of the consumer's weight by site."""
-    layers = {site.name: layer_of(model.get_submodule(site.block), site.consumer) for site in layout.sites}
-    return {name: float(layer.matrix.norm(dtype=torch.float64)) for name, layer in layers.items()}
+    return {
+        site.name: float(layer_of(block, site.consumer).matrix.norm(dtype=torch.float64))
+        for name in layout.blocks
+        for block in [plain_block(model.get_submodule(name))]
+        for site in layout.of_block(name)
+    }
 
 
 def collect_with(
@@ -161,6 +171,8 @@ def collect_with(
 ) -> CriterionStatistics:
     """`collect` on a model that is locked, with options that are checked."""
     layout = layout_with_weights(model).counted_by(heads)
+    if "gradients" in needs_of(criteria):
+        check_kept_here(model, f"gradients of weights ({', '.join(criteria)})", "choose " + _without_gradients())
     sites: SiteTensors = {site.name: {} for site in layout.sites}
     for needs in needs_of(criteria):
         known = workspace.read(needs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from liar.data import Calibration, sample, split, take
 from liar.errors import at_site
-from liar.models import Layout, layer_of
+from liar.models import Layout, compute_device, is_offloaded, layer_of
 from liar.progress import Progress, timed
 from liar.runtime import (
     Point,
@@ -20,6 +21,7 @@ from liar.runtime import (
     drawn,
     outputs_of,
     preserve_model_state,
+    recompute_blocks,
     record_gradients,
     sequence_sums,
 )
@@ -79,12 +81,16 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
     points = {name: Point(consumer.module, None) for name, consumer in consumers.items()}
     # The user may be in inference mode, whose tensors cannot be added to outside of it.
     with torch.inference_mode(False):
-        sums = {name: GradientMoments(consumer.matrix.new_zeros(consumer.size("out"))) for name, consumer in consumers.items()}
+        sums = {site.name: GradientMoments(torch.zeros(site.out, device=compute_device(model))) for site in layout.sites}
     # Gradients flow down to the first block of a stack: its consumers make all that comes after them differentiable.
     first = [consumers[site.name].weight for stack in layout.stacks for site in layout.of_block(stack[0])]
     calibration, every = sampled(model, calibration)
     calibration = distributed.share(calibration, model)
-    with record_gradients(model, first), progress.stage("sensitivity", calibration.own_tokens) as advance:
+    passes = ExitStack()
+    if is_offloaded(model):
+        first = []
+        passes.enter_context(recompute_blocks([model.get_submodule(name) for name in layout.blocks]))
+    with passes, record_gradients(model, first), progress.stage("sensitivity", calibration.own_tokens) as advance:
         ordinary, outputs = differentiable(calibration), 0
         for number, token_mask in enumerate(ordinary.token_masks):
             with timed(progress.seconds, "select: forward"):

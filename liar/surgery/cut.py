@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from liar.errors import ModelError
 from liar.mask import Mask
-from liar.models import Site, layer_of, layout_of, transformer_in
+from liar.models import (
+    Site,
+    forget_unused,
+    layer_of,
+    layout_of,
+    plain_block,
+    set_parameters,
+    shared_by_copies,
+    transformer_in,
+)
 from liar.runtime import exclusive
 from liar.surgery.heads import adopt_selection, select_heads
 from liar.surgery.stock import uniform_sizes
@@ -51,7 +60,7 @@ def copy_dense(model: nn.Module) -> nn.Module:
 
     It stays as it is when the model is cut, since cutting replaces parameters and changes none in place.
     """
-    return copy.deepcopy(model, {id(shared): shared for shared in (*model.parameters(), *model.buffers())})
+    return copy.deepcopy(model, {id(shared): shared for shared in shared_by_copies(model)})
 
 
 def check_adoptable(block: nn.Module, pruned_block: nn.Module) -> None:
@@ -94,8 +103,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 def adopt(block: nn.Module, pruned_block: nn.Module) -> None:
     """Give the layers of a block the parameters and sizes of its cut copy; modules and their hooks stay."""
     for module, cut_module in zip(block.modules(), pruned_block.modules(), strict=True):
-        for name, parameter in cut_module.named_parameters(recurse=False):
-            setattr(module, name, parameter)
+        set_parameters(module, dict(cut_module.named_parameters(recurse=False)))
         for name, value in vars(cut_module).items():
             if type(value) is int and vars(module).get(name) != value:
                 setattr(module, name, value)
@@ -123,9 +131,14 @@ def remove(model: nn.Module, mask: Mask | Mapping[str, Any]) -> None:
         mask = Mask.of(mask, layout)
         layout = layout.matching(mask.masks)
         with all_or_nothing(model):
-            for site in layout.sites:
-                cut_site(model.get_submodule(site.block), site, mask[site.name])
+            for name in layout.blocks:
+                block = model.get_submodule(name)
+                cut = copy_block(plain_block(block))
+                for site in layout.of_block(name):
+                    cut_site(cut, site, mask[site.name])
+                adopt(block, cut)
             update_config(model)
+            forget_unused(model)
 
 
 def update_config(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from liar.data import Calibration
-from liar.models import Layout, Site, base_and_prefix
+from liar.models import Layout, Site, base_and_prefix, compute_device, plain_block
 from liar.repair.captures import capture_points, read_captures
 from liar.repair.refine.plan import Window
 from liar.runtime import (
@@ -50,12 +50,10 @@ class Side:
         record_block_calls(base, blocks, calibration.batches, self.store, self.stream, numbers=calibration.numbers)
 
     def block(self, number: int) -> nn.Module:
-        """A block: the model's own, or its copy, which lasts until `drop`."""
-        block = self.model.get_submodule(self.layout.blocks[number])
-        if not self.copies:
-            return block
+        """A block, as it is or to be trained; a copy lasts until `drop`."""
         if number not in self._blocks:
-            self._blocks[number] = _trainable_copy(block)
+            block = plain_block(self.model.get_submodule(self.layout.blocks[number]), compute_device(self.model))
+            self._blocks[number] = _trainable_copy(block) if self.copies else block
         return self._blocks[number]
 
     def drop(self, before: int) -> None:

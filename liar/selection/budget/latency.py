@@ -17,7 +17,7 @@ from torch.utils.benchmark import Timer
 from liar.data import Calibration
 from liar.errors import OptionError
 from liar.files import user_path
-from liar.models import Layout, Site, base_and_prefix, layout_with_weights
+from liar.models import Layout, Site, base_and_prefix, check_kept_here, layout_with_weights
 from liar.options import LENGTH, check_count
 from liar.progress import Progress, ProgressOption, progress_of
 from liar.runtime import ActivationStore, BlockCall, calls_of, exclusive, preserve_model_state, record_block_calls, run_block
@@ -68,6 +68,9 @@ def latency(
         ('seconds', 16)
     """
     layout = layout_with_weights(model)
+    check_kept_here(
+        model, "measured times", "choose a budget in parameters (budget='params'), or time a loaded model of its shape"
+    )
     if getattr(model, "main_input_name", "input_ids") != "input_ids" or len(layout.stacks) > 1:
         raise OptionError(
             "latency: expected a model of texts, with one stack of blocks, which is timed with token ids, got a "
