@@ -47,7 +47,7 @@ HEADINGS = ("case", "tokens", "memory added: plan", "measured", "with the model:
 SIZES_FILE = RESULTS / "planning_sizes.jsonl"
 SIZE_HEADINGS = (
     "model", "weights", "activations on the device", "in host memory: device, host", "on disk: device, disk",
-    "blocks offloaded, no gradients: device, host", "10^15 operations", "one CPU thread",
+    "blocks offloaded: device, host", "10^15 operations", "one CPU thread",
 )  # fmt: skip
 # 128 sequences of 2,048 tokens, one at a time.
 SIZE_OPTIONS: dict[str, Any] = {"keep": 0.5, "max_length": 2_048, "batch_size": 1, "dtype": "bfloat16"}
@@ -113,9 +113,8 @@ def plan_size(name: str) -> Record:
     torch.set_num_threads(1)
     on_gpu = liar.plan(SIZES[name], SIZE_TOKENS, device="cuda", measure=False, **SIZE_OPTIONS)
     offloaded = liar.plan(
-        SIZES[name], SIZE_TOKENS, device="cuda", measure=False, offload=True, activations="host", criterion="fluctuation",
-        **SIZE_OPTIONS,
-    )  # fmt: skip
+        SIZES[name], SIZE_TOKENS, device="cuda", measure=False, offload=True, activations="host", **SIZE_OPTIONS
+    )
     # Products in 16 bits are slow on many CPUs.
     on_cpu = liar.plan(SIZES[name], SIZE_TOKENS, **{**SIZE_OPTIONS, "dtype": "float32"})
     assert on_cpu.seconds is not None

@@ -43,7 +43,6 @@ class Phase:
         activations: what outlives a batch: streams, targets, inputs, replayed outputs, and how blocks are called.
         work: sums, solves and what one batch needs; always where it is computed.
         batch: bytes of the activations of one batch, which come to the device where they are kept elsewhere.
-        whole: whether all weights are needed at a time, as by the graph of a backward pass, and not those of one block.
     """
 
     stage: str
@@ -52,7 +51,6 @@ class Phase:
     activations: float = 0.0
     work: float = 0.0
     batch: float = 0.0
-    whole: bool = False
 
 
 @dataclass
@@ -86,7 +84,7 @@ def selection_phases(workload: Workload, options: SelectOptions) -> Iterator[Pha
     elif needs == "gradients":
         # Sums over the data of the gradients of all weights, float64.
         sums = DOUBLE * sum(site.weights for site in workload.sites)
-        yield Phase("selection", "gradients", work=sums + workload.gradients.peak, whole=True)
+        yield Phase("selection", "gradients", work=sums + workload.gradients.peak)
     elif needs == "curves":
         yield from sensitivity_phases(workload)
         yield from elimination_phases(workload)
@@ -98,10 +96,8 @@ def sensitivities(workload: Workload) -> float:
 
 
 def sensitivity_phases(workload: Workload) -> Iterator[Phase]:
-    """The pass forward and back, and the sums over it; at the end each is divided, into a new one."""
-    sums = sensitivities(workload)
-    yield Phase("selection", "gradient pass", work=sums + workload.gradients.peak, whole=True)
-    yield Phase("selection", "sums of gradients", work=2 * sums)
+    """The pass forward and back, beside the sums over it."""
+    yield Phase("selection", "gradient pass", work=sensitivities(workload) + workload.gradients.peak)
 
 
 def elimination_phases(workload: Workload) -> Iterator[Phase]:

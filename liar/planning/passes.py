@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from inspect import signature
 from math import ceil
 from typing import Any
@@ -14,7 +15,16 @@ from liar.models import Layout, Site, base_and_prefix, layer_of
 from liar.models.layers import LayerView
 from liar.planning.imitation import Tally, fakes, imitation
 from liar.planning.workload import BlockSize, Data, Gradients, SiteSize, Workload
-from liar.runtime import ActivationStore, Point, calls_of, capture_activations, drawn, record_block_calls, run_block
+from liar.runtime import (
+    ActivationStore,
+    Point,
+    calls_of,
+    capture_activations,
+    drawn,
+    recompute_blocks,
+    record_block_calls,
+    run_block,
+)
 from liar.selection.fisher import LOGITS, OUTPUTS, SEQUENCES, TEXTS, TOKENS
 
 STREAM = "dense"
@@ -24,7 +34,14 @@ UNEVEN = 0.25
 
 
 def workload_of(
-    model: nn.Module, layout: Layout, data: Data, kept: Mapping[str, int], *, weights: bool, is_free: bool = False
+    model: nn.Module,
+    layout: Layout,
+    data: Data,
+    kept: Mapping[str, int],
+    *,
+    weights: bool,
+    is_free: bool = False,
+    offload: bool = False,
 ) -> Workload:
     """Run a model without memory once, and note what that takes.
 
@@ -35,6 +52,7 @@ def workload_of(
         kept: units that stay by site.
         weights: whether the selection needs the gradients of weights.
         is_free: whether sites may keep more than that, and others less.
+        offload: whether the weights come to the device one block at a time, so that blocks run once more for gradients.
     """
     with imitation(model) as fake:
         batch = fakes(data.batch)
@@ -47,7 +65,14 @@ def workload_of(
         by_token = [value.shape[-1] for value in logits if value.ndim == 3 and value.shape[:2] == shape]
         can_leave_out = "logits_to_keep" in signature(fake.forward).parameters
         gradients = _gradient_pass(
-            fake, layout, data, batch, max(by_token, default=0), can_leave_out=can_leave_out, weights=weights
+            fake,
+            layout,
+            data,
+            batch,
+            max(by_token, default=0),
+            can_leave_out=can_leave_out,
+            weights=weights,
+            offload=offload,
         )
     nbytes = sum(tensor.nbytes for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
     blocks = []
@@ -57,11 +82,14 @@ def workload_of(
         own = sum(parameter.nbytes for parameter in block.parameters())
         element = next(block.parameters()).element_size()
         blocks.append(BlockSize(sites, own, element, tally.flops, tally.traffic, tally.peak))
+    in_blocks = {id(value) for name in layout.blocks for value in model.get_submodule(name).parameters()}
+    outside = [value for value in model.parameters() if id(value) not in in_blocks]
     return Workload(
         data=data,
         blocks=tuple(blocks),
         pre_norm=layout.is_pre_norm,
         nbytes=nbytes,
+        largest_at_once=max([each.nbytes for each in blocks] + [value.nbytes for value in outside]),
         calls=calls,
         head_flops=max(whole.flops - of_blocks, 0.0),
         classes=max(by_token, default=0),
@@ -117,7 +145,15 @@ def _logits(returned: Any) -> list[Tensor]:
 
 
 def _gradient_pass(
-    fake: nn.Module, layout: Layout, data: Data, batch: Mapping[str, Any], classes: int, *, can_leave_out: bool, weights: bool
+    fake: nn.Module,
+    layout: Layout,
+    data: Data,
+    batch: Mapping[str, Any],
+    classes: int,
+    *,
+    can_leave_out: bool,
+    weights: bool,
+    offload: bool,
 ) -> Gradients:
     """One pass of `sensitivities`, or of `unit_gradients` where the gradients of weights are needed."""
     tokens, every, together = gradient_sample(data, classes, can_leave_out=can_leave_out, whole=weights)
@@ -133,9 +169,11 @@ def _gradient_pass(
         fake.get_submodule(f"{s.block}.{edge.module}").get_parameter("weight") for s in layout.sites for edge in s.edges
     ]
     first = [consumers[site.name].get_parameter("weight") for stack in layout.stacks for site in layout.of_block(stack[0])]
-    for weight in every_weight if weights else first:
+    blocks = [fake.get_submodule(name) for name in layout.blocks]
+    passes = recompute_blocks(blocks) if offload and not weights else nullcontext()
+    for weight in every_weight if weights else [] if offload else first:
         weight.requires_grad_(True)
-    with Tally() as tally, torch.enable_grad():
+    with passes, Tally() as tally, torch.enable_grad():
         with capture_activations(points) as activations:
             returned = fake(**part)
             outputs = _logits(returned) or [returned[0]]

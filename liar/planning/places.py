@@ -61,31 +61,29 @@ def memory(workload: Workload, steps: Sequence[Phase], activations: str, *, on_c
         steps: the phases of a run.
         activations: `"device"`, `"host"` or `"disk"`.
         on_cpu: whether the compute device is the host.
-        offload: whether weights come to the device one block at a time.
+        offload: whether weights come one block at a time: to a device from the host's memory, to a CPU from files.
     """
     largest = max(steps, key=lambda step: _computing(workload, step, activations, on_cpu=on_cpu, offload=offload))
     computing = _computing(workload, largest, activations, on_cpu=on_cpu, offload=offload)
     disk = max(step.activations for step in steps) if activations == "disk" else 0.0
     aside = max(_aside(workload, step, activations, offload=offload) for step in steps)
-    added = computing - _weights(workload, largest, offload=offload and not on_cpu)
+    added = computing - _weights(workload, offload=offload)
     places = (0.0, computing) if on_cpu else (computing, aside)
     return Memory(*places, disk, largest.stage, largest.name, added)
 
 
-def _weights(workload: Workload, step: Phase, *, offload: bool) -> float:
-    """The dense weights that have to be on the device in a phase."""
-    if step.whole or not offload:
-        return float(workload.nbytes)
-    return float(max(block.nbytes for block in workload.blocks))
+def _weights(workload: Workload, *, offload: bool) -> float:
+    """The dense weights that have to be where it is computed, at a time."""
+    return float(workload.largest_at_once if offload else workload.nbytes)
 
 
 def _computing(workload: Workload, step: Phase, activations: str, *, on_cpu: bool, offload: bool) -> float:
     """Bytes where it is computed."""
-    offload = offload and not on_cpu
     stays = activations == "device" or (activations == "host" and on_cpu)
     kept = step.activations if stays else min(UNDER_WAY * step.batch, step.activations)
-    slim = min(step.slim, max(block.nbytes for block in workload.blocks)) if offload else step.slim
-    return _weights(workload, step, offload=offload) + (slim + kept + step.work) * (ALLOCATOR if on_cpu else 1.0)
+    # Slim copies of offloaded blocks are in the host's memory, which on a CPU is where it is computed.
+    slim = min(step.slim, max(block.nbytes for block in workload.blocks)) if offload and not on_cpu else step.slim
+    return _weights(workload, offload=offload) + (slim + kept + step.work) * (ALLOCATOR if on_cpu else 1.0)
 
 
 def _aside(workload: Workload, step: Phase, activations: str, *, offload: bool) -> float:
@@ -140,7 +138,7 @@ def choose_activations(
     needs = None if selection is None else CRITERIA[selection.criterion].needs
     is_free = masks is None and selection is not None and selection.widths == "free"
     data = Data.of_calibration(calibration)
-    workload = workload_of(model, layout, data, kept, weights=needs == "gradients", is_free=is_free)
+    workload = workload_of(model, layout, data, kept, weights=needs == "gradients", is_free=is_free, offload=offload)
     steps = phases(workload, selection or SelectOptions(1.0, "magnitude"), options)
     on_cpu = device.type == "cpu"
     for activations in ORDER:

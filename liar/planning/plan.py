@@ -198,7 +198,8 @@ def plan_with(
     kept = kept_units(layout, selection.keep, selection.protect)
     needs = CRITERIA[selection.criterion].needs
     is_free = selection.widths == "free"
-    workload = workload_of(inner, layout, data, kept, weights=needs == "gradients", is_free=is_free)
+    how_weights: dict[str, bool] = {"weights": needs == "gradients", "is_free": is_free, "offload": planned.offload}
+    workload = workload_of(inner, layout, data, kept, **how_weights)
     steps, work = phases(workload, selection, how), works(workload, selection, how)
     rates = measure_rates(workload, device, first.dtype) if planned.measure else None
     places = ORDER if planned.activations is None else (planned.activations,)

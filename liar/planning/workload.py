@@ -175,6 +175,7 @@ class Workload:
         blocks: in order.
         pre_norm: whether a block outputs its last residual sum as it is.
         nbytes: of all parameters and buffers.
+        largest_at_once: of a block, or of what is used by itself outside of the blocks, such as embeddings.
         calls: bytes of the arguments that blocks get beside the stream, of one batch.
         head_flops: products of what comes before and after the blocks, for one batch.
         classes: of an output by token; 0 without.
@@ -186,6 +187,7 @@ class Workload:
     blocks: tuple[BlockSize, ...]
     pre_norm: bool
     nbytes: int
+    largest_at_once: int
     calls: int
     head_flops: float
     classes: int

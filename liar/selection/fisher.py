@@ -111,7 +111,7 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
     for site in reversed(layout.sites):
         with at_site(site.name, site.module):
             check_finite(sums[site.name].squares, what="gradients")
-    return {name: Sensitivity(part.squares / outputs, part.coherence(), outputs) for name, part in sums.items()}
+    return {name: part.result(outputs) for name, part in sums.items()}
 
 
 def sampled(model: nn.Module, calibration: Calibration) -> tuple[Calibration, int]:
@@ -161,6 +161,11 @@ class GradientMoments:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the content by what `state_dict` gave."""
         self.squares, self.together = state["squares"].clone(), state["together"]
+
+    def result(self, outputs: int) -> Sensitivity:
+        """The sensitivity, per output; the sums are used up, since those of all sites are as large as some models."""
+        coherence = self.coherence()
+        return Sensitivity(self.squares.div_(outputs), coherence, outputs)
 
     def coherence(self) -> float:
         """See `Sensitivity`; 1 where all gradients are zero."""
