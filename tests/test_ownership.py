@@ -197,10 +197,11 @@ def test_attention_that_a_device_does_not_have():
 
 
 def test_hooks_of_accelerate():
+    """Those that do more than to bring in weights; for the others see test_offload.py."""
     hooks = pytest.importorskip("accelerate.hooks")
     model = tiny_model("llama", head="causal-lm")
     batches, layer = tiny_batches(model), model.model.layers[0].mlp
-    hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu"))
+    hooks.add_hook_to_module(layer, hooks.CpuOffload("cpu"))
     with pytest.raises(ModelError, match=r"layers\.0\.mlp has a forward of its own.*remove_hook_from_module"):
         liar.prune(model, batches, keep=0.5, progress=False)
     hooks.remove_hook_from_module(model, recurse=True)
