@@ -376,7 +376,7 @@ def stop(kind, update):
         os._exit(3)
     if kind == "late" and update.stage == "reconstruct" and update.fraction > 0.7:
         raise KeyError("a screw")
-    if update.fraction == 1:
+    if update.fraction > 0.9999:
         ENDS.append(update)
     # After the last site, and when the model has changed.
     if kind.startswith("last") and len(ENDS) == 2:
