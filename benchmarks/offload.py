@@ -32,9 +32,11 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaModel
 
 import liar
-from benchmarks.results import RESULTS, Record, ResultFile
+from benchmarks.results import RESULTS, Record, ResultFile, read_records
+from benchmarks.summary import lined
 from liar.testing import tiny_batches, tiny_model
 
+FILE = RESULTS / "offload.jsonl"
 GROUPS = Path("/sys/fs/cgroup/memory")
 LAYERS, VOCABULARY, LENGTH = 4, 32_000, 256
 UNLIMITED, ON_DISK = "in memory, no limit", "on disk"
@@ -138,6 +140,11 @@ def rows(run: Record) -> list[list[str]]:
     return lines
 
 
+def table() -> str:
+    """The lines of all runs, for the docs."""
+    return lined(HEADINGS, [line for run in read_records(FILE) for line in rows(run)])
+
+
 def main() -> None:
     """Measure what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -152,14 +159,14 @@ def main() -> None:
         return
     if not can_limit():
         raise SystemExit(f"no control group can be made in {GROUPS}: memory cannot be limited here")
-    results = ResultFile(RESULTS / "offload.jsonl")
+    results = ResultFile(FILE)
     with tempfile.TemporaryDirectory() as place:
         key = {"width": arguments.width, "tokens": arguments.tokens}
         run = results.get_or_run(key, lambda: measure(Path(place), arguments.width, arguments.tokens))
-    table = Table(*HEADINGS, title="Pruned and saved")
+    shown = Table(*HEADINGS, title="Pruned and saved")
     for line in rows(run):
-        table.add_row(*line)
-    Console().print(table)
+        shown.add_row(*line)
+    Console().print(shown)
 
 
 if __name__ == "__main__":

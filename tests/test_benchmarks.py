@@ -552,6 +552,8 @@ ELSEWHERE = (
     "cost",
     "select",
     "growth",
+    "scaling",
+    "offload",
     "samples",
     "latency",
     "elimination",

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from liar.cli.memory import map_large_tensors
 from liar.cli.processes import be_silent, check_command, is_first
 from liar.errors import LiarError
 from liar.versions import versions
@@ -43,6 +44,7 @@ def app_options(
     """
     with report_errors():
         check_command(context.invoked_subcommand)
+    map_large_tensors()
     log = logging.getLogger("liar")
     log.handlers = [RichHandler(console=Console(stderr=True), show_path=False)]
     log.setLevel(logging.CRITICAL if not is_first() else logging.INFO if verbose else logging.WARNING)
