@@ -209,7 +209,9 @@ def gradient_sample(data: Data, classes: int, *, can_leave_out: bool, whole: boo
 def _sampled_loss(value: Tensor, sequences: int) -> Tensor:
     """As `sampled_label_loss` does it, but for the values."""
     if value.ndim == 3 and value.shape[-1] > 1:
-        rows = value.flatten(0, 1).clone().float().log_softmax(-1)
+        # As real tokens are taken: the way back has a copy of its own.
+        kept = torch.arange(value.shape[0] * value.shape[1])
+        rows = value.flatten(0, 1).index_select(0, kept).float().log_softmax(-1)
         for part in rows.detach().chunk(sequences):
             part.exp().cumsum(-1)
         return torch.nn.functional.nll_loss(rows, torch.zeros(len(rows), dtype=torch.int64), reduction="sum")

@@ -25,9 +25,6 @@ from liar.selection import CRITERIA
 UNDER_WAY = 2
 # Share of the free memory that a run may plan for.
 MARGIN = 0.85
-# The host's allocator keeps some of what is freed, and libraries need room: over the bytes of tensors, as measured
-# (docs/scaling.md). On other devices nothing is added.
-ALLOCATOR = 1.15
 # From the fastest to the slowest.
 ORDER = ("device", "host", "disk")
 
@@ -83,7 +80,7 @@ def _computing(workload: Workload, step: Phase, activations: str, *, on_cpu: boo
     kept = step.activations if stays else min(UNDER_WAY * step.batch, step.activations)
     # Slim copies of offloaded blocks are in the host's memory, which on a CPU is where it is computed.
     slim = min(step.slim, max(block.nbytes for block in workload.blocks)) if offload and not on_cpu else step.slim
-    return _weights(workload, offload=offload) + (slim + kept + step.work) * (ALLOCATOR if on_cpu else 1.0)
+    return _weights(workload, offload=offload) + slim + kept + step.work
 
 
 def _aside(workload: Workload, step: Phase, activations: str, *, offload: bool) -> float:
