@@ -7,7 +7,8 @@ A random LLaMA (4 layers, hidden 512, feed-forward 1376, 8 query and 4 key/value
 the paragraphs of `pydoc_data.topics`, and SmolLM2-135M on the same text. `reconstruct` gets a mask with equally many units per
 layer, `prune` selects its own. In every round the plain pass and each verb take turns; ratios are taken within a round, and the
 median over the rounds counts. Beside the parts of a selection stands the time they would take at the machine's measured rate of
-matrix products. Peak memory of a reconstruction is the growth of the resident set in a process of its own, beside the bound it
+matrix products. With its activations on disk, `reconstruct` stands beside itself (on a CPU the host's memory is where they are
+computed). Peak memory of a reconstruction is the growth of the resident set in a process of its own, beside the bound it
 should stay under.
 """
 
@@ -102,6 +103,8 @@ def measure(name: str, tokens: int, rounds: int, folder: Path | None) -> dict[st
     work: dict[str, Callable[[nn.Module], liar.Report]] = {
         target: partial(liar.reconstruct, mask=mask, calib=batches, target=target, progress=False) for target in TARGETS
     }
+    on_disk = partial(liar.reconstruct, mask=mask, calib=batches, activations="disk", progress=False)
+    work["residual_stream, activations on disk"] = on_disk
     work["prune"] = partial(liar.prune, calib=batches, keep=keep, progress=False)
     if name == "smollm2":
         del work["layer_output"]
