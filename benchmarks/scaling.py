@@ -3,7 +3,8 @@
     python -m benchmarks.scaling [--only tokens layers] [--largest 262144]
 
 Random LLaMAs of hidden size 256, pruned to half by `liar.prune`. Every run is in a process of its own; its memory is the peak
-of the resident set, the model included, over what the process had before the model was loaded. Runs that are in
+of the resident set, the model included, over what the process had before the model was loaded; large tensors are mapped by
+themselves, as on the command line. Runs that are in
 results/scaling.jsonl are skipped; `benchmarks.publish` draws docs/images/scaling.png from them.
 """
 
@@ -32,6 +33,7 @@ from benchmarks.growth import power
 from benchmarks.results import RESULTS, Record, ResultFile, read_records
 from benchmarks.speed import growth_of_memory, random_llama
 from benchmarks.summary import lined
+from liar.cli.memory import map_large_tensors
 
 FILE = RESULTS / "scaling.jsonl"
 KEEP, WIDTH = 0.5, 256
@@ -56,6 +58,7 @@ def measure(tokens: int, layers: int, way: str) -> dict[str, float]:
 
 
 def _measure(tokens: int, layers: int, way: str) -> dict[str, float]:
+    map_large_tensors()
     activations, on_disk = WAYS[way]
     with tempfile.TemporaryDirectory() as folder:
         saved, offload, run_folder = (Path(folder) / name for name in ("model", "offload", "run"))
