@@ -37,11 +37,12 @@ from liar.cli.memory import map_large_tensors
 
 FILE = RESULTS / "scaling.jsonl"
 KEEP, WIDTH = 0.5, 256
-# Name -> where activations are, and whether blocks are on disk before, meanwhile and afterwards.
-WAYS: dict[str, tuple[str, bool]] = {
-    "in memory": ("device", False),
-    "activations on disk": ("disk", False),
-    "activations and blocks on disk": ("disk", True),
+# Name -> where activations are, whether blocks are on disk before, meanwhile and afterwards, and the criterion.
+WAYS: dict[str, tuple[str, bool, str]] = {
+    "in memory": ("device", False, "reconstruction"),
+    "activations on disk": ("disk", False, "reconstruction"),
+    "activations and blocks on disk": ("disk", True, "reconstruction"),
+    "the same, criterion without gradients": ("disk", True, "fluctuation"),
 }
 # What grows -> (tokens, layers) of every run.
 POINTS: dict[str, list[tuple[int, int]]] = {
@@ -59,7 +60,7 @@ def measure(tokens: int, layers: int, way: str) -> dict[str, float]:
 
 def _measure(tokens: int, layers: int, way: str) -> dict[str, float]:
     map_large_tensors()
-    activations, on_disk = WAYS[way]
+    activations, on_disk, criterion = WAYS[way]
     with tempfile.TemporaryDirectory() as folder:
         saved, offload, run_folder = (Path(folder) / name for name in ("model", "offload", "run"))
         size: dict[str, Any] = {"width": WIDTH, "feed_forward": int(8 / 3 * WIDTH) // 32 * 32, "groups": 1}
@@ -70,7 +71,11 @@ def _measure(tokens: int, layers: int, way: str) -> dict[str, float]:
             model(**batches[0])
         del model
         where = {"device_map": {"": "disk"}, "offload_folder": offload} if on_disk else {}
-        options: dict[str, Any] = {"activations": activations, "run_folder": run_folder if on_disk else None}
+        options: dict[str, Any] = {
+            "criterion": criterion,
+            "activations": activations,
+            "run_folder": run_folder if on_disk else None,
+        }
         seconds = 0.0
 
         def work() -> None:
@@ -112,7 +117,7 @@ def draw() -> Figure:
     for column, kind in enumerate(POINTS):
         for line, (name, title) in enumerate((("seconds", "seconds"), ("grown_mb", "peak memory, MB"))):
             axes = grid[line][column]
-            for way, marker in zip(WAYS, "os^", strict=True):
+            for way, marker in zip(WAYS, "os^D", strict=True):
                 runs = [record for record in records if (record["kind"], record["way"]) == (kind, way)]
                 axes.plot([run[kind] for run in runs], [run[name] for run in runs], marker=marker, markersize=4, label=way)
             axes.set(xlabel=kind, ylabel=title, xscale="log", yscale="log" if name == "seconds" else "linear")
