@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -96,12 +101,24 @@ def imitation(model: nn.Module) -> Iterator[nn.Module]:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), _one_text_in_a_row():
             tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-            yield copy.deepcopy(model, {id(tensor): _fake(tensor) for _, tensor in tensors}).train(False)
-    except (RuntimeError, NotImplementedError) as error:
+            fake = copy.deepcopy(model, {id(tensor): _fake(tensor) for _, tensor in tensors}).train(False)
+            if hasattr(fake, "config"):
+                fake.config.return_dict = True  # as `preserve_model_state` does it for the model itself
+            yield fake
+    except Exception as error:
+        if not isinstance(error, RuntimeError | NotImplementedError) and not _looks_at_values(error):
+            raise
         raise ModelError(
             f"{type(model).__name__} cannot be planned: one of its steps looks at values ({type(error).__name__}: "
             f"{str(error).splitlines()[0]})"
         ) from error
+
+
+def _looks_at_values(error: BaseException | None) -> bool:
+    """Whether an error was made from one of a tensor that has no values: where a model is run, it says that it was running."""
+    while error is not None and not isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        error = error.__cause__
+    return error is not None
 
 
 @contextmanager
