@@ -303,9 +303,41 @@ def test_what_a_kill_left_half_done_is_removed(tmp_path):
     (tmp_path / "prune" / ".liar-0a0b0c0d.safetensors").write_bytes(b"half")
     (tmp_path / "prune" / "activations").mkdir()
     (tmp_path / "prune" / "activations" / "00000001.safetensors").write_bytes(b"half")
+    (tmp_path / "prune" / "activations" / ".tmpB3Xq1z").write_bytes(b"as safetensors names what it is writing")
     run(tmp_path)
     assert not list(tmp_path.rglob(".liar-*"))
     assert not list(tmp_path.rglob("activations/*"))
+
+
+def test_machines_with_equal_process_numbers_share_a_folder(tmp_path):
+    """As containers have them, where each process is the first."""
+    first, second = (places.OnDisk(tmp_path) for _ in range(2))
+    one, two = first.keep(torch.zeros(3)), second.keep(torch.ones(3))
+    assert one.fetch().sum() == 0
+    assert two.fetch().sum() == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forks")
+def test_a_forked_child_deletes_nothing_of_its_parent(tmp_path):
+    kept = [places.OnDisk(tmp_path).keep(torch.ones(3))]
+    child = os.fork()
+    if not child:
+        kept.clear()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert kept[0].fetch().sum() == 3
+    kept.clear()
+    assert not list(tmp_path.iterdir())
+
+
+def test_batches_made_in_inference_mode_are_kept_on_disk():
+    model = tiny_model("llama")
+    with torch.inference_mode():
+        batches = [{**batch, "position_ids": torch.arange(batch["input_ids"].shape[1])[None]} for batch in tiny_batches(model)]
+    options = {"keep": 0.6, "criterion": "magnitude", "progress": False}
+    liar.prune(expected := copy.deepcopy(model), batches, **options)
+    liar.prune(model, batches, activations="disk", **options)
+    assert_same(model, expected)
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def open_journal(folder: str | PathLike[str], identity: Mapping[str, Any]) -> It
         lock.enter_context(FileLock(path / LOCK).acquire(timeout=0))
         with lock:
             _check_identity(path, identity)
-            for left in (*path.glob(".liar-*"), *(path / ACTIVATIONS).glob("*.safetensors")):
+            for left in (*path.glob(".liar-*"), *_activation_files(path)):
                 left.unlink()  # what a kill has left half done
             lock = lock.pop_all()
     except Timeout as error:
@@ -119,11 +119,16 @@ def remove_journals(folder: str | PathLike[str]) -> None:
     path = user_path(folder)
     for about in path.glob(f"*/{ABOUT}"):
         own = about.parent
-        for entry in (*own.glob("*.safetensors"), *own.glob(f"{ACTIVATIONS}/*.safetensors"), about, own / LOCK):
+        for entry in (*own.glob("*.safetensors"), *_activation_files(own), about, own / LOCK):
             entry.unlink(missing_ok=True)
         for each in (own / ACTIVATIONS, own, path):
             if each.is_dir() and not any(each.iterdir()):
                 each.rmdir()
+
+
+def _activation_files(folder: Path) -> list[Path]:
+    """Activations, and those that safetensors was writing under another name."""
+    return [each for ending in ("*.safetensors", ".tmp*") for each in (folder / ACTIVATIONS).glob(ending)]
 
 
 def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
