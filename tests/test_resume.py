@@ -1,12 +1,14 @@
 """Runs that were stopped go on, with the same answer; run folders that are damaged or of another run are refused."""
 
 import copy
+import hashlib
 import json
 import os
 import random
 import resource
 import signal
 import subprocess
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -250,6 +252,31 @@ def test_a_flipped_bit_is_noticed(tmp_path, place):
                 run(tmp_path)
     about.write_bytes(text)
     run(tmp_path)
+
+
+def test_an_entry_that_cannot_be_read_is_named(tmp_path):
+    run(tmp_path)
+    entry = next((tmp_path / "prune").glob("mask.*"))
+    entry.unlink()
+    entry.mkdir()
+    with pytest.raises(CheckpointError, match=rf"{entry.name} is damaged: it cannot be read \(Is a directory\).*Delete"):
+        run(tmp_path)
+    entry.rmdir()
+    content = b"of another program"
+    (entry.parent / f"mask.{hashlib.blake2b(content, digest_size=16).hexdigest()}.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged: it cannot be read"):
+        run(tmp_path)
+
+
+def test_activations_need_a_folder_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(CheckpointError, match=r"activations cannot be kept in .* No such file.*gone.*TMPDIR"):
+        run(None, activations="disk")
+    run(None, activations="auto")
+    (tmp_path / "prune").mkdir()
+    (tmp_path / "prune" / "activations").write_text("")
+    with pytest.raises(CheckpointError, match=r"activations cannot be kept in .*activations: File exists"):
+        run(tmp_path, activations="disk")
 
 
 def json_or_none(data):

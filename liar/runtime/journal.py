@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -69,14 +69,16 @@ class Journal:
         found = sorted(self.folder.glob(f"{name}.*.safetensors"))
         if not found:
             return None
-        if len(found) > 1 or _digest(found[0]) != found[0].name.split(".")[-2]:
-            raise CheckpointError(
-                f"{found[-1]} is damaged: its content is not what was written. Delete the file, and the run goes on from what "
-                "was finished before it"
-            )
-        with safe_open(str(found[0]), framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            return {**json.loads(file.metadata()["notes"]), **tensors}
+        if len(found) > 1:
+            raise _damaged(found[-1], f"there is {found[0].name}, too")
+        try:
+            if _digest(found[0]) != found[0].name.split(".")[-2]:
+                raise _damaged(found[0], "its content is not what was written")
+            with safe_open(str(found[0]), framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+                return {**json.loads(file.metadata()["notes"]), **tensors}
+        except (OSError, SafetensorError) as error:
+            raise _damaged(found[0], f"it cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
     def names(self) -> list[str]:
         """The entries that are there."""
@@ -124,6 +126,12 @@ def remove_journals(folder: str | PathLike[str]) -> None:
         for each in (own / ACTIVATIONS, own, path):
             if each.is_dir() and not any(each.iterdir()):
                 each.rmdir()
+
+
+def _damaged(entry: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{entry} is damaged: {reason}. Delete the file, and the run goes on from what was finished before it"
+    )
 
 
 def _activation_files(folder: Path) -> list[Path]:
