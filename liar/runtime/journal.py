@@ -116,16 +116,26 @@ def open_journal(folder: str | PathLike[str], identity: Mapping[str, Any]) -> It
         yield journal
 
 
-def remove_journals(folder: str | PathLike[str]) -> None:
-    """Delete what runs have kept in a run folder, and the folder if nothing else is in it."""
+def remove_journal(folder: str | PathLike[str], verb: str) -> None:
+    """Delete what runs of one verb have kept in a run folder, and the folder if nothing else is in it.
+
+    What another process works in stays, and what cannot be deleted: the result is written by then, so neither is an error.
+    """
     path = user_path(folder)
-    for about in path.glob(f"*/{ABOUT}"):
-        own = about.parent
-        for entry in (*own.glob("*.safetensors"), *_activation_files(own), about, own / LOCK):
-            entry.unlink(missing_ok=True)
+    own = path / verb
+    if not (own / ABOUT).exists():
+        return
+    try:
+        with FileLock(own / LOCK).acquire(timeout=0):
+            for entry in (*own.glob("*.safetensors"), *_activation_files(own), own / ABOUT, own / LOCK):
+                entry.unlink(missing_ok=True)
         for each in (own / ACTIVATIONS, own, path):
             if each.is_dir() and not any(each.iterdir()):
                 each.rmdir()
+    except Timeout:
+        logger.info("%s: another process works in this run folder, so it stays", own)
+    except OSError as error:
+        logger.warning("%s: what the run has kept could not be deleted (%s)", own, error.strerror or error)
 
 
 def _damaged(entry: Path, reason: str) -> CheckpointError:
