@@ -13,6 +13,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cases import word_tokenizer
@@ -22,7 +23,7 @@ from liar.errors import CheckpointError
 from liar.repair import walker
 from liar.runtime import journal as journals
 from liar.runtime import places
-from liar.runtime.journal import open_journal
+from liar.runtime.journal import open_journal, remove_journal
 from liar.testing import tiny_batches, tiny_model
 
 CASES = {
@@ -229,6 +230,13 @@ def test_the_run_folder_of_another_run_is_refused(tmp_path):
     run(tmp_path, quality=0)  # changes no weight
 
 
+def test_numbers_of_numpy_are_those_of_python(tmp_path):
+    run(tmp_path, keep=0.9, steps=2, seed=3, protect=[0])
+    run(tmp_path, keep=np.float64(0.9), steps=np.int64(2), seed=np.int32(3), protect=np.array([0]))
+    for protect in ([np.int64(0)], {0}, range(1)):
+        run(tmp_path, keep=0.9, steps=2, seed=3, protect=protect)
+
+
 @pytest.mark.parametrize("place", [0.05, 0.5, 0.95])
 def test_a_flipped_bit_is_noticed(tmp_path, place):
     run(tmp_path)
@@ -408,13 +416,13 @@ def test_a_limit_on_the_size_of_files_is_reported(tmp_path):
 # 30 kills of the command line, in forked children: starting Python each time would take minutes.
 
 
-def command(home, out):
+def command(home, out, *options, verb="prune"):
     """`liar prune --resume` in this process."""
     from liar.cli import app  # noqa: PLC0415 (needs typer)
 
     code = app(
-        ["prune", str(home / "model"), str(out), "--keep", "0.6", "--calib", str(home / "texts.txt"), "--resume",
-         "--activations", "disk", "--max-length", "16", "--batch-size", "8"],
+        [verb, str(home / "model"), str(out), "--keep", "0.6", "--calib", str(home / "texts.txt"),
+         "--activations", "disk", "--max-length", "16", "--batch-size", "8", *(options or ["--resume"])],
         standalone_mode=False,
     )  # fmt: skip
     assert not code, code
@@ -456,6 +464,32 @@ def written(folder):
         del site["seconds"]
     about = files.pop("run.json").replace(str(folder).encode(), b"OUT")
     return {**files, "report.json": report, "run.json": about}
+
+
+def test_a_result_removes_the_work_of_its_own_verb_only(home):
+    folder = home / "run"
+    command(home, home / "mask.json", "--run-folder", str(folder), verb="select")
+    kept = sorted(path.name for path in (folder / "select").glob("*.safetensors"))
+    command(home, home / "slim", "--run-folder", str(folder))
+    assert [path.name for path in folder.iterdir()] == ["select"]
+    assert kept == sorted(path.name for path in (folder / "select").glob("*.safetensors"))
+
+
+def test_work_of_another_process_is_not_removed(tmp_path):
+    with open_journal(tmp_path / "prune", {"model": "one"}) as journal:
+        journal.commit("mask", {"mask": ""})
+        remove_journal(tmp_path, "prune")
+        assert journal.read("mask") == {"mask": ""}
+    remove_journal(tmp_path, "prune")
+    assert not tmp_path.exists()
+
+
+def test_a_run_folder_in_the_folder_of_the_result_is_refused(home, capsys):
+    for where in (home / "slim", home / "other" / ".." / "slim" / "run"):
+        with pytest.raises(AssertionError, match=r"assert not 1$"):  # the exit code
+            command(home, home / "slim", "--run-folder", str(where))
+        assert "is in OUT" in capsys.readouterr().err
+        assert not (home / "slim").exists(), "nothing has run"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forks")

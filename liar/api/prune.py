@@ -101,7 +101,8 @@ def prune_with(
     progress: ProgressOption = True,
 ) -> tuple[Mask, Report]:
     """`prune` with its options in objects: what stays of the model as it was, and the report."""
-    selection, how, steps, where = selection.checked(), how.checked(), stepping.checked().steps, where.checked()
+    selection, how, stepping, where = selection.checked(), how.checked(), stepping.checked(), where.checked()
+    steps = stepping.steps
     check_budget(selection)
     _check_steps(steps, selection, how)
     dense = layout_when_free(transformer_in(model))
