@@ -3,12 +3,13 @@
 import copy
 import inspect
 import json
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, LlamaConfig
+from transformers import BertConfig, LlamaConfig, masking_utils
 from typer.testing import CliRunner
 
 import liar
@@ -185,6 +186,23 @@ def test_a_model_that_cannot_be_planned_is_pruned_all_the_same(llama, hook, capl
     assert "cannot be planned" in caplog.text
     for name, value in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
+
+
+def test_threads_leave_transformers_as_it_was(llama):
+    find, inside, outside = masking_utils.find_packed_sequence_indices, threading.Event(), threading.Event()
+
+    def other():
+        with imitation(llama[0]):
+            inside.set()
+            outside.wait(10)
+
+    with imitation(llama[0]):
+        thread = threading.Thread(target=other)
+        thread.start()
+        inside.wait(1)
+    outside.set()
+    thread.join()
+    assert masking_utils.find_packed_sequence_indices is find
 
 
 def test_a_step_that_looks_at_values_is_named_as_such(llama):

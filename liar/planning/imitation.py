@@ -8,6 +8,7 @@ is needed, and a model of 70 billion parameters passes in seconds.
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ from liar.errors import ModelError
 # Fused attention on a CPU, which torch's own table leaves out.
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# One thread at a time changes transformers and puts it back: two in turns would put back what the other has set.
+PATCHED = threading.RLock()
 
 
 class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -124,16 +127,17 @@ def _looks_at_values(error: BaseException | None) -> bool:
 @contextmanager
 def _one_text_in_a_row() -> Iterator[None]:
     """Let transformers find no packed texts in rows of fake positions: where it cannot look, it would write a mask for them."""
-    find = masking_utils.find_packed_sequence_indices
+    with PATCHED:
+        find = masking_utils.find_packed_sequence_indices
 
-    def look(position_ids: Tensor) -> Tensor | None:
-        return None if isinstance(position_ids, FakeTensor) else find(position_ids)
+        def look(position_ids: Tensor) -> Tensor | None:
+            return None if isinstance(position_ids, FakeTensor) else find(position_ids)
 
-    masking_utils.find_packed_sequence_indices = look
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = find
+        masking_utils.find_packed_sequence_indices = look
+        try:
+            yield
+        finally:
+            masking_utils.find_packed_sequence_indices = find
 
 
 def _fake(tensor: Tensor) -> Tensor:
