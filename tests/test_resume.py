@@ -24,6 +24,8 @@ from liar.repair import walker
 from liar.runtime import journal as journals
 from liar.runtime import places
 from liar.runtime.journal import open_journal, remove_journal
+from liar.selection import CRITERIA, Criterion, register_criterion
+from liar.selection.scores import SUMMARIES
 from liar.testing import tiny_batches, tiny_model
 
 CASES = {
@@ -228,6 +230,16 @@ def test_the_run_folder_of_another_run_is_refused(tmp_path):
         with pytest.raises(CheckpointError, match=f"is of another run: its {difference}"):
             run(tmp_path, **given)
     run(tmp_path, quality=0)  # changes no weight
+
+
+def test_another_criterion_of_the_same_name_is_another_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(CRITERIA, "own", Criterion(lambda units: units.consumer.flatten(1).norm(dim=1), needs=None))
+    monkeypatch.setitem(SUMMARIES, "own", "of this test")
+    run(tmp_path, criterion="own")
+    run(tmp_path, criterion="own")
+    register_criterion("own", Criterion(lambda units: -units.consumer.flatten(1).norm(dim=1), needs=None), "the other way")
+    with pytest.raises(CheckpointError, match="another run: its score differs"):
+        run(tmp_path, criterion="own")
 
 
 def test_numbers_of_numpy_are_those_of_python(tmp_path):
