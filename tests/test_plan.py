@@ -3,12 +3,13 @@
 import copy
 import inspect
 import json
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, LlamaConfig
+from transformers import BertConfig, LlamaConfig, masking_utils
 from typer.testing import CliRunner
 
 import liar
@@ -164,6 +165,60 @@ def test_activations_are_kept_where_they_fit(llama):
     assert chosen(host=1.01 * need["device"].added / 0.85) == "device"
     assert chosen(host=0.9 * need["device"].added / 0.85) == "disk"
     assert choose_activations(model, calibration, ReconstructOptions()) == "device"
+
+
+def looks(_module, _args, output):
+    if torch.isnan(output).any():
+        pytest.fail("no value is lost here")
+
+
+def stops(_module, _args, output):
+    assert type(output) is torch.Tensor, "expected an ordinary tensor"
+
+
+@pytest.mark.parametrize("hook", [looks, stops])
+def test_a_model_that_cannot_be_planned_is_pruned_all_the_same(llama, hook, caplog):
+    model, batches = copy.deepcopy(llama[0]), llama[1]
+    model.get_input_embeddings().register_forward_hook(hook)
+    options = {"keep": 0.6, "criterion": "magnitude", "quality": 0, "progress": False}
+    liar.prune(expected := copy.deepcopy(model), batches, **options)
+    liar.prune(model, batches, activations="auto", **options)
+    assert "cannot be planned" in caplog.text
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+def test_threads_leave_transformers_as_it_was(llama):
+    find, inside, outside = masking_utils.find_packed_sequence_indices, threading.Event(), threading.Event()
+
+    def other():
+        with imitation(llama[0]):
+            inside.set()
+            outside.wait(10)
+
+    with imitation(llama[0]):
+        thread = threading.Thread(target=other)
+        thread.start()
+        inside.wait(1)
+    outside.set()
+    thread.join()
+    assert masking_utils.find_packed_sequence_indices is find
+
+
+def test_a_step_that_looks_at_values_is_named_as_such(llama):
+    model = copy.deepcopy(llama[0])
+    model.get_input_embeddings().register_forward_hook(looks)
+    with pytest.raises(ModelError, match="cannot be planned: one of its steps looks at values"):
+        planned(model, 1000)
+
+
+def test_outputs_without_names_are_planned(llama, caplog):
+    model, batches = copy.deepcopy(llama[0]), llama[1]
+    model.config.return_dict = False
+    calibration = liar.Calibration.of(batches, model)
+    assert choose_activations(model, calibration, ReconstructOptions()) == "device"
+    assert not caplog.text
+    assert model.config.return_dict is False
 
 
 def test_options_change_what_they_should(llama):

@@ -1,16 +1,19 @@
 """Runs that were stopped go on, with the same answer; run folders that are damaged or of another run are refused."""
 
 import copy
+import hashlib
 import json
 import os
 import random
 import resource
 import signal
 import subprocess
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cases import word_tokenizer
@@ -20,7 +23,9 @@ from liar.errors import CheckpointError
 from liar.repair import walker
 from liar.runtime import journal as journals
 from liar.runtime import places
-from liar.runtime.journal import open_journal
+from liar.runtime.journal import open_journal, remove_journal
+from liar.selection import CRITERIA, Criterion, register_criterion
+from liar.selection.scores import SUMMARIES
 from liar.testing import tiny_batches, tiny_model
 
 CASES = {
@@ -227,6 +232,23 @@ def test_the_run_folder_of_another_run_is_refused(tmp_path):
     run(tmp_path, quality=0)  # changes no weight
 
 
+def test_another_criterion_of_the_same_name_is_another_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(CRITERIA, "own", Criterion(lambda units: units.consumer.flatten(1).norm(dim=1), needs=None))
+    monkeypatch.setitem(SUMMARIES, "own", "of this test")
+    run(tmp_path, criterion="own")
+    run(tmp_path, criterion="own")
+    register_criterion("own", Criterion(lambda units: -units.consumer.flatten(1).norm(dim=1), needs=None), "the other way")
+    with pytest.raises(CheckpointError, match="another run: its score differs"):
+        run(tmp_path, criterion="own")
+
+
+def test_numbers_of_numpy_are_those_of_python(tmp_path):
+    run(tmp_path, keep=0.9, steps=2, seed=3, protect=[0])
+    run(tmp_path, keep=np.float64(0.9), steps=np.int64(2), seed=np.int32(3), protect=np.array([0]))
+    for protect in ([np.int64(0)], {0}, range(1)):
+        run(tmp_path, keep=0.9, steps=2, seed=3, protect=protect)
+
+
 @pytest.mark.parametrize("place", [0.05, 0.5, 0.95])
 def test_a_flipped_bit_is_noticed(tmp_path, place):
     run(tmp_path)
@@ -250,6 +272,31 @@ def test_a_flipped_bit_is_noticed(tmp_path, place):
                 run(tmp_path)
     about.write_bytes(text)
     run(tmp_path)
+
+
+def test_an_entry_that_cannot_be_read_is_named(tmp_path):
+    run(tmp_path)
+    entry = next((tmp_path / "prune").glob("mask.*"))
+    entry.unlink()
+    entry.mkdir()
+    with pytest.raises(CheckpointError, match=rf"{entry.name} is damaged: it cannot be read \(Is a directory\).*Delete"):
+        run(tmp_path)
+    entry.rmdir()
+    content = b"of another program"
+    (entry.parent / f"mask.{hashlib.blake2b(content, digest_size=16).hexdigest()}.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged: it cannot be read"):
+        run(tmp_path)
+
+
+def test_activations_need_a_folder_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(CheckpointError, match=r"activations cannot be kept in .* No such file.*gone.*TMPDIR"):
+        run(None, activations="disk")
+    run(None, activations="auto")
+    (tmp_path / "prune").mkdir()
+    (tmp_path / "prune" / "activations").write_text("")
+    with pytest.raises(CheckpointError, match=r"activations cannot be kept in .*activations: File exists"):
+        run(tmp_path, activations="disk")
 
 
 def json_or_none(data):
@@ -303,9 +350,41 @@ def test_what_a_kill_left_half_done_is_removed(tmp_path):
     (tmp_path / "prune" / ".liar-0a0b0c0d.safetensors").write_bytes(b"half")
     (tmp_path / "prune" / "activations").mkdir()
     (tmp_path / "prune" / "activations" / "00000001.safetensors").write_bytes(b"half")
+    (tmp_path / "prune" / "activations" / ".tmpB3Xq1z").write_bytes(b"as safetensors names what it is writing")
     run(tmp_path)
     assert not list(tmp_path.rglob(".liar-*"))
     assert not list(tmp_path.rglob("activations/*"))
+
+
+def test_machines_with_equal_process_numbers_share_a_folder(tmp_path):
+    """As containers have them, where each process is the first."""
+    first, second = (places.OnDisk(tmp_path) for _ in range(2))
+    one, two = first.keep(torch.zeros(3)), second.keep(torch.ones(3))
+    assert one.fetch().sum() == 0
+    assert two.fetch().sum() == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forks")
+def test_a_forked_child_deletes_nothing_of_its_parent(tmp_path):
+    kept = [places.OnDisk(tmp_path).keep(torch.ones(3))]
+    child = os.fork()
+    if not child:
+        kept.clear()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert kept[0].fetch().sum() == 3
+    kept.clear()
+    assert not list(tmp_path.iterdir())
+
+
+def test_batches_made_in_inference_mode_are_kept_on_disk():
+    model = tiny_model("llama")
+    with torch.inference_mode():
+        batches = [{**batch, "position_ids": torch.arange(batch["input_ids"].shape[1])[None]} for batch in tiny_batches(model)]
+    options = {"keep": 0.6, "criterion": "magnitude", "progress": False}
+    liar.prune(expected := copy.deepcopy(model), batches, **options)
+    liar.prune(model, batches, activations="disk", **options)
+    assert_same(model, expected)
 
 
 @pytest.fixture
@@ -349,13 +428,13 @@ def test_a_limit_on_the_size_of_files_is_reported(tmp_path):
 # 30 kills of the command line, in forked children: starting Python each time would take minutes.
 
 
-def command(home, out):
+def command(home, out, *options, verb="prune"):
     """`liar prune --resume` in this process."""
     from liar.cli import app  # noqa: PLC0415 (needs typer)
 
     code = app(
-        ["prune", str(home / "model"), str(out), "--keep", "0.6", "--calib", str(home / "texts.txt"), "--resume",
-         "--activations", "disk", "--max-length", "16", "--batch-size", "8"],
+        [verb, str(home / "model"), str(out), "--keep", "0.6", "--calib", str(home / "texts.txt"),
+         "--activations", "disk", "--max-length", "16", "--batch-size", "8", *(options or ["--resume"])],
         standalone_mode=False,
     )  # fmt: skip
     assert not code, code
@@ -397,6 +476,32 @@ def written(folder):
         del site["seconds"]
     about = files.pop("run.json").replace(str(folder).encode(), b"OUT")
     return {**files, "report.json": report, "run.json": about}
+
+
+def test_a_result_removes_the_work_of_its_own_verb_only(home):
+    folder = home / "run"
+    command(home, home / "mask.json", "--run-folder", str(folder), verb="select")
+    kept = sorted(path.name for path in (folder / "select").glob("*.safetensors"))
+    command(home, home / "slim", "--run-folder", str(folder))
+    assert [path.name for path in folder.iterdir()] == ["select"]
+    assert kept == sorted(path.name for path in (folder / "select").glob("*.safetensors"))
+
+
+def test_work_of_another_process_is_not_removed(tmp_path):
+    with open_journal(tmp_path / "prune", {"model": "one"}) as journal:
+        journal.commit("mask", {"mask": ""})
+        remove_journal(tmp_path, "prune")
+        assert journal.read("mask") == {"mask": ""}
+    remove_journal(tmp_path, "prune")
+    assert not tmp_path.exists()
+
+
+def test_a_run_folder_in_the_folder_of_the_result_is_refused(home, capsys):
+    for where in (home / "slim", home / "other" / ".." / "slim" / "run"):
+        with pytest.raises(AssertionError, match=r"assert not 1$"):  # the exit code
+            command(home, home / "slim", "--run-folder", str(where))
+        assert "is in OUT" in capsys.readouterr().err
+        assert not (home / "slim").exists(), "nothing has run"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forks")

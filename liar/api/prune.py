@@ -23,7 +23,7 @@ from liar.progress import Progress, ProgressOption, progress_of
 from liar.repair import RepairData, repair_data
 from liar.report import CostChange, Report
 from liar.runtime import Workspace, distributed, exclusive, layout_when_free, open_workspace, run_identity
-from liar.selection import Costs, flops_of
+from liar.selection import Costs, flops_of, source_of
 from liar.surgery import all_or_nothing, copy_dense
 
 # What is left of a budget that can be computed after every step.
@@ -101,14 +101,15 @@ def prune_with(
     progress: ProgressOption = True,
 ) -> tuple[Mask, Report]:
     """`prune` with its options in objects: what stays of the model as it was, and the report."""
-    selection, how, steps, where = selection.checked(), how.checked(), stepping.checked().steps, where.checked()
+    selection, how, stepping, where = selection.checked(), how.checked(), stepping.checked(), where.checked()
+    steps = stepping.steps
     check_budget(selection)
     _check_steps(steps, selection, how)
     dense = layout_when_free(transformer_in(model))
     data = repair_data(model, calib, how, held_out=held_out)
     model = transformer_in(model)
     stages = {**stages_of_selection(selection), **RECONSTRUCT_STAGES}
-    identity = partial(run_identity, model, data.calibration, selection, how, stepping)
+    identity = partial(run_identity, model, data.calibration, selection, how, stepping, score=source_of(selection.criterion))
     place = partial(choose_activations, model, data.calibration, how, selection=selection)
     with (
         exclusive(model),

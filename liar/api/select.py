@@ -36,6 +36,7 @@ from liar.selection import (
     params_of,
     rank_scores,
     scores,
+    source_of,
     stages_of,
 )
 from liar.statistics import check_finite
@@ -127,7 +128,7 @@ def select_with(
     calibration = calib if isinstance(calib, Calibration) else None
     if calibration is None:
         where = RunOptions()  # nothing takes long
-    identity = partial(run_identity, model, calibration, options)
+    identity = partial(run_identity, model, calibration, options, score=source_of(options.criterion))
     with (
         exclusive(model),
         open_workspace(where, "select", identity, partial(_place, model, calibration, options)) as workspace,

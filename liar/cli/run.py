@@ -42,7 +42,7 @@ from liar.options import (
     check_text,
 )
 from liar.report import Report
-from liar.runtime import distributed, remove_journals
+from liar.runtime import distributed, remove_journal
 from liar.selection import Costs
 from liar.versions import versions
 
@@ -134,6 +134,10 @@ class Run:
         for what, folder in (("MODEL", self.model), ("the teacher", self.teacher.teacher)):
             if folder is not None and user_path(self.out).resolve() == user_path(folder).resolve():
                 raise OptionError(f"OUT is the folder of {what} ({self.out}): it could not be repeated; choose another OUT")
+        if (kept := self.workspace.run_folder) is not None and user_path(kept).resolve().is_relative_to(
+            user_path(self.out).resolve()
+        ):
+            raise OptionError(f"run_folder={str(kept)!r} is in OUT ({self.out}), which is written as a whole: choose another")
         given = {"select": self.select, "mask": self.mask, "teacher": self.teacher.teacher}
         expected, is_met = EXPECTED[self.command]
         if not is_met(*(value is not None for value in given.values())):
@@ -252,7 +256,7 @@ def finish(run: Run, *, overwrite: bool) -> None:
         with process_group(run.load.device):
             typer.echo(str(run.carry_out(overwrite=overwrite)))
             if folder is not None:
-                distributed.answer(partial(remove_journals, folder))
+                distributed.answer(partial(remove_journal, folder, run.command))
     except KeyboardInterrupt as error:
         again = "to be able to go on, use --resume" if folder is None else f"the same command goes on; its work is in {folder}"
         if is_first():

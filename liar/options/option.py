@@ -11,6 +11,8 @@ import numpy as np
 
 from liar.errors import check_choice
 
+# Of several values; of sets the order is another in every process.
+LISTS = (list, tuple, range, set, frozenset, np.ndarray)
 Group = TypeVar("Group", bound="OptionGroup")
 
 
@@ -61,7 +63,14 @@ class OptionGroup:
         own = {each.name: getattr(self, each.name) for each, _ in options_in(type(self))}
         plain = {name: value.item() for name, value in own.items() if isinstance(value, np.generic)}
         plain |= {name: float(value) for name, value in own.items() if isinstance(value, Fraction)}
+        plain |= {name: _plain_tuple(value) for name, value in own.items() if isinstance(value, LISTS)}
         return replace(self, **plain)  # type: ignore[type-var]
+
+
+def _plain_tuple(values: Any) -> tuple[Any, ...]:
+    """Several values as a tuple, with Python's numbers in place of NumPy's."""
+    plain = tuple(value.item() if isinstance(value, np.generic) else value for value in values)
+    return tuple(sorted(plain, key=str)) if isinstance(values, set | frozenset) else plain
 
 
 def option_of(each: Field[Any]) -> Option:

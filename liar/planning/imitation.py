@@ -8,6 +8,7 @@ is needed, and a model of 70 billion parameters passes in seconds.
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -26,6 +32,8 @@ from liar.errors import ModelError
 # Fused attention on a CPU, which torch's own table leaves out.
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# One thread at a time changes transformers and puts it back: two in turns would put back what the other has set.
+PATCHED = threading.RLock()
 
 
 class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -96,27 +104,40 @@ def imitation(model: nn.Module) -> Iterator[nn.Module]:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), _one_text_in_a_row():
             tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-            yield copy.deepcopy(model, {id(tensor): _fake(tensor) for _, tensor in tensors}).train(False)
-    except (RuntimeError, NotImplementedError) as error:
+            fake = copy.deepcopy(model, {id(tensor): _fake(tensor) for _, tensor in tensors}).train(False)
+            if hasattr(fake, "config"):
+                fake.config.return_dict = True  # as `preserve_model_state` does it for the model itself
+            yield fake
+    except Exception as error:
+        if not isinstance(error, RuntimeError | NotImplementedError) and not _looks_at_values(error):
+            raise
         raise ModelError(
             f"{type(model).__name__} cannot be planned: one of its steps looks at values ({type(error).__name__}: "
             f"{str(error).splitlines()[0]})"
         ) from error
 
 
+def _looks_at_values(error: BaseException | None) -> bool:
+    """Whether an error was made from one of a tensor that has no values: where a model is run, it says that it was running."""
+    while error is not None and not isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        error = error.__cause__
+    return error is not None
+
+
 @contextmanager
 def _one_text_in_a_row() -> Iterator[None]:
     """Let transformers find no packed texts in rows of fake positions: where it cannot look, it would write a mask for them."""
-    find = masking_utils.find_packed_sequence_indices
+    with PATCHED:
+        find = masking_utils.find_packed_sequence_indices
 
-    def look(position_ids: Tensor) -> Tensor | None:
-        return None if isinstance(position_ids, FakeTensor) else find(position_ids)
+        def look(position_ids: Tensor) -> Tensor | None:
+            return None if isinstance(position_ids, FakeTensor) else find(position_ids)
 
-    masking_utils.find_packed_sequence_indices = look
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = find
+        masking_utils.find_packed_sequence_indices = look
+        try:
+            yield
+        finally:
+            masking_utils.find_packed_sequence_indices = find
 
 
 def _fake(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from liar.planning.memory import Phase, phases
 from liar.planning.passes import kept_units, workload_of
 from liar.planning.workload import Data, Workload
 from liar.selection import CRITERIA
+
+logger = logging.getLogger(__name__)
 
 # Activations that are kept elsewhere: those of the batch that is worked on, and of the next one, which is on its way.
 UNDER_WAY = 2
@@ -116,6 +119,8 @@ def choose_activations(
 ) -> str:
     """Where a run should keep its activations: the fastest of device, host and disk at which what it adds fits.
 
+    Where that cannot be told, since a step of the model looks at values, they stay on the device, with a warning.
+
     Args:
         model: that is about to be cut; its weights are there already.
         calibration: what it is repaired on.
@@ -124,6 +129,26 @@ def choose_activations(
         masks: the units that stay, by site, where they are selected.
         free: bytes by place; what is free now if not given.
     """
+    try:
+        return _fastest(model, calibration, options, selection, masks, free)
+    except Exception as error:  # noqa: BLE001 (a hook may raise anything on tensors without values; the run may be fine)
+        logger.warning(
+            "activations='auto': how much memory a %s needs cannot be planned (%s); activations stay where they are "
+            "computed: choose 'host' or 'disk' if they do not fit there",
+            type(model).__name__, error,
+        )  # fmt: skip
+        return ORDER[0]
+
+
+def _fastest(
+    model: nn.Module,
+    calibration: Calibration,
+    options: ReconstructOptions,
+    selection: SelectOptions | None,
+    masks: Mapping[str, Any] | None,
+    free: Mapping[str, float] | None,
+) -> str:
+    """The fastest place at which a run fits, by the plan."""
     layout = layout_of(model)
     device, offload = compute_device(model), is_offloaded(model)
     free = free_memory(device) if free is None else free

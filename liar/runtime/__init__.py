@@ -12,7 +12,7 @@ from liar.runtime.blocks import (
 )
 from liar.runtime.hooks import Point, StopForward, capture_activations, replay_output
 from liar.runtime.identity import run_identity
-from liar.runtime.journal import Journal, open_journal, remove_journals
+from liar.runtime.journal import Journal, open_journal, remove_journal
 from liar.runtime.outputs import Output, drawn, model_outputs, outputs_of
 from liar.runtime.places import OnDisk, OnHost, map_tensors
 from liar.runtime.state import exclusive, layout_when_free, preserve_model_state, record_gradients
@@ -49,7 +49,7 @@ __all__ = [
     "recompute_blocks",
     "record_block_calls",
     "record_gradients",
-    "remove_journals",
+    "remove_journal",
     "replace_forwards",
     "replay_output",
     "residual_points",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -69,14 +69,16 @@ class Journal:
         found = sorted(self.folder.glob(f"{name}.*.safetensors"))
         if not found:
             return None
-        if len(found) > 1 or _digest(found[0]) != found[0].name.split(".")[-2]:
-            raise CheckpointError(
-                f"{found[-1]} is damaged: its content is not what was written. Delete the file, and the run goes on from what "
-                "was finished before it"
-            )
-        with safe_open(str(found[0]), framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            return {**json.loads(file.metadata()["notes"]), **tensors}
+        if len(found) > 1:
+            raise _damaged(found[-1], f"there is {found[0].name}, too")
+        try:
+            if _digest(found[0]) != found[0].name.split(".")[-2]:
+                raise _damaged(found[0], "its content is not what was written")
+            with safe_open(str(found[0]), framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+                return {**json.loads(file.metadata()["notes"]), **tensors}
+        except (OSError, SafetensorError) as error:
+            raise _damaged(found[0], f"it cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
     def names(self) -> list[str]:
         """The entries that are there."""
@@ -100,7 +102,7 @@ def open_journal(folder: str | PathLike[str], identity: Mapping[str, Any]) -> It
         lock.enter_context(FileLock(path / LOCK).acquire(timeout=0))
         with lock:
             _check_identity(path, identity)
-            for left in (*path.glob(".liar-*"), *(path / ACTIVATIONS).glob("*.safetensors")):
+            for left in (*path.glob(".liar-*"), *_activation_files(path)):
                 left.unlink()  # what a kill has left half done
             lock = lock.pop_all()
     except Timeout as error:
@@ -114,16 +116,37 @@ def open_journal(folder: str | PathLike[str], identity: Mapping[str, Any]) -> It
         yield journal
 
 
-def remove_journals(folder: str | PathLike[str]) -> None:
-    """Delete what runs have kept in a run folder, and the folder if nothing else is in it."""
+def remove_journal(folder: str | PathLike[str], verb: str) -> None:
+    """Delete what runs of one verb have kept in a run folder, and the folder if nothing else is in it.
+
+    What another process works in stays, and what cannot be deleted: the result is written by then, so neither is an error.
+    """
     path = user_path(folder)
-    for about in path.glob(f"*/{ABOUT}"):
-        own = about.parent
-        for entry in (*own.glob("*.safetensors"), *own.glob(f"{ACTIVATIONS}/*.safetensors"), about, own / LOCK):
-            entry.unlink(missing_ok=True)
+    own = path / verb
+    if not (own / ABOUT).exists():
+        return
+    try:
+        with FileLock(own / LOCK).acquire(timeout=0):
+            for entry in (*own.glob("*.safetensors"), *_activation_files(own), own / ABOUT, own / LOCK):
+                entry.unlink(missing_ok=True)
         for each in (own / ACTIVATIONS, own, path):
             if each.is_dir() and not any(each.iterdir()):
                 each.rmdir()
+    except Timeout:
+        logger.info("%s: another process works in this run folder, so it stays", own)
+    except OSError as error:
+        logger.warning("%s: what the run has kept could not be deleted (%s)", own, error.strerror or error)
+
+
+def _damaged(entry: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{entry} is damaged: {reason}. Delete the file, and the run goes on from what was finished before it"
+    )
+
+
+def _activation_files(folder: Path) -> list[Path]:
+    """Activations, and those that safetensors was writing under another name."""
+    return [each for ending in ("*.safetensors", ".tmp*") for each in (folder / ACTIVATIONS).glob(ending)]
 
 
 def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,7 +88,7 @@ class File:
 
     def __init__(self, tensor: Tensor, path: Path) -> None:
         self._path, self._device = path, tensor.device
-        finalize(self, path.unlink, missing_ok=True)
+        finalize(self, _unlink, path, os.getpid())
         try:
             save_file({"value": tensor.detach().contiguous()}, path)
         except (OSError, SafetensorError) as error:
@@ -104,17 +105,23 @@ class File:
             raise CheckpointError(f"activations in {self._path.parent} are gone or damaged: {error}") from error
 
 
+def _unlink(path: Path, owner: int) -> None:
+    """Delete a file in the process that made it: a forked child forgets its copy of what the parent still needs."""
+    if os.getpid() == owner:
+        path.unlink(missing_ok=True)
+
+
 class OnDisk:
-    """Keep tensors in files of a folder, which several processes may share."""
+    """Keep tensors in files of a folder, which several processes may share: on other machines, too, with the same numbers."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._numbers = folder, itertools.count()
+        self._folder, self._own, self._numbers = folder, secrets.token_hex(8), itertools.count()
 
     def keep(self, tensor: Tensor) -> Tensor | Kept:
         """What is kept in place of a tensor."""
         if tensor.nbytes < LITTLE:
             return tensor
-        return File(tensor, self._folder / f"{os.getpid()}-{next(self._numbers):08d}.safetensors")
+        return File(tensor, self._folder / f"{self._own}-{os.getpid()}-{next(self._numbers):08d}.safetensors")
 
 
 def map_tensors(value: Any, function: Callable[[Any], Any], kind: type | tuple[type, ...] = Tensor) -> Any:

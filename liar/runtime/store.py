@@ -50,15 +50,15 @@ class ActivationStore:
     def _copy(self, tensor: Tensor) -> Tensor | Kept:
         assert self._place is not None
         version, kept = self._copies.get(tensor, (None, tensor))
-        if version != tensor._version:  # new, or changed in place since
+        if version != (now := _version(tensor)):  # new, or changed in place since
             kept = self._place.keep(tensor)
             if kept is not tensor:
-                self._copies[tensor] = tensor._version, kept
+                self._copies[tensor] = now, kept
         return kept
 
     def _fetch(self, kept: Kept) -> Tensor:
         tensor = kept.fetch()
-        self._copies[tensor] = tensor._version, kept
+        self._copies[tensor] = _version(tensor), kept
         return tensor
 
     def batches(self, series: str) -> list[int]:
@@ -77,3 +77,8 @@ class ActivationStore:
     def names(self) -> list[str]:
         """The series that are kept."""
         return sorted(self._series)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; one of inference mode does not say, and is not changed outside of it."""
+    return 0 if tensor.is_inference() else tensor._version

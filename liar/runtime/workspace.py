@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from liar.errors import CheckpointError
 from liar.files import user_path
 from liar.options import RunOptions
 from liar.runtime import distributed
@@ -104,7 +105,16 @@ def open_workspace(
 
 def _folder_for_activations(journal: Journal | None, stack: ExitStack) -> Path:
     if journal is None:
-        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liar-")))
+        try:
+            return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liar-")))
+        except OSError as error:
+            raise CheckpointError(
+                f"activations cannot be kept in the folder of temporary files: {error}; give a run_folder, or set "
+                "TMPDIR to a folder that can be written"
+            ) from error
     folder = journal.folder / ACTIVATIONS
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"activations cannot be kept in {folder}: {error.strerror or error}") from error
     return folder

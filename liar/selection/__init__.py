@@ -5,7 +5,7 @@ from liar.selection.budget import TOLERANCE, Budget, Costs, flops, flops_of, lat
 from liar.selection.collect import CriterionStatistics, collect_with, stages_of
 from liar.selection.elimination import Elimination, eliminate
 from liar.selection.queries import best_of_groups, by_rank, rank_scores
-from liar.selection.scores import CRITERIA, STATISTICS, Criterion, SiteWeights, register_criterion, scores
+from liar.selection.scores import CRITERIA, STATISTICS, Criterion, SiteWeights, register_criterion, scores, source_of
 
 __all__ = [
     "CRITERIA",
@@ -30,5 +30,6 @@ __all__ = [
     "rank_scores",
     "register_criterion",
     "scores",
+    "source_of",
     "stages_of",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import getsource
 
 import torch
 from scipy.optimize import isotonic_regression
@@ -178,6 +179,20 @@ def register_criterion(name: str, criterion: Criterion, summary: str) -> None:
         True
     """
     CRITERIA[name], SUMMARIES[name] = criterion, summary
+
+
+def source_of(criterion: str) -> str:
+    """What tells a criterion from another one that was registered by the same name: its source, or its name without one.
+
+    Empty for those of the library, which its version tells apart.
+    """
+    score = CRITERIA[criterion].score
+    if getattr(score, "__module__", "").partition(".")[0] == "liar":
+        return ""
+    try:
+        return getsource(score)
+    except (OSError, TypeError):
+        return str(getattr(score, "__qualname__", type(score).__qualname__))
 
 
 def scores(criterion: str, units: SiteWeights) -> Tensor:
