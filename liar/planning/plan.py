@@ -149,7 +149,8 @@ def plan(
     full sequences of `max_length` tokens, `batch_size` of them in a batch.
 
     `activations` says where streams, targets and replayed outputs are kept: `"device"`, `"host"` or `"disk"`; None shows all
-    three side by side. With `offload`, weights come to the device one block at a time; those of a model that accelerate has offloaded always do. `dtype` is that of the weights where
+    three side by side. With `offload`, weights come to the device one block at a time; those of a model that accelerate has
+    offloaded always do. `dtype` is that of the weights where
     `model` is none (`"auto"`: as the configuration says), `device` where it will be computed: where the model is, or the CPU,
     if not given. With `measure`, a second of products is timed there, for the estimate of seconds.
 
