@@ -450,6 +450,19 @@ def test_files_of_an_offloaded_model_are_mapped_and_not_read(tmp_path):
     assert model.model.layers[0].mlp.up_proj.weight.is_meta
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_offloaded_models_are_planned(kind, tmp_path):
+    model = MODELS["llama"]()
+    batches = tiny_batches(model)
+    dispatched = KINDS[kind](model, tmp_path)
+    options = {"keep": 0.57, "measure": False}
+    plan = liar.plan(dispatched, batches, **options)
+    assert plan.memory == liar.plan(model, batches, offload=True, **options).memory
+    assert plan.memory != liar.plan(model, batches, **options).memory
+    liar.prune(dispatched, batches, keep=0.57, activations="auto", progress=False)
+    assert dispatched.num_parameters() < model.num_parameters()
+
+
 def test_parts_of_a_dispatched_model(tmp_path):
     plain = MODELS["tied llama"]()
     model = cpu_offload(plain, tmp_path)

@@ -301,6 +301,8 @@ def test_the_command_line_prints_the_plan(tmp_path):
     assert "activations on" in done.output
     written = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
     assert written["tokens"] == 1000
+    offloaded = [CliRunner().invoke(app, [*arguments, *more]).output for more in (["--weights", "disk"], ["--offload"])]
+    assert offloaded[0] == offloaded[1] != done.output
     refused = CliRunner().invoke(app, ["plan", str(tmp_path / "none"), "--keep", "0.5", "--tokens", "10"])
     assert refused.exit_code == 1
     assert "expected a model folder" in refused.output

@@ -203,7 +203,9 @@ class Run:
 
     def to_json(self) -> str:
         """The arguments and the versions they ran with."""
-        return json.dumps({"run": asdict(self), "versions": {**versions(), "datasets": version("datasets")}}, indent=1)
+        # Where work was kept meanwhile is this machine's, and gone.
+        run = replace(self, workspace=replace(self.workspace, run_folder=None))
+        return json.dumps({"run": asdict(run), "versions": {**versions(), "datasets": version("datasets")}}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Run:

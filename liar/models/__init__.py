@@ -7,6 +7,7 @@ from liar.models.layout import Edge, HeadArgument, Layout, Segment, Site, check_
 from liar.models.ownership import check_default_device, check_model, count_parameters, why_unusable
 from liar.models.plain import (
     compute_on,
+    copy_without_hooks,
     forget_unused,
     on_device,
     plain_block,
@@ -39,6 +40,7 @@ __all__ = [
     "check_weights",
     "compute_device",
     "compute_on",
+    "copy_without_hooks",
     "count_parameters",
     "families",
     "family_for",

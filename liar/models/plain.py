@@ -99,6 +99,23 @@ def shared_by_copies(module: nn.Module) -> list[Any]:
     return [*module.parameters(), *module.buffers(), *hooks]
 
 
+def copy_without_hooks(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy of a module without the hooks of accelerate, and without the weights that they keep.
+
+    Args:
+        module: dispatched or not; it is not changed.
+        memo: as `copy.deepcopy` takes it: what stands in the copy for an object, by its `id`.
+    """
+    if not is_dispatched(module):
+        return copy.deepcopy(module, memo)
+    added = [vars(each)[name] for each in module.modules() for name in ADDED if name in vars(each)]
+    copied = copy.deepcopy(module, {**memo, **{id(each): each for each in added}})
+    for each in copied.modules():
+        for name in ADDED:
+            vars(each).pop(name, None)
+    return copied
+
+
 def compute_on(model: nn.Module, device: torch.device) -> None:
     """Let a dispatched model compute on another device; its weights stay where they are kept."""
     for module in model.modules():
@@ -112,11 +129,8 @@ def compute_on(model: nn.Module, device: torch.device) -> None:
 def _on(device: torch.device, block: nn.Module) -> nn.Module:
     """A copy of a block without hooks of accelerate, with its tensors on a device."""
     configs = [module.config for module in block.modules() if hasattr(module, "config")]
-    added = [vars(module)[name] for module in block.modules() for name in ADDED if name in vars(module)]
-    copied = copy.deepcopy(block, {id(shared): shared for shared in (*shared_by_copies(block), *configs, *added)})
+    copied = copy_without_hooks(block, {id(shared): shared for shared in (*shared_by_copies(block), *configs)})
     for module, original in zip(copied.modules(), block.modules(), strict=True):
-        for name in ADDED:
-            vars(module).pop(name, None)
         for name, tensor in own_tensors(original):
             _set(module, name, stored_tensor(original, name).to(device), like=tensor)
     return copied

@@ -7,7 +7,6 @@ is needed, and a model of 70 billion parameters passes in seconds.
 
 from __future__ import annotations
 
-import copy
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from transformers import masking_utils
 
 from liar.errors import ModelError
+from liar.models import copy_without_hooks
 
 # Fused attention on a CPU, which torch's own table leaves out.
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -96,7 +96,7 @@ def _flops(operation: Any, args: Any, kwargs: Mapping[str, Any], result: Any) ->
 
 @contextmanager
 def imitation(model: nn.Module) -> Iterator[nn.Module]:
-    """A copy of a model, whole or on the meta device, that computes with fake tensors as long as the body runs.
+    """A copy of a model, whole, dispatched or on the meta device, that computes with fake tensors as long as the body runs.
 
     Raises:
         ModelError: a step of the model asks for values, which are not there.
@@ -104,7 +104,7 @@ def imitation(model: nn.Module) -> Iterator[nn.Module]:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), _one_text_in_a_row():
             tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-            fake = copy.deepcopy(model, {id(tensor): _fake(tensor) for _, tensor in tensors}).train(False)
+            fake: Any = copy_without_hooks(model, {id(tensor): _fake(tensor) for _, tensor in tensors}).train(False)
             if hasattr(fake, "config"):
                 fake.config.return_dict = True  # as `preserve_model_state` does it for the model itself
             yield fake

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from liar.data import Calibration, transformer_and_data
 from liar.errors import OptionError
 from liar.io import model_from_config
-from liar.models import layout_of, transformer_in, why_unusable
+from liar.models import compute_device, is_offloaded, layout_of, transformer_in, why_unusable
 from liar.options import LoadOptions, PlanOptions, ReconstructOptions, SelectOptions, check_count
 from liar.planning.memory import phases
 from liar.planning.operations import works
@@ -149,7 +149,8 @@ def plan(
     full sequences of `max_length` tokens, `batch_size` of them in a batch.
 
     `activations` says where streams, targets and replayed outputs are kept: `"device"`, `"host"` or `"disk"`; None shows all
-    three side by side. With `offload`, weights come to the device one block at a time. `dtype` is that of the weights where
+    three side by side. With `offload`, weights come to the device one block at a time; those of a model that accelerate has
+    offloaded always do. `dtype` is that of the weights where
     `model` is none (`"auto"`: as the configuration says), `device` where it will be computed: where the model is, or the CPU,
     if not given. With `measure`, a second of products is timed there, for the estimate of seconds.
 
@@ -193,12 +194,13 @@ def plan_with(
     inner = transformer_in(model)
     layout = layout_of(inner).counted_by(selection.heads)
     first = next(inner.parameters())
-    device = _device(first, load.device)
+    device = _device(inner, load.device)
+    offload = planned.offload or load.weights != "device" or is_offloaded(inner)
     data = _data(model, inner, calib, planned)
     kept = kept_units(layout, selection.keep, selection.protect)
     needs = CRITERIA[selection.criterion].needs
     is_free = selection.widths == "free"
-    how_weights: dict[str, bool] = {"weights": needs == "gradients", "is_free": is_free, "offload": planned.offload}
+    how_weights: dict[str, bool] = {"weights": needs == "gradients", "is_free": is_free, "offload": offload}
     workload = workload_of(inner, layout, data, kept, **how_weights)
     steps, work = phases(workload, selection, how), works(workload, selection, how)
     rates = measure_rates(workload, device, first.dtype) if planned.measure else None
@@ -211,7 +213,7 @@ def plan_with(
         dtype=str(first.dtype).removeprefix("torch."),
         device=str(device),
         model_bytes=workload.nbytes,
-        memory={place: memory(workload, steps, place, on_cpu=on_cpu, offload=planned.offload) for place in places},
+        memory={place: memory(workload, steps, place, on_cpu=on_cpu, offload=offload) for place in places},
         flops={each.stage: each.flops for each in work},
         seconds=None if rates is None else {each.stage: rates.seconds(each) for each in work},
         rates=rates,
@@ -219,14 +221,15 @@ def plan_with(
     )
 
 
-def _device(parameter: torch.Tensor, name: str) -> torch.device:
-    """The device of a name, or where a parameter is.
+def _device(model: nn.Module, name: str) -> torch.device:
+    """The device of a name, or where a model computes.
 
     Raises:
         OptionError: torch knows no such device.
     """
     if name == "auto":
-        return torch.device("cpu") if parameter.is_meta else parameter.device
+        device = compute_device(model)
+        return torch.device("cpu") if device.type == "meta" else device
     try:
         return torch.device(name)
     except RuntimeError as error:
@@ -237,7 +240,7 @@ def _data(model: nn.Module, inner: nn.Module, calib: Iterable[Any] | Calibration
     if isinstance(calib, (int, float, bool)):
         check_count("tokens", calib)
         return Data.of_count(inner, int(calib), length=int(planned.max_length), batch_size=int(planned.batch_size))
-    if not isinstance(calib, Calibration) and next(inner.parameters()).is_meta:
+    if not isinstance(calib, Calibration) and compute_device(inner).type == "meta":
         raise OptionError(
             "a model without weights is planned for a number of tokens: pass that in place of calibration batches"
         )
