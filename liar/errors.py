@@ -111,11 +111,14 @@ class ProcessError(LiarError):
 
 @contextmanager
 def at_site(name: str, module: str) -> Iterator[None]:
-    """Add the name of the site to a `CalibrationError` raised inside."""
+    """Add the name of the site to a `CalibrationError` raised inside, unless another process has named it."""
     try:
         yield
     except CalibrationError as error:
-        raise CalibrationError(f"{name} ({module}): {error}") from error
+        where = f"{name} ({module}): "
+        if where in str(error):
+            raise
+        raise CalibrationError(f"{where}{error}") from error
 
 
 @contextmanager

@@ -335,6 +335,22 @@ def test_several_processes_go_on_where_they_failed(tmp_path):
 # Errors
 
 
+def damaged_with_lstsq():
+    """The message where a process meets NaN while sums are collected."""
+    model = model_of("bert")
+    if distributed.rank() == 1:
+        model.encoder.layer[1].attention.output.dense.weight.data[-1, -1] = torch.nan
+    with pytest.raises(liar.LiarError) as caught:
+        liar.prune(model, batches_for("bert", 4), keep=0.5, criterion="magnitude", solver="lstsq", progress=False)
+    return str(caught.value)
+
+
+def test_the_site_is_named_once():
+    (first, second), _ = in_processes(2, damaged_with_lstsq)
+    assert first.count("heads.1 (") == second.count("heads.1 (") == 1
+    assert first == f"process 1 of 2: {second}"
+
+
 def failing(kind):
     """Prune, where the second of the processes fails in some way: the error, and whether the model is as it was."""
     model, data, progress, bad = model_of("bert"), batches_for("bert", 3), False, distributed.rank() == 1

@@ -70,7 +70,7 @@ class RepairContext:
 
     def reduce(self, site: SiteState, folds: Folds) -> None:
         """Add the rows of all processes to the statistics of a site."""
-        with site.walk.timed("statistics"):
+        with site.walk.timed("statistics"), at_site(site.name, site.site.module):
             folds.reduce(distributed)
 
     def solve(self, site: SiteState, folds: Folds, *, drift_ridge: float | None = None) -> tuple[Solution, float]:

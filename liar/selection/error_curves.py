@@ -99,7 +99,7 @@ class ErrorCurves(RepairStep):
         """Eliminate, in the unit of the sensitivities, as soon as there is a site for every process."""
         # A process without batches has seen nothing.
         moments, waiting = self.moments.pop(site.name, None) or Moments(), self.waiting[site.site.kind]
-        with site.walk.timed("statistics"):
+        with site.walk.timed("statistics"), at_site(site.name, site.site.module):
             moments.reduce(distributed)
         with site.walk.timed("elimination"):
             waiting[site.name] = self._prepared(site, moments) if distributed.has_turn(len(waiting)) else None
