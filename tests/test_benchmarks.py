@@ -554,6 +554,8 @@ ELSEWHERE = (
     "growth",
     "scaling",
     "offload",
+    "planned cases",
+    "planned sizes",
     "samples",
     "latency",
     "elimination",

@@ -60,7 +60,7 @@ def collect(
         # Read before the model is locked again: an iterable may need another thread to use the model.
         calibration = Calibration.of(calib, model)
         # Nothing is repaired.
-        selection = SelectOptions(1.0, next(iter(criteria)))
+        selection = SelectOptions(1.0, next(iter(criteria), "magnitude"))
         place = partial(choose_activations, model, calibration, ReconstructOptions(quality=0), selection=selection)
         identity = partial(run_identity, model, calibration, criteria=" ".join(criteria), heads=heads)
         with (

@@ -44,7 +44,9 @@ def compute_device(model: nn.Module) -> torch.device:
     """The device on which a model computes: of a dispatched one that of its first hook, else where its first parameter is."""
     devices = (hook.execution_device for module in model.modules() for hook in hooks_of(module) if moves_weights(hook))
     device = next((device for device in devices if device is not None), None)
-    return next(model.parameters()).device if device is None else torch.device(device)
+    if device is not None:
+        return torch.device(device)
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def own_forward(module: nn.Module) -> Any:

@@ -111,7 +111,8 @@ def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, pr
     for site in reversed(layout.sites):
         with at_site(site.name, site.module):
             check_finite(sums[site.name].squares, what="gradients")
-    return {name: part.result(outputs) for name, part in sums.items()}
+    # One after the other, since the sums of all sites are as large as some models.
+    return {name: sums.pop(name).result(outputs) for name in list(sums)}
 
 
 def sampled(model: nn.Module, calibration: Calibration) -> tuple[Calibration, int]:
@@ -163,9 +164,8 @@ class GradientMoments:
         self.squares, self.together = state["squares"].clone(), state["together"]
 
     def result(self, outputs: int) -> Sensitivity:
-        """The sensitivity, per output; the sums are used up, since those of all sites are as large as some models."""
-        coherence = self.coherence()
-        return Sensitivity(self.squares.div_(outputs), coherence, outputs)
+        """The sensitivity, per output."""
+        return Sensitivity(self.squares / outputs, self.coherence(), outputs)
 
     def coherence(self) -> float:
         """See `Sensitivity`; 1 where all gradients are zero."""
