@@ -48,9 +48,11 @@ def on_device(block: nn.Module, device: torch.device) -> nn.Module:
 
 def put_away(plain: nn.Module, block: nn.Module) -> None:
     """Move the tensors of a finished copy of a block from the device that computes to where those of the block are kept."""
-    for module, original in zip(plain.modules(), block.modules(), strict=True):
-        for name, tensor in own_tensors(module):
-            if tensor.device != (device := _kept_on(original, name, tensor)):
+    originals = dict(block.named_modules())
+    for path, module in plain.named_modules():
+        # What a step has added is refused later, when the blocks are adopted.
+        for name, tensor in own_tensors(module) if path in originals else ():
+            if tensor.device != (device := _kept_on(originals[path], name, tensor)):
                 _set(module, name, tensor.detach().to(device))
 
 

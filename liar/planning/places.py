@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 UNDER_WAY = 2
 # Share of the free memory that a run may plan for.
 MARGIN = 0.85
+# Over the bytes of tensors: buffers of libraries, and what an allocator keeps, as measured on a CPU (docs/scaling.md).
+ALLOCATED = 1.05
 # From the fastest to the slowest.
 ORDER = ("device", "host", "disk")
 
@@ -83,7 +85,7 @@ def _computing(workload: Workload, step: Phase, activations: str, *, on_cpu: boo
     kept = step.activations if stays else min(UNDER_WAY * step.batch, step.activations)
     # Slim copies of offloaded blocks are in the host's memory, which on a CPU is where it is computed.
     slim = min(step.slim, max(block.nbytes for block in workload.blocks)) if offload and not on_cpu else step.slim
-    return _weights(workload, offload=offload) + slim + kept + step.work
+    return _weights(workload, offload=offload) + (slim + kept + step.work) * ALLOCATED
 
 
 def _aside(workload: Workload, step: Phase, activations: str, *, offload: bool) -> float:
