@@ -1,13 +1,15 @@
 """Streamed moments of `[tokens, channels]`: products of what differs from a chunk's own mean, so that centring does not cancel.
 
-Sums over chunks are seen from the mean of the first one, in float64.
+Products are rounded to float32 and summed in float64, which is exact but for what is smaller than a 2^29th of the sum: in
+whatever order chunks are added, and by whatever process, the sum is the same. What the means of the chunks add is computed at
+the end, from all of them in their order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,42 @@ from liar.errors import CalibrationError
 from liar.statistics.chunks import RANK_TOLERANCE, Chunks, add_gram, mirror
 from liar.statistics.collectives import Collectives
 from liar.statistics.normal import NO_ROWS, Normal, check_finite
+
+# Chunks whose means are kept until they are added to the sums: with more, memory would grow with the number of rows.
+RECENT = 512
+
+
+class Chunk(NamedTuple):
+    """What is kept of a chunk beside its products, in float64; the sums z and t are of weighted rows less the chunk's means."""
+
+    rows: int
+    weight_sum: float
+    rank_tolerance: float
+    mean_z: Tensor
+    mean_t: Tensor
+    z: Tensor
+    t: Tensor
+
+
+@dataclass(frozen=True)
+class Within:
+    """Sums over chunks of products of what differs from the chunks' own means; float64, of `gram` the upper triangle counts."""
+
+    gram: Tensor
+    cross: Tensor
+    target_energy: Tensor
+
+    @classmethod
+    def none(cls, like: Chunk) -> Within:
+        """Of no chunks yet, for such as this one."""
+        z, t = like.mean_z, like.mean_t
+        return cls(z.new_zeros(len(z), len(z)), z.new_zeros(len(z), len(t)), torch.zeros_like(t))
+
+    def add(self, z: Tensor, t: Tensor) -> None:
+        """Add the products of a chunk, in place."""
+        add_gram(self.gram, z)
+        self.cross.add_(z.T @ t)
+        self.target_energy.add_(t.square().sum(0))
 
 
 @dataclass(frozen=True)
@@ -38,52 +76,34 @@ class Sums:
     rank_tolerance: float
 
     @classmethod
-    def none(cls, shift_z: Tensor, shift_t: Tensor) -> Sums:
-        """Of no rows yet."""
-        channels, out = len(shift_z), len(shift_t)
+    def of(cls, chunks: Sequence[Chunk], within: Within, shift_z: Tensor, shift_t: Tensor) -> Sums:
+        """Of some chunks, seen from a shift; `within` is used up."""
+        device = shift_z.device
+        n = torch.tensor([chunk.weight_sum for chunk in chunks], dtype=torch.float64, device=device)[:, None]
+        z, t = torch.stack([chunk.z for chunk in chunks]), torch.stack([chunk.t for chunk in chunks])
+        dz = torch.stack([chunk.mean_z for chunk in chunks]) - shift_z
+        dt = torch.stack([chunk.mean_t for chunk in chunks]) - shift_t
+        moved_z, moved_t = z + n * dz, t + n * dt
+        left = torch.cat([z, dz]).T
         return cls(
-            count=0,
-            weight_sum=0.0,
+            count=sum(chunk.rows for chunk in chunks),
+            weight_sum=sum(chunk.weight_sum for chunk in chunks),
             shift_z=shift_z,
             shift_t=shift_t,
-            z=torch.zeros_like(shift_z),
-            t=torch.zeros_like(shift_t),
-            gram=shift_z.new_zeros(channels, channels),
-            cross=shift_z.new_zeros(channels, out),
-            target_energy=torch.zeros_like(shift_t),
-            rank_tolerance=0.0,
+            z=moved_z.sum(0),
+            t=moved_t.sum(0),
+            gram=within.gram.addmm_(left, torch.cat([dz, moved_z])),
+            cross=within.cross.addmm_(left, torch.cat([dt, moved_t])),
+            target_energy=within.target_energy + (2 * t * dt + n * dt.square()).sum(0),
+            rank_tolerance=max(chunk.rank_tolerance for chunk in chunks),
         )
 
-    def with_rows(self, z: Tensor, t: Tensor, weight: Tensor | None) -> Sums:
-        """The sums with those of one chunk, whose rows are overwritten; the big sums are added in place, self is used up.
-
-        The products of a chunk depend on nothing but its rows, in whatever process they are computed.
-        """
-        means = z.mean(0), t.mean(0)
-        z, t, weight_sum = z.sub_(means[0]), t.sub_(means[1]), float(len(z))
-        if weight is None:
-            sums = z.sum(0), t.sum(0)
-        else:
-            root, weight_sum = weight.sqrt(), float(weight.sum(dtype=torch.float64))
-            z, t = z.mul_(root[:, None]), t.mul_(root[:, None])
-            sums = root @ z, root @ t
-        add_gram(self.gram, z)
-        self.cross.add_(z.T @ t)
-        energy = t.square().sum(0).double()
-        dz, dt = means[0] - self.shift_z, means[1] - self.shift_t
-        moved_z, moved_t = sums[0] + weight_sum * dz, sums[1] + weight_sum * dt
-        left = torch.stack([sums[0].double(), dz], 1)
-        self.gram.addmm_(left, torch.stack([dz, moved_z]))
-        self.cross.addmm_(left, torch.stack([dt, moved_t]))
-        return replace(
-            self,
-            count=self.count + len(z),
-            weight_sum=self.weight_sum + weight_sum,
-            z=self.z + moved_z,
-            t=self.t + moved_t,
-            target_energy=self.target_energy + energy + 2 * sums[1] * dt + weight_sum * dt.square(),
-            rank_tolerance=max(self.rank_tolerance, RANK_TOLERANCE[z.dtype]),
-        )
+    @classmethod
+    def none(cls, shift_z: Tensor, shift_t: Tensor) -> Sums:
+        """Of no rows."""
+        z, t = shift_z, shift_t
+        gram, cross = z.new_zeros(len(z), len(z)), z.new_zeros(len(z), len(t))
+        return cls(0, 0.0, z, t, torch.zeros_like(z), torch.zeros_like(t), gram, cross, torch.zeros_like(t), 0.0)
 
     def __add__(self, other: Sums) -> Sums:
         """Of one shift only; the big sums are added in place, self is used up."""
@@ -146,8 +166,11 @@ class Moments:
 
     def __init__(self, origin: int = 0) -> None:
         self._chunks = Chunks(origin)
+        # Chunks that are not yet among the sums.
+        self._recent: list[Chunk] = []
+        self._within: Within | None = None
         self._sums: Sums | None = None
-        # The shifts of all accumulators that were made together, once one of them has a chunk.
+        # The shifts of all accumulators that were made together, once one of them has sums.
         self._shifts: list[Tensor] = []
 
     @classmethod
@@ -168,11 +191,39 @@ class Moments:
             self._add(*chunk)
 
     def _add(self, z: Tensor, t: Tensor, weight: Tensor | None = None) -> None:
+        """Add a chunk, whose rows are overwritten."""
+        means = z.mean(0), t.mean(0)
+        z, t, weight_sum, count = z.sub_(means[0]), t.sub_(means[1]), float(len(z)), len(z)
+        if weight is None:
+            sums = z.sum(0), t.sum(0)
+        else:
+            root, weight_sum = weight.sqrt(), float(weight.sum(dtype=torch.float64))
+            z, t = z.mul_(root[:, None]), t.mul_(root[:, None])
+            sums = root @ z, root @ t
+        chunk = Chunk(count, weight_sum, RANK_TOLERANCE[z.dtype], *(value.double() for value in (*means, *sums)))
+        if self._within is None:
+            self._within = Within.none(chunk)
+        self._within.add(z, t)
+        self._recent.append(chunk)
+        if len(self._recent) == RECENT:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Add the recent chunks to the sums."""
+        if not self._recent:
+            return
+        assert self._within is not None
+        if not self._shifts:
+            first = self._recent[0]
+            self._shifts += [first.mean_z, first.mean_t] if self._sums is None else [self._sums.shift_z, self._sums.shift_t]
+        added = Sums.of(self._recent, self._within, *self._shifts)
+        self._recent, self._within = [], None
         if self._sums is None:
-            if not self._shifts:
-                self._shifts += [z.mean(0).double(), t.mean(0).double()]
-            self._sums = Sums.none(*self._shifts)
-        self._sums = self._sums.with_rows(z, t, weight)
+            self._sums = added
+        elif self._sums.has_shift_of(added):
+            self._sums = self._sums + added
+        else:
+            self._sums = self._sums + added.at(self._sums.shift_z, self._sums.shift_t)
 
     def merge(self, other: Moments) -> None:
         """Add another's rows. `other` keeps its content."""
@@ -188,24 +239,24 @@ class Moments:
     def reduce_all(cls, parts: Sequence[Moments], processes: Collectives) -> None:
         """Add the rows of all processes, in each of which there are as many accumulators; made by `several`, or a single one.
 
-        Chunks that end in another process than they began in are completed in that one. Then all see their rows from the shift
-        of the first process that has any, and their sums are added, one matrix at a time: beside its own, a process never holds
-        those of another. So the result differs from that of one process by the order of sums in float64 alone.
+        Chunks that end in another process than they began in are completed in that one. Then products are added, one matrix at
+        a time: beside its own, a process never holds those of another. The means of the chunks come together in their order.
+        So the result is that of one process.
         """
         for part in parts:
             part._complete_chunks(processes)
-        own = [part._all() for part in parts]
+            part._finish_chunk()
+            part._gather_chunks(processes)
+        own = [part._sums for part in parts]
         found = next((sums for sums in own if sums is not None), None)
-        with_rows = processes.gather(found is not None)
-        if not any(with_rows):
-            return
-        shift = processes.broadcast(found and (found.shift_z, found.shift_t), with_rows.index(True))
-        for part, sums in zip(parts, own, strict=True):
-            part._shifts[:] = shift
-            seen = Sums.none(*shift) if sums is None else sums if sums.shift_z is shift[0] else sums.at(*shift)
-            part._sums = seen.over(processes)
-            if not part._sums.count:
-                part._sums = None
+        with_sums = processes.gather(found is not None)
+        if any(with_sums):
+            shift = processes.broadcast(found and (found.shift_z, found.shift_t), with_sums.index(True))
+            for part, sums in zip(parts, own, strict=True):
+                part._shifts[:] = shift
+                seen = Sums.none(*shift) if sums is None else sums if sums.shift_z is shift[0] else sums.at(*shift)
+                all_of_it = seen.over(processes)
+                part._sums = all_of_it if all_of_it.count else None
 
     def reduce(self, processes: Collectives) -> None:
         """Add the rows of all processes."""
@@ -223,9 +274,28 @@ class Moments:
             if ends_in[process]:
                 began_in = process
 
-    def _all(self) -> Sums | None:
+    def _gather_chunks(self, processes: Collectives) -> None:
+        """Take the recent chunks of all processes, in their order, and the sums of their products."""
+        own = [(chunk[:3], torch.cat(chunk[3:])) for chunk in self._recent]
+        sizes = [len(value) for value in self._recent[0][3:]] if self._recent else []
+        chunks: list[Chunk] = []
+        for process in range(processes.size()):
+            packed = [numbers for numbers, _ in own], torch.stack([rest for _, rest in own]) if own else None, sizes
+            numbers, rows, widths = processes.broadcast(packed, process)
+            if numbers:
+                chunks += [Chunk(*each, *row.split(widths)) for each, row in zip(numbers, rows, strict=True)]
+        if chunks:
+            within = Within.none(chunks[0]) if self._within is None else self._within
+            processes.add(within.gram, within.cross, within.target_energy)
+            self._recent, self._within = chunks, within
+
+    def _finish_chunk(self) -> None:
         for chunk in self._chunks.rest():
             self._add(*chunk)
+
+    def _all(self) -> Sums | None:
+        self._finish_chunk()
+        self._fold()
         return self._sums
 
     def normal(self, *, affine: bool) -> Normal:
@@ -266,7 +336,7 @@ class Moments:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the content by what `state_dict` gave."""
-        self._chunks, self._sums = Chunks(), None
+        self._chunks, self._recent, self._within, self._sums = Chunks(), [], None, None
         self._shifts.clear()
         if state:
             sums = Sums(**state)
