@@ -2,9 +2,10 @@
 
     python -m benchmarks.scaling [--only tokens layers] [--largest 262144]
 
-Random LLaMAs of hidden size 256, pruned to half by `liar.prune`. Every run is in a process of its own; its memory is the peak
-of the resident set, the model included, over what the process had before the model was loaded; large tensors are mapped by
-themselves, as on the command line. Runs that are in
+Random LLaMAs of hidden size 256, pruned to half by `liar.prune`, all layers to the same widths, so that the widest site is as
+wide in all of them. Every run is in a process of its own. Its memory is the peak of its own pages, the model included, over
+what the process had before the model was loaded; large tensors are mapped by themselves, as on the command line. Pages of files
+that are mapped are counted apart: the system takes them back when memory is short, see `benchmarks.offload`. Runs that are in
 results/scaling.jsonl are skipped; `benchmarks.publish` draws docs/images/scaling.png from them.
 """
 
@@ -13,14 +14,17 @@ from __future__ import annotations
 import argparse
 import logging
 import multiprocessing
+import resource
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from matplotlib.figure import Figure
@@ -53,40 +57,89 @@ HEADINGS = ("grows", "from", "to", "kept", "seconds", "with the power", "MB", "l
 
 
 def measure(tokens: int, layers: int, way: str) -> dict[str, float]:
-    """Seconds and the peak of memory of one run, in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_measure, tokens, layers, way).result()
+    """Seconds and the peak of memory of one run, in a process of its own; the model was made and saved by another."""
+    with tempfile.TemporaryDirectory() as folder:
+        for work in (_save, _measure):
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                result = pool.submit(work, Path(folder), tokens, layers, way).result()
+    assert result is not None
+    return result
 
 
-def _measure(tokens: int, layers: int, way: str) -> dict[str, float]:
+def _llama(tokens: int, layers: int) -> tuple[Any, list[dict[str, torch.Tensor]]]:
+    """A random model and its calibration batches."""
+    size: dict[str, Any] = {"width": WIDTH, "feed_forward": int(8 / 3 * WIDTH) // 32 * 32, "groups": 1}
+    return random_llama(tokens, layers=layers, **size)
+
+
+def _save(folder: Path, tokens: int, layers: int, _way: str) -> None:
+    model, batches = _llama(tokens, layers)
+    model.save_pretrained(folder / "model")
+    torch.save(batches, folder / "batches.pt")
+
+
+def _measure(folder: Path, _tokens: int, _layers: int, way: str) -> dict[str, float]:
     map_large_tensors()
     activations, on_disk, criterion = WAYS[way]
-    with tempfile.TemporaryDirectory() as folder:
-        saved, offload, run_folder = (Path(folder) / name for name in ("model", "offload", "run"))
-        size: dict[str, Any] = {"width": WIDTH, "feed_forward": int(8 / 3 * WIDTH) // 32 * 32, "groups": 1}
-        model, batches = random_llama(tokens, layers=layers, **size)
-        model.save_pretrained(saved)  # type: ignore[operator]
-        # What stays allocated of a model that is gone, and what the first pass allocates for good, is not counted.
-        with torch.no_grad():
-            model(**batches[0])
-        del model
-        where = {"device_map": {"": "disk"}, "offload_folder": offload} if on_disk else {}
-        options: dict[str, Any] = {
-            "criterion": criterion,
-            "activations": activations,
-            "run_folder": run_folder if on_disk else None,
-        }
-        seconds = 0.0
+    batches = torch.load(folder / "batches.pt")
+    # What the first pass allocates for good is not counted.
+    small, few = _llama(len(batches[0]["input_ids"].flatten()), 1)
+    liar.prune(small, few, keep=KEEP, progress=False)
+    del small, few
+    where = {"device_map": {"": "disk"}, "offload_folder": folder / "offload"} if on_disk else {}
+    options: dict[str, Any] = {
+        "criterion": criterion,
+        "widths": "balanced",
+        "activations": activations,
+        "run_folder": folder / "run" if on_disk else None,
+    }
+    seconds = 0.0
 
-        def work() -> None:
-            nonlocal seconds
-            loaded = AutoModel.from_pretrained(saved, **where)
-            began = time.perf_counter()
-            liar.prune(loaded, batches, keep=KEEP, progress=False, **options)
-            seconds = time.perf_counter() - began
+    def work() -> None:
+        nonlocal seconds
+        loaded = AutoModel.from_pretrained(folder / "model", **where)
+        began = time.perf_counter()
+        liar.prune(loaded, batches, keep=KEEP, progress=False, **options)
+        seconds = time.perf_counter() - began
 
+    with PeakOfOwnPages() as peak:
         grown = growth_of_memory(work)
-    return {"seconds": seconds, "grown_mb": grown / 1e6}
+    return {"seconds": seconds, "grown_mb": peak.grown / 1e6, "with_files_mb": grown / 1e6}
+
+
+class PeakOfOwnPages(AbstractContextManager["PeakOfOwnPages"]):
+    """By how many bytes a process's own pages, not those of mapped files, exceed what they were.
+
+    Linux; it is looked at every few milliseconds.
+
+    Attributes:
+        grown: so far.
+    """
+
+    PERIOD = 0.002
+
+    def __init__(self) -> None:
+        self.grown = 0
+        self._before = self._now()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(self.PERIOD):
+            self.grown = max(self.grown, self._now() - self._before)
+
+    @staticmethod
+    def _now() -> int:
+        _, resident, of_files, *_ = map(int, Path("/proc/self/statm").read_text(encoding="ascii").split())
+        return (resident - of_files) * resource.getpagesize()
 
 
 def rows(records: Sequence[Record]) -> list[list[str]]:

@@ -15,9 +15,15 @@ from torch import nn
 
 import liar
 from benchmarks.offload import can_limit, measure
+from benchmarks.speed import random_llama
 from liar.errors import ModelError
 from liar.models import compute_device, count_parameters, layout_of, on_device, plain_block
-from liar.runtime import Point, capture_activations, outputs_of, recompute_blocks, record_gradients
+from liar.planning.imitation import Tally
+from liar.progress import Progress
+from liar.runtime import OnDisk, Point, Workspace, capture_activations, outputs_of, recompute_blocks, record_gradients
+from liar.selection import CRITERIA
+from liar.selection.collect import COLLECTORS, stages_of
+from liar.selection.fisher import sensitivities
 from liar.testing import tiny_batches, tiny_model
 
 accelerate = pytest.importorskip("accelerate")
@@ -288,6 +294,30 @@ def test_weights_of_one_block_are_there_at_a_time(again, tmp_path):
     del activations, loss
     gc.collect()
     assert not any(alive.values())
+
+
+def peak(layers, criterion, where, folder):
+    """Bytes of tensors at the peak of collecting statistics of a model of so many layers."""
+    model, batches = random_llama(2_048, width=128, feed_forward=352, layers=layers)
+    elsewhere = where == "disk"
+    model = disk_offload(model, folder) if elsewhere else model
+    needs = CRITERIA[criterion].needs
+    workspace = Workspace(OnDisk(folder) if elsewhere else None)
+    data, progress = liar.Calibration.of(batches, model), Progress("collect", stages_of([criterion]), show=False)
+    with Tally() as tally:
+        if needs == "curves":
+            sensitivities(model, layout_of(model), data, progress, workspace.new_store())
+        else:
+            COLLECTORS[needs](model, layout_of(model), data, progress, workspace)
+    return tally.peak
+
+
+@pytest.mark.parametrize("criterion", ["fluctuation", "reconstruction"])
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_a_pass_of_the_selection_holds_no_more_with_more_layers(criterion, where, tmp_path):
+    """Where weights and activations are on disk; the negative control has them in memory, where gradients are of all layers."""
+    few, many = (peak(layers, criterion, where, tmp_path / str(layers)) for layers in (2, 8))
+    assert (many < 1.1 * few) is (where == "disk" or criterion == "fluctuation"), (few, many)
 
 
 def interrupted(model, batches, after):

@@ -12,7 +12,7 @@ from liar.errors import MaskError, at_site
 from liar.models import Layout, base_and_prefix, layout_with_weights
 from liar.options import check_list
 from liar.progress import Progress, ProgressOption, progress_of
-from liar.runtime import Point, by_sequence, capture_activations, distributed, exclusive, preserve_model_state, run_model
+from liar.runtime import Point, by_sequence, distributed, exclusive, preserve_model_state, receive_activations, run_model
 from liar.statistics import ChannelMoments, Moments
 
 
@@ -91,16 +91,19 @@ def _read(
 ) -> None:
     """One forward pass of the dense model.
 
-    What a site's consumer reads, [tokens, channels] per batch, goes to its update.
+    What a site's consumer reads, [tokens, channels] per batch, goes to its update at once: it is never kept of several sites.
     """
     consumers = {name: model.get_submodule(layout[name].module) for name in updates}
     points = {name: Point(consumer, 0) for name, consumer in consumers.items()}
     base, _ = base_and_prefix(model)
     with exclusive(model), preserve_model_state(model), progress.stage("moments", calibration.own_tokens) as advance:
         for number, batch in enumerate(calibration.batches):
-            with capture_activations(points) as activations:
-                run_model(base, batch, calibration.numbers[number])
-            for name, value in activations.items():
-                tokens = calibration.of_stack(layout[name].stack).token_masks[number]
+            token_masks = [calibration.of_stack(stack).token_masks[number] for stack in range(len(layout.stacks))]
+
+            def receive(name: str, value: Tensor, token_masks: Sequence[Tensor] = token_masks) -> None:
+                tokens = token_masks[layout[name].stack]
                 updates[name](by_sequence(value, tokens)[tokens])
+
+            with receive_activations(points, receive):
+                run_model(base, batch, calibration.numbers[number])
             advance(int(calibration.token_masks[number].sum()))

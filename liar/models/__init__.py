@@ -17,7 +17,7 @@ from liar.models.plain import (
 )
 from liar.models.registry import families, family_for, family_of, is_registered, model_type_of, register, registered
 from liar.models.sites import base_and_prefix, layout_of, layout_with_weights, stacks_of, takes_choices
-from liar.models.stored import check_weights, stored_state
+from liar.models.stored import check_weights, stored_items, stored_state
 from liar.models.wrapped import transformer_in
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "set_parameters",
     "shared_by_copies",
     "stacks_of",
+    "stored_items",
     "stored_state",
     "take_weights_away",
     "takes_choices",

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from liar.errors import ModelError
 from liar.models.dispatched import is_offloaded, offloading_hook
 
+# What accelerate warns of when a state dict is made.
+SAVING = "Attempting to save a model with offloaded modules"
+
 
 def check_weights(model: nn.Module) -> None:
     """Check that a model's weights are there, or that hooks know where each is.
@@ -70,9 +73,8 @@ def stored_state(model: nn.Module) -> Iterator[None]:
         tied: Mapping[str, str] = vars(model).get("all_tied_weights_keys", {})
         away: dict[str, str] = {name: tied.get(name, name) for name in names}
         for name, source in sorted(away.items(), key=lambda pair: pair[0] != pair[1]):
-            owner, _, key = name.rpartition(".")
             is_copy = source != name and source in away
-            state[prefix + name] = state[prefix + source] if is_copy else stored_tensor(model.get_submodule(owner), key)
+            state[prefix + name] = state[prefix + source] if is_copy else _stored_by_name(model, name)
 
     if not is_offloaded(model):
         yield
@@ -82,10 +84,31 @@ def stored_state(model: nn.Module) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             # It is for those who would load the weights; here they are mapped, or where they are kept anyway.
-            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+            warnings.filterwarnings("ignore", SAVING)
             yield
     finally:
         handle.remove()
+
+
+def stored_items(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The state dict, one value after the other: of a dispatched model no more than one is in memory at a time.
+
+    Raises:
+        ModelError: a weight cannot be read.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", SAVING)
+        state = model.state_dict()
+    tied: Mapping[str, str] = vars(model).get("all_tied_weights_keys", {})
+    away = {name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta}
+    for name, value in state.items():
+        source = tied.get(name, name)
+        yield name, _stored_by_name(model, source if source in away else name) if name in away else value
+
+
+def _stored_by_name(model: nn.Module, name: str) -> Tensor:
+    owner, _, key = name.rpartition(".")
+    return stored_tensor(model.get_submodule(owner), key)
 
 
 def _source(weights_map: Any, name: str) -> tuple[Any, str]:

@@ -69,6 +69,8 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note(self, value: Tensor) -> bool:
         """Count a tensor until its memory is given back; whether that is new."""
+        if value.is_meta:  # it has none; those of an imitation say that they are elsewhere
+            return False
         storage = value.untyped_storage()
         place = storage._cdata
         if place in self._known:

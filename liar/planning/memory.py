@@ -90,34 +90,42 @@ def selection_phases(workload: Workload, options: SelectOptions) -> Iterator[Pha
         yield from elimination_phases(workload)
 
 
-def sensitivities(workload: Workload) -> float:
-    """Products of gradients at every site, float32 [out, out]: they stay until the last elimination."""
-    return SINGLE * sum(site.out**2 for site in workload.sites)
+def sensitivities(workload: Workload) -> dict[str, float]:
+    """Products of gradients, float32 [out, out]: those of all sites stay until the last elimination, where activations are."""
+    sizes = [float(SINGLE * site.out**2) for site in workload.sites]
+    return {"activations": sum(sizes), "batch": max(sizes)}
 
 
 def sensitivity_phases(workload: Workload) -> Iterator[Phase]:
     """The pass forward and back, beside the sums over it."""
-    yield Phase("selection", "gradient pass", work=sensitivities(workload) + workload.gradients.peak)
+    matrices, gradients = sensitivities(workload), workload.gradients
+    yield Phase(
+        "selection",
+        "gradient pass",
+        activations=matrices["activations"] + gradients.entries,
+        work=gradients.peak - gradients.entries,
+        batch=matrices["batch"],
+    )
 
 
 def elimination_phases(workload: Workload) -> Iterator[Phase]:
     """A walk with the dense stream alone: moments of all sites of a block, then one elimination after the other."""
     share = min(elimination_tokens(workload) / workload.data.tokens, 1.0)
     batches = share * workload.data.batches
+    matrices = sensitivities(workload)
     for block in workload.blocks:
         kept = block_stream(workload, block) + workload.calls
-        sums = sensitivities(workload)
         moments = [DOUBLE * site.channels**2 for site in block.sites]
         rows = SINGLE * sum(min(CHUNK, workload.data.tokens * share) * site.channels for site in block.sites)
-        work = sums + sum(moments) + rows + block.peak
-        common: dict[str, Any] = {"activations": batches * kept, "batch": kept}
+        work = sum(moments) + rows + block.peak
+        common = {"activations": batches * kept + matrices["activations"], "batch": kept + matrices["batch"]}
         yield Phase("selection", "moments of a block", work=work, **common)
         for place, site in enumerate(block.sites):
             waiting = sum(moments[place + 1 :])
             weights = 3 * DOUBLE * site.channels * site.out + 3 * DOUBLE * site.out**2
             # The moments, what they are seen from another mean as, and both selected copies; then the elimination itself.
             own = ELIMINATION * DOUBLE * site.channels**2 + weights
-            yield Phase("selection", "elimination", work=sums + waiting + own, **common)
+            yield Phase("selection", "elimination", work=waiting + own, **common)
 
 
 def elimination_tokens(workload: Workload) -> float:

@@ -163,15 +163,17 @@ def _gradient_pass(
     }
     if every > 1:
         part["logits_to_keep"] = drawn(torch.arange(data.length)[None], every)[0]
-    consumers = {site.name: fake.get_submodule(site.module) for site in layout.sites}
+    first = [site for stack in layout.stacks for site in layout.of_block(stack[0])]
+    consumers = {site.name: fake.get_submodule(site.module) for site in (layout.sites if weights else first)}
     points = {name: Point(module, 0 if weights else None) for name, module in consumers.items()}
     every_weight = [
         fake.get_submodule(f"{s.block}.{edge.module}").get_parameter("weight") for s in layout.sites for edge in s.edges
     ]
-    first = [consumers[site.name].get_parameter("weight") for stack in layout.stacks for site in layout.of_block(stack[0])]
     blocks = [fake.get_submodule(name) for name in layout.blocks]
-    passes = recompute_blocks(blocks) if offload and not weights else nullcontext()
-    for weight in every_weight if weights else [] if offload else first:
+    again = offload and not weights
+    passes = recompute_blocks(blocks) if again else nullcontext()
+    of_first = [] if again else [module.get_parameter("weight") for module in consumers.values()]
+    for weight in every_weight if weights else of_first:
         weight.requires_grad_(True)
     with passes, Tally() as tally, torch.enable_grad():
         with capture_activations(points) as activations:
@@ -191,7 +193,13 @@ def _gradient_pass(
         backward=tally.flops - forward,
         traffic=tally.traffic,
         peak=tally.peak,
+        entries=sum(_stream_bytes(block, together * data.length, layout) for block in blocks) if again else 0,
     )
+
+
+def _stream_bytes(block: nn.Module, positions: int, layout: Layout) -> int:
+    """Of what enters a block."""
+    return next(block.parameters()).element_size() * positions * layout.sites[0].out
 
 
 def gradient_sample(data: Data, classes: int, *, can_leave_out: bool, whole: bool) -> tuple[float, int, int]:

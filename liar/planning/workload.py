@@ -156,6 +156,7 @@ class Gradients:
         backward: likewise.
         traffic: bytes that other operations move.
         peak: bytes beside the weights.
+        entries: of the peak, what enters the blocks, where that is kept until they run again.
     """
 
     tokens: float
@@ -164,6 +165,7 @@ class Gradients:
     backward: float
     traffic: float
     peak: int
+    entries: int
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from liar.runtime.blocks import (
     run_block,
     run_model,
 )
-from liar.runtime.hooks import Point, StopForward, capture_activations, replay_output
+from liar.runtime.hooks import Point, StopForward, capture_activations, receive_activations, replay_output
 from liar.runtime.identity import run_identity
 from liar.runtime.journal import Journal, open_journal, remove_journal
 from liar.runtime.outputs import Output, drawn, model_outputs, outputs_of
@@ -46,6 +46,7 @@ __all__ = [
     "output_scale",
     "outputs_of",
     "preserve_model_state",
+    "receive_activations",
     "recompute_blocks",
     "record_block_calls",
     "record_gradients",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from liar.errors import CalibrationError, LiarError, ModelError
@@ -165,17 +166,22 @@ def replace_forwards(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..
 
 
 @contextmanager
-def recompute_blocks(blocks: Sequence[nn.Module]) -> Iterator[None]:
+def recompute_blocks(blocks: Sequence[nn.Module], store: ActivationStore | None = None) -> Iterator[None]:
     """Let blocks run once more for their gradients, so that the weights of one of them are there at a time.
 
     Gradients flow down to what enters the first of them, of a stack, and to no weights: their own come and go.
+
+    Args:
+        blocks: of all stacks.
+        store: keeps what enters each block until it runs again; autograd does, if left out.
     """
 
     def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if not hidden_states.requires_grad:
                 hidden_states = hidden_states.detach().requires_grad_()
-            return checkpoint(forward, hidden_states, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            with nullcontext() if store is None else saved_tensors_hooks(store.keep, store.fetch):
+                return checkpoint(forward, hidden_states, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
         return run
 

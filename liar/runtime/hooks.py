@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,15 +33,35 @@ def capture_activations(points: Mapping[str, Point], *, stop: bool = False) -> I
         stop: end the forward pass with `StopForward` as soon as all points were captured (`run_block` catches it).
     """
     activations: dict[str, Tensor] = {}
+    with receive_activations(points, activations.__setitem__, stop=stop):
+        yield activations
+
+
+@contextmanager
+def receive_activations(
+    points: Mapping[str, Point], receive: Callable[[str, Tensor], object], *, stop: bool = False
+) -> Iterator[None]:
+    """Call a function with every activation of the next forward pass, as soon as it is there: not all have to be kept.
+
+    Args:
+        points: name -> what to capture.
+        receive: takes the name of a point and its activation.
+        stop: as for `capture_activations`.
+
+    Raises:
+        ModelError: a point was passed twice.
+    """
+    received: set[str] = set()
 
     def note(name: str, value: Tensor) -> None:
-        if name in activations:
+        if name in received:
             raise ModelError(
                 f"{name}: the layer ran twice in one pass of its block; chunked feed-forward (chunk_size_feed_forward) and "
                 "shared layers are not supported: set the chunk size to 0"
             )
-        activations[name] = value
-        if stop and len(activations) == len(points):
+        received.add(name)
+        receive(name, value)
+        if stop and len(received) == len(points):
             raise StopForward
 
     handles = []
@@ -53,7 +73,7 @@ def capture_activations(points: Mapping[str, Point], *, stop: bool = False) -> I
             else:
                 before = lambda _module, args, name=name, i=point.argument: note(name, args[i])  # noqa: E731
                 handles.append(point.module.register_forward_pre_hook(before))
-        yield activations
+        yield
     finally:
         for handle in handles:
             handle.remove()

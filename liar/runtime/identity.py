@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from liar.data import Calibration
-from liar.models import stored_state
+from liar.models import stored_items
 from liar.versions import versions
 
 # Options that no weight and no mask depends on.
@@ -54,8 +55,7 @@ def _model_digest(model: nn.Module) -> str:
     # Where the model came from does not matter.
     kept = {name: value for name, value in entries.items() if not name.startswith("_") and name != "transformers_version"}
     about = {"": f"{type(model).__name__} {json.dumps(kept, sort_keys=True, default=str)}"}
-    with stored_state(model):
-        return _digest([*about.items(), *model.state_dict().items()])
+    return _digest(chain(about.items(), stored_items(model)))
 
 
 def _digest(named: Iterable[tuple[str, Any]]) -> str:

@@ -35,7 +35,7 @@ class ActivationStore:
 
     def put(self, series: str, batch: int, value: Any) -> None:
         """Keep a value; an earlier one of the same series and batch is dropped. Tensors must not be changed afterwards."""
-        kept = value if self._place is None else map_tensors(value, self._copy)
+        kept = value if self._place is None else map_tensors(value, self.keep)
         self._series.setdefault(series, {})[batch] = kept
 
     def get(self, series: str, batch: int) -> Any:
@@ -43,12 +43,14 @@ class ActivationStore:
         values = self._series[series]
         if self._place is None:
             return values[batch]
-        value = map_tensors(values[batch], self._fetch, _ELSEWHERE)
+        value = map_tensors(values[batch], self.fetch, _ELSEWHERE)
         map_tensors(values.get(batch + 1), lambda kept: kept.prefetch(), _ELSEWHERE)
         return value
 
-    def _copy(self, tensor: Tensor) -> Tensor | Kept:
-        assert self._place is not None
+    def keep(self, tensor: Tensor) -> Tensor | Kept:
+        """What is kept of a tensor that belongs to no series, as long as the result is not forgotten."""
+        if self._place is None:
+            return tensor
         version, kept = self._copies.get(tensor, (None, tensor))
         if version != (now := _version(tensor)):  # new, or changed in place since
             kept = self._place.keep(tensor)
@@ -56,7 +58,10 @@ class ActivationStore:
                 self._copies[tensor] = now, kept
         return kept
 
-    def _fetch(self, kept: Kept) -> Tensor:
+    def fetch(self, kept: Tensor | Kept) -> Tensor:
+        """The tensor that `keep` was given."""
+        if isinstance(kept, Tensor):
+            return kept
         tensor = kept.fetch()
         self._copies[tensor] = _version(tensor), kept
         return tensor

@@ -19,7 +19,7 @@ from liar.progress import Progress, timed
 from liar.repair import RepairStep, SiteState, walk_blocks
 from liar.runtime import IN_PLACE, Workspace, distributed, sequence_sums, widen
 from liar.selection.elimination import Elimination, eliminate
-from liar.selection.fisher import Sensitivity, sensitivities
+from liar.selection.fisher import Sensitivities, Sensitivity, sensitivities
 from liar.statistics import Moments
 
 # Relative; the reconstruction chooses its own ridge per site, here one has to do for all numbers of units.
@@ -43,7 +43,10 @@ def error_curves(
         CalibrationError: NaN or Inf in the activations of a site, which it names.
         ModelError: parameters that gradients cannot be taken of.
     """
-    sensitivity = _sensitivities(model, layout, calibration, progress, workspace)
+    sensitivity = _known_sensitivities(layout, workspace)
+    if sensitivity is None:
+        sensitivity = sensitivities(model, layout, calibration, progress, workspace.new_store())
+        _commit(sensitivity, layout, workspace)
     widest = max(site.units * site.consumer.width for site in layout.sites)
     calibration = sample(calibration, max(TOKENS, ROWS * widest))
     clock: defaultdict[str, float] = defaultdict(float)
@@ -57,18 +60,27 @@ def error_curves(
     return {name: {"order": curve.order, "increases": curve.increases} for name, curve in curves.result.items()}
 
 
-def _sensitivities(
-    model: nn.Module, layout: Layout, calibration: Calibration, progress: Progress, workspace: Workspace
-) -> dict[str, Sensitivity]:
-    """The sensitivities, or those that an earlier run has measured."""
-    known = workspace.read("sensitivity")
-    if known is not None:
-        numbers = known.pop("numbers")
-        return {name: Sensitivity(fisher, *numbers[name]) for name, fisher in known.items()}
-    measured = sensitivities(model, layout, calibration, progress)
-    numbers = {name: (each.coherence, each.outputs) for name, each in measured.items()}
-    workspace.commit("sensitivity", {"numbers": numbers, **{name: each.fisher for name, each in measured.items()}})
-    return measured
+def _entry(number: int) -> str:
+    """The name of a site's entry in the journal: one for each, so that only one matrix is in memory at a time."""
+    return f"sensitivity-{number:04d}"
+
+
+def _known_sensitivities(layout: Layout, workspace: Workspace) -> Sensitivities | None:
+    """Those that an earlier run has measured; None if it has not noted all of them."""
+    found = Sensitivities(workspace.new_store())
+    for number, site in enumerate(layout.sites):
+        known = workspace.read(_entry(number))
+        if known is None:
+            return None
+        found[site.name] = Sensitivity(**known)
+    return found
+
+
+def _commit(measured: Sensitivities, layout: Layout, workspace: Workspace) -> None:
+    for number, site in enumerate(layout.sites):
+        # Where an earlier run was killed meanwhile, some are there; on some devices others would not be equal to the last bit.
+        if workspace.read(_entry(number)) is None:
+            workspace.commit(_entry(number), vars(measured[site.name]))
 
 
 class ErrorCurves(RepairStep):
@@ -82,6 +94,7 @@ class ErrorCurves(RepairStep):
     def __init__(self, sensitivity: Mapping[str, Sensitivity], advance: Callable[[], Any]) -> None:
         self.sensitivity, self.advance = sensitivity, advance
         self.moments: dict[str, Moments] = {}
+        self.coherence: dict[str, float] = {}
         self.waiting: defaultdict[str, dict[str, Callable[[], Elimination] | None]] = defaultdict(dict)
         self.result: dict[str, Elimination] = {}
 
@@ -90,9 +103,10 @@ class ErrorCurves(RepairStep):
         with site.walk.timed("statistics"):
             token_mask = site.calibration.token_masks[batch]
             rows = widen(dense["consumer_input"][token_mask])
-            rows = reweight_sequence_mean(rows, token_mask, self.sensitivity[site.name].coherence)
             if site.name not in self.moments:
+                self.coherence[site.name] = self.sensitivity[site.name].coherence
                 self.moments[site.name] = Moments(sum(site.walk.sample(site.site.stack).origins))
+            rows = reweight_sequence_mean(rows, token_mask, self.coherence[site.name])
             self.moments[site.name].update(rows, rows[:, :0])
 
     def repair(self, site: SiteState) -> None:

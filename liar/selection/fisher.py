@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -15,17 +18,19 @@ from liar.errors import at_site
 from liar.models import Layout, compute_device, is_offloaded, layer_of
 from liar.progress import Progress, timed
 from liar.runtime import (
+    ActivationStore,
     Point,
     by_sequence,
     distributed,
     drawn,
     outputs_of,
     preserve_model_state,
+    receive_activations,
     recompute_blocks,
     record_gradients,
     sequence_sums,
 )
-from liar.selection.gradients import differentiable, gradients, run_with_gradients
+from liar.selection.gradients import check_outputs, differentiable, gradients
 from liar.selection.loss import sampled_label_loss
 from liar.statistics import Collectives, check_finite
 
@@ -62,57 +67,129 @@ class Sensitivity:
     outputs: int
 
 
-def sensitivities(model: nn.Module, layout: Layout, calibration: Calibration, progress: Progress) -> dict[str, Sensitivity]:
+class Sensitivities(Mapping[str, Sensitivity]):
+    """Sensitivities by site; their matrices are in a store, since those of all sites are as large as some models.
+
+    Args:
+        store: of nothing else.
+    """
+
+    def __init__(self, store: ActivationStore) -> None:
+        self._store = store
+
+    def __setitem__(self, site: str, sensitivity: Sensitivity) -> None:
+        self._store.put(site, 0, (sensitivity.fisher, sensitivity.coherence, sensitivity.outputs))
+
+    def __getitem__(self, site: str) -> Sensitivity:
+        return Sensitivity(*self._store.get(site, 0))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store.names())
+
+    def __len__(self) -> int:
+        return len(self._store.names())
+
+
+def sensitivities(
+    model: nn.Module, layout: Layout, calibration: Calibration, progress: Progress, store: ActivationStore | None = None
+) -> Sensitivities:
     """The sensitivity at every site, by site name, from one pass forward and back over a sample of the data.
 
-    Without a head, the output is the mean of the last hidden states over each sequence, relative to its size.
+    Without a head, the output is the mean of the last hidden states over each sequence, relative to its size. Gradients are
+    added to the sums of their site as soon as they are there, and sums are in the store in between: nothing is held of several
+    sites but what autograd needs for the way back, and of an offloaded model not even that.
 
     Args:
         model: with its task head, if it has one.
         layout: its sites.
         calibration: batches; labels are not looked at.
         progress: of the run; the stage is "sensitivity".
+        store: of what is kept meanwhile, and of the result; where it is computed, if left out.
 
     Raises:
         CalibrationError: NaN or Inf at a site, which it names.
         ModelError: parameters that gradients cannot be taken of.
     """
+    store = ActivationStore() if store is None else store
     consumers = {site.name: layer_of(model.get_submodule(site.block), site.consumer) for site in layout.sites}
-    points = {name: Point(consumer.module, None) for name, consumer in consumers.items()}
     # The user may be in inference mode, whose tensors cannot be added to outside of it.
     with torch.inference_mode(False):
-        sums = {site.name: GradientMoments(torch.zeros(site.out, device=compute_device(model))) for site in layout.sites}
+        sums = {site.name: GradientMoments(torch.zeros(site.out, device=compute_device(model)), store) for site in layout.sites}
     # Gradients flow down to the first block of a stack: its consumers make all that comes after them differentiable.
-    first = [consumers[site.name].weight for stack in layout.stacks for site in layout.of_block(stack[0])]
+    first = [site.name for stack in layout.stacks for site in layout.of_block(stack[0])]
+    weights = [consumers[name].weight for name in first]
     calibration, every = sampled(model, calibration)
     calibration = distributed.share(calibration, model)
     passes = ExitStack()
     if is_offloaded(model):
-        first = []
-        passes.enter_context(recompute_blocks([model.get_submodule(name) for name in layout.blocks]))
-    with passes, record_gradients(model, first), progress.stage("sensitivity", calibration.own_tokens) as advance:
+        weights = []
+        passes.enter_context(recompute_blocks([model.get_submodule(name) for name in layout.blocks], store))
+    points = {name: Point(consumer.module, None) for name, consumer in consumers.items()}
+    with passes, record_gradients(model, weights), progress.stage("sensitivity", calibration.own_tokens) as advance:
         ordinary, outputs = differentiable(calibration), 0
         for number, token_mask in enumerate(ordinary.token_masks):
-            with timed(progress.seconds, "select: forward"):
-                activations, predicted = run_with_gradients(model, layout, ordinary, number, points, every=every)
-            with timed(progress.seconds, "select: backward"):
-                loss = sampled_label_loss(predicted, drawn(token_mask, every), ordinary.starts[number])
-                stream_gradients = gradients(loss, [activations[name] for name in sums])
-            with timed(progress.seconds, "select: sums of gradients"):
-                for site, gradient in zip(layout.sites, stream_gradients, strict=True):
-                    tokens = ordinary.of_stack(site.stack).token_masks[number]
-                    sums[site.name].update(by_sequence(gradient, tokens)[tokens].float(), tokens)
-            outputs += len(predicted[0].rows)
+            outputs += _run_batch(model, layout, ordinary, number, every, points, first, sums, progress.seconds)
             advance(int(token_mask.sum()))
     outputs = sum(distributed.gather(outputs))
-    for part in sums.values():
-        part.reduce(distributed)
+    found = Sensitivities(store)
     # From the last site to the first, as gradients flow: the one named is where NaN began.
     for site in reversed(layout.sites):
+        own = sums.pop(site.name)
+        own.reduce(distributed)
         with at_site(site.name, site.module):
-            check_finite(sums[site.name].squares, what="gradients")
-    # One after the other, since the sums of all sites are as large as some models.
-    return {name: sums.pop(name).result(outputs) for name in list(sums)}
+            check_finite(own.squares, what="gradients")
+        found[site.name] = own.result(outputs)
+    return found
+
+
+def _run_batch(
+    model: nn.Module,
+    layout: Layout,
+    calibration: Calibration,
+    number: int,
+    every: int,
+    points: Mapping[str, Point],
+    first: Collection[str],
+    sums: Mapping[str, GradientMoments],
+    seconds: defaultdict[str, float],
+) -> int:
+    """Run a batch forward and back, and add the gradients at all points to their sums; the number of its outputs.
+
+    Args:
+        model: to run.
+        layout: its sites.
+        calibration: batches.
+        number: which of them.
+        every: see `sampled`.
+        points: site name -> where gradients are taken.
+        first: the sites at which gradients end.
+        sums: by site.
+        seconds: by kind of work, are added to.
+    """
+    ends: list[Tensor] = []
+    work = "select: sums of gradients"
+
+    def add(name: str, gradient: Tensor) -> None:
+        tokens = calibration.of_stack(layout[name].stack).token_masks[number]
+        with timed(seconds, work):
+            sums[name].update(by_sequence(gradient, tokens)[tokens].float(), tokens)
+
+    def receive(name: str, value: Tensor) -> None:
+        with at_site(name, layout[name].module):
+            check_finite(value.detach())
+        value.register_hook(partial(add, name))  # type: ignore[no-untyped-call]
+        if name in first:
+            ends.append(value)
+
+    with timed(seconds, "select: forward"), receive_activations(points, receive):
+        outputs = outputs_of(model, calibration, number, every=every)
+    check_outputs(model, outputs)
+    before = seconds[work]
+    with timed(seconds, "select: backward"):
+        positions = drawn(calibration.token_masks[number], every)
+        gradients(sampled_label_loss(outputs, positions, calibration.starts[number]), ends)
+    seconds["select: backward"] -= seconds[work] - before
+    return len(outputs[0].rows)
 
 
 def sampled(model: nn.Module, calibration: Calibration) -> tuple[Calibration, int]:
@@ -133,16 +210,27 @@ class GradientMoments:
     """Running sums over the data at one site: products of gradients, and squares of their sums over sequences.
 
     Args:
-        like: [out], a tensor of the device on which the sums are kept.
+        like: [out], a tensor of the device on which sums are computed.
+        store: of the sums between updates; they stay where they are, if left out.
     """
 
-    def __init__(self, like: Tensor) -> None:
-        self.squares = like.new_zeros(len(like), len(like), dtype=torch.float32)
+    def __init__(self, like: Tensor, store: ActivationStore | None = None) -> None:
+        self._store = ActivationStore() if store is None else store
+        self._kept = self._store.keep(like.new_zeros(len(like), len(like), dtype=torch.float32))
         self.together = 0.0
+
+    @property
+    def squares(self) -> Tensor:
+        """The sum of products, [out, out]; what is changed in place has to be set again."""
+        return self._store.fetch(self._kept)
+
+    @squares.setter
+    def squares(self, value: Tensor) -> None:
+        self._kept = self._store.keep(value)
 
     def update(self, gradient: Tensor, token_mask: Tensor) -> None:
         """Add the gradients of a batch, float32 [tokens, out], and where they belong, bool [sequences, length]."""
-        self.squares.addmm_(gradient.T, gradient)
+        self.squares = self.squares.addmm_(gradient.T, gradient)
         self.together += float(sequence_sums(gradient, token_mask).square().sum(dtype=torch.float64))
 
     def merge(self, other: GradientMoments) -> None:
@@ -152,7 +240,9 @@ class GradientMoments:
 
     def reduce(self, processes: Collectives) -> None:
         """Add the gradients of all processes."""
-        processes.add(self.squares)
+        squares = self.squares
+        processes.add(squares)
+        self.squares = squares
         self.together = sum(processes.gather(self.together))
 
     def state_dict(self) -> dict[str, Any]:

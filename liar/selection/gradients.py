@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,7 +52,12 @@ def unit_gradients(
     with record_gradients(model, weights), progress.stage("gradients", calibration.own_tokens) as advance:
         ordinary = differentiable(calibration)
         for number, token_mask in enumerate(ordinary.token_masks):
-            activations, outputs = run_with_gradients(model, layout, ordinary, number, points)
+            with capture_activations(points) as activations:
+                outputs = outputs_of(model, ordinary, number)
+            for part in sums:
+                with at_site(part.site.name, part.site.module):
+                    check_finite(activations[part.site.name])
+            check_outputs(model, outputs)
             inputs = [activations[part.site.name] for part in sums]
             all_gradients = gradients(_loss(model, ordinary, number, outputs), [*inputs, *weights])
             rest = iter(all_gradients[len(inputs) :])
@@ -67,30 +72,14 @@ def unit_gradients(
     return {part.site.name: part.result() for part in reversed(sums)}
 
 
-def run_with_gradients(
-    model: nn.Module, layout: Layout, calibration: Calibration, number: int, points: Mapping[str, Point], *, every: int = 1
-) -> tuple[dict[str, Tensor], list[Output]]:
-    """Run one batch: the activations at the points, among them one named after every site, and the model's outputs.
-
-    Args:
-        model: with its head, if it has one.
-        layout: its sites.
-        calibration: batches.
-        number: which of them.
-        points: what to capture.
-        every: as for `outputs_of`.
+def check_outputs(model: nn.Module, outputs: Sequence[Output]) -> None:
+    """Check that the outputs of a batch are finite.
 
     Raises:
-        CalibrationError: NaN or Inf at a site, which it names, or in the outputs.
+        CalibrationError: they are not.
     """
-    with capture_activations(points) as activations:
-        outputs = outputs_of(model, calibration, number, every=every)
-    for site in layout.sites:
-        with at_site(site.name, site.module):
-            check_finite(activations[site.name])
     with at_site("output", type(model).__name__):
         check_finite(*(output.rows for output in outputs))
-    return activations, outputs
 
 
 def differentiable(calibration: Calibration) -> Calibration:

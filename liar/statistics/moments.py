@@ -24,7 +24,7 @@ RECENT = 512
 
 
 class Chunk(NamedTuple):
-    """What is kept of a chunk beside its products, in float64; the sums z and t are of weighted rows less the chunk's means."""
+    """What is kept of a chunk beside its products; the sums z and t are of weighted rows less the chunk's means."""
 
     rows: int
     weight_sum: float
@@ -46,7 +46,7 @@ class Within:
     @classmethod
     def none(cls, like: Chunk) -> Within:
         """Of no chunks yet, for such as this one."""
-        z, t = like.mean_z, like.mean_t
+        z, t = like.mean_z.double(), like.mean_t.double()
         return cls(z.new_zeros(len(z), len(z)), z.new_zeros(len(z), len(t)), torch.zeros_like(t))
 
     def add(self, z: Tensor, t: Tensor) -> None:
@@ -78,11 +78,10 @@ class Sums:
     @classmethod
     def of(cls, chunks: Sequence[Chunk], within: Within, shift_z: Tensor, shift_t: Tensor) -> Sums:
         """Of some chunks, seen from a shift; `within` is used up."""
-        device = shift_z.device
-        n = torch.tensor([chunk.weight_sum for chunk in chunks], dtype=torch.float64, device=device)[:, None]
-        z, t = torch.stack([chunk.z for chunk in chunks]), torch.stack([chunk.t for chunk in chunks])
-        dz = torch.stack([chunk.mean_z for chunk in chunks]) - shift_z
-        dt = torch.stack([chunk.mean_t for chunk in chunks]) - shift_t
+        n = torch.tensor([chunk.weight_sum for chunk in chunks], dtype=torch.float64, device=shift_z.device)[:, None]
+        z, t = (torch.stack(rows).double() for rows in zip(*[(chunk.z, chunk.t) for chunk in chunks], strict=True))
+        means = zip(*[(chunk.mean_z, chunk.mean_t) for chunk in chunks], strict=True)
+        dz, dt = (torch.stack(rows) - shift for rows, shift in zip(means, (shift_z, shift_t), strict=True))
         moved_z, moved_t = z + n * dz, t + n * dt
         left = torch.cat([z, dz]).T
         return cls(
@@ -200,7 +199,7 @@ class Moments:
             root, weight_sum = weight.sqrt(), float(weight.sum(dtype=torch.float64))
             z, t = z.mul_(root[:, None]), t.mul_(root[:, None])
             sums = root @ z, root @ t
-        chunk = Chunk(count, weight_sum, RANK_TOLERANCE[z.dtype], *(value.double() for value in (*means, *sums)))
+        chunk = Chunk(count, weight_sum, RANK_TOLERANCE[z.dtype], *means, *sums)
         if self._within is None:
             self._within = Within.none(chunk)
         self._within.add(z, t)
@@ -213,17 +212,14 @@ class Moments:
         if not self._recent:
             return
         assert self._within is not None
-        if not self._shifts:
-            first = self._recent[0]
-            self._shifts += [first.mean_z, first.mean_t] if self._sums is None else [self._sums.shift_z, self._sums.shift_t]
-        added = Sums.of(self._recent, self._within, *self._shifts)
-        self._recent, self._within = [], None
-        if self._sums is None:
-            self._sums = added
-        elif self._sums.has_shift_of(added):
-            self._sums = self._sums + added
+        if self._sums is not None:
+            shift = [self._sums.shift_z, self._sums.shift_t]
         else:
-            self._sums = self._sums + added.at(self._sums.shift_z, self._sums.shift_t)
+            first = self._recent[0]
+            self._shifts[:] = shift = self._shifts or [first.mean_z.double(), first.mean_t.double()]
+        added = Sums.of(self._recent, self._within, *shift)
+        self._sums = added if self._sums is None else self._sums + added
+        self._recent, self._within = [], None
 
     def merge(self, other: Moments) -> None:
         """Add another's rows. `other` keeps its content."""
