@@ -53,7 +53,7 @@ POINTS: dict[str, list[tuple[int, int]]] = {
     "tokens": [(tokens, 4) for tokens in (4_096, 16_384, 65_536, 262_144)],
     "layers": [(4_096, layers) for layers in (4, 8, 16, 32)],
 }
-HEADINGS = ("grows", "from", "to", "kept", "seconds", "with the power", "MB", "last over first")
+HEADINGS = ("grows", "from", "to", "kept", "seconds", "with the power", "MB", "last over first", "MB with mapped files")
 
 
 def measure(tokens: int, layers: int, way: str) -> dict[str, float]:
@@ -150,9 +150,13 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
         if len(runs) < 2:
             continue
         sizes, seconds, memory = ([run[name] for run in runs] for name in (kind, "seconds", "grown_mb"))
-        shown = [", ".join(f"{value:,.{digits}f}" for value in values) for values, digits in ((seconds, 1), (memory, 0))]
+        mapped = [run["with_files_mb"] for run in runs]
+        listed = [
+            ", ".join(f"{value:,.{digits}f}" for value in values) for values, digits in ((seconds, 1), (memory, 0), (mapped, 0))
+        ]
         ends = f"{sizes[0]:,}", f"{sizes[-1]:,}"
-        lines.append([kind, *ends, way, shown[0], f"{power(sizes, seconds):.2f}", shown[1], f"{memory[-1] / memory[0]:.1f}"])
+        grown = f"{memory[-1] / memory[0]:.1f}"
+        lines.append([kind, *ends, way, listed[0], f"{power(sizes, seconds):.2f}", listed[1], grown, listed[2]])
         assert len(runs) <= len(points)
     return lines
 

@@ -315,9 +315,12 @@ def peak(layers, criterion, where, folder):
 @pytest.mark.parametrize("criterion", ["fluctuation", "reconstruction"])
 @pytest.mark.parametrize("where", ["disk", "memory"])
 def test_a_pass_of_the_selection_holds_no_more_with_more_layers(criterion, where, tmp_path):
-    """Where weights and activations are on disk; the negative control has them in memory, where gradients are of all layers."""
-    few, many = (peak(layers, criterion, where, tmp_path / str(layers)) for layers in (2, 8))
-    assert (many < 1.1 * few) is (where == "disk" or criterion == "fluctuation"), (few, many)
+    """Where weights and activations are on disk; the negative control has them in memory, where gradients are of all layers.
+
+    The garbage collector decides when weights that were read are gone, so the peak varies by a few blocks.
+    """
+    few, many = (peak(layers, criterion, where, tmp_path / str(layers)) for layers in (2, 16))
+    assert (many < 1.5 * few) is (where == "disk" or criterion == "fluctuation"), (few, many)
 
 
 def interrupted(model, batches, after):

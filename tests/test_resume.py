@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -223,11 +224,14 @@ def test_the_run_folder_of_another_run_is_refused(tmp_path):
     for difference, given in {
         "model differs": {"model": other},
         "calibration data differs": {"batches": changed},
-        "option keep differs": {"keep": 0.5},
-        "option ridge differs": {"ridge": 1.0},
-        "option criterion, option seed differ": {"criterion": "random", "seed": 3},
+        "option keep (0.6 there, 0.5 here) differs": {"keep": 0.5},
+        'option ridge ("auto" there, 1.0 here) differs': {"ridge": 1.0},
+        'option criterion ("reconstruction" there, "random" here), option seed (0 there, 3 here) differ': {
+            "criterion": "random",
+            "seed": 3,
+        },
     }.items():
-        with pytest.raises(CheckpointError, match=f"is of another run: its {difference}"):
+        with pytest.raises(CheckpointError, match=re.escape(f"is of another run: its {difference}")):
             run(tmp_path, **given)
     run(tmp_path, quality=0)  # changes no weight
 
@@ -480,11 +484,19 @@ def written(folder):
 
 def test_a_result_removes_the_work_of_its_own_verb_only(home):
     folder = home / "run"
-    command(home, home / "mask.json", "--run-folder", str(folder), verb="select")
+    model = tiny_model("llama")
+    liar.select(model, tiny_batches(model), keep=0.5, run_folder=folder, progress=False)
     kept = sorted(path.name for path in (folder / "select").glob("*.safetensors"))
     command(home, home / "slim", "--run-folder", str(folder))
     assert [path.name for path in folder.iterdir()] == ["select"]
     assert kept == sorted(path.name for path in (folder / "select").glob("*.safetensors"))
+    assert kept
+
+
+def test_a_mask_that_is_written_removes_its_work(home):
+    command(home, home / "mask.json", "--run-folder", str(home / "run"), verb="select")
+    assert (home / "mask.json").is_file()
+    assert not (home / "run").exists()
 
 
 def test_work_of_another_process_is_not_removed(tmp_path):

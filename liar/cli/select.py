@@ -36,7 +36,7 @@ def select(
     from liar.cli.source import SourceTexts  # noqa: PLC0415 (help needs no torch)
     from liar.io import check_file, load_tokenizer  # noqa: PLC0415 (help needs no torch)
     from liar.models import layout_of  # noqa: PLC0415 (help needs no torch)
-    from liar.runtime import distributed  # noqa: PLC0415 (help needs no torch)
+    from liar.runtime import distributed, remove_journal  # noqa: PLC0415 (help needs no torch)
     from liar.selection import CRITERIA, Costs  # noqa: PLC0415 (help needs no torch)
 
     with report_errors():
@@ -56,6 +56,8 @@ def select(
             loaded = load_model(model, load)
             mask = select_with(loaded, batches, selection, group_options(RunOptions, options))
             distributed.answer(partial(mask.save, out))
+            if (folder := options["run_folder"]) is not None:  # as prune does it: the work is done
+                distributed.answer(partial(remove_journal, folder, "select"))
         layout = layout_of(loaded).matching(mask.masks)
         for site in layout.sites:
             typer.echo(f"{site.name:12} {mask.kept(site.name):6} of {site.units}")

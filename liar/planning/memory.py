@@ -13,7 +13,7 @@ from typing import Any
 
 from liar.data import FOLDS
 from liar.options import ReconstructOptions, SelectOptions
-from liar.planning.workload import BlockSize, Workload
+from liar.planning.workload import BlockSize, SiteSize, Workload
 from liar.repair.closed_form import ROWS as REFIT_ROWS
 from liar.repair.closed_form import TOKENS as REFIT_TOKENS
 from liar.repair.comparison import NUMBERS, sequences_to_compare
@@ -179,7 +179,8 @@ def _on_stream(workload: Workload, block: BlockSize, options: ReconstructOptions
     for place, site in enumerate(block.sites):
         if options.refit and not (is_first and place == 0):
             rows = min(max(REFIT_TOKENS, REFIT_ROWS * site.fed), data.tokens)
-            yield from (phase(f"refit, {n}", w) for n, w in _fit(site.fed, site.fed, rows, site.produced, block))
+            running = _pass(workload, block, site, site.fed, site.fed)
+            yield from (phase(f"refit, {n}", w) for n, w in _fit(site.fed, site.fed, rows, site.produced, running))
         kept.inputs[place] = 0.0
         targets = 1
         if drifts:
@@ -188,7 +189,8 @@ def _on_stream(workload: Workload, block: BlockSize, options: ReconstructOptions
             targets = 2
         if site.can_replay:
             kept.replays[place] = channel * site.widest
-        states = list(_fit(site.widest, targets * site.out, data.tokens, targets * site.out, block))
+        out = targets * site.out
+        states = list(_fit(site.widest, out, data.tokens, out, _pass(workload, block, site, site.widest, out)))
         yield phase("fit, " + states[0][0], states[0][1])
         kept.targets[place] = 0.0
         yield from (phase(f"fit, {name}", work) for name, work in states[1:])
@@ -203,7 +205,7 @@ def _on_layers(workload: Workload, block: BlockSize, options: ReconstructOptions
     del options, is_first
     stored = block_stream(workload, block) + workload.calls
     common: dict[str, Any] = {"activations": workload.data.batches * stored, "batch": stored}
-    fits = [list(_fit(site.widest, site.out, workload.data.tokens, site.out, block)) for site in block.sites]
+    fits = [list(_fit(site.widest, site.out, workload.data.tokens, site.out, block.peak)) for site in block.sites]
     moments = [folds(site.widest, site.out) for site in block.sites]
     rows = [waiting_rows(site.widest, site.out, workload.data.tokens) for site in block.sites]
     yield Phase("", "moments", work=sum(moments) + sum(rows) + block.peak, **common)
@@ -232,11 +234,16 @@ def is_plenty(channels: int, rows: float) -> bool:
     return rows >= PLENTY * channels or rows / FOLDS >= HELD_OUT
 
 
-def _fit(z: int, t: int, rows: float, columns: int, block: BlockSize) -> Sequence[tuple[str, float]]:
-    """The states of one fit, with the bytes of each: moments, normal equations, solves."""
+def _pass(workload: Workload, block: BlockSize, site: SiteSize, z: int, t: int) -> float:
+    """A pruned pass that ends at a site, or what it leaves: rows of both kinds and what they lack, and products of a chunk."""
+    left = workload.data.batch_positions * (block.element * z + 2 * SINGLE * t) + SINGLE * (CHUNK * t + z * t)
+    return max(block.peak * site.widest / site.channels, left)
+
+
+def _fit(z: int, t: int, rows: float, columns: int, running: float) -> Sequence[tuple[str, float]]:
+    """The states of one fit, with the bytes of each: moments beside a running pass, normal equations, solves."""
     one, square = moments(z, t), DOUBLE * z**2
-    # A product of a chunk, before it is added in float64.
-    gathering = folds(z, t) + waiting_rows(z, t, rows) + SINGLE * z * t + block.peak
+    gathering = folds(z, t) + waiting_rows(z, t, rows) + running
     splits = 1 if is_plenty(z, rows) else FOLDS
     # Of every split the part that is fitted to and that which is held out; beside them all data, and while these are made
     # what they are made of.

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 ABOUT, LOCK, ACTIVATIONS = "run.json", ".lock", "activations"
 # Bytes of a digest, and of a file that are read at a time.
 DIGEST, CHUNK = 16, 2**22
+# Characters of a value that an error message shows.
+LONG = 40
 
 
 class Journal:
@@ -168,10 +170,19 @@ def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
         noted = dict(json.loads(about.read_text(encoding="utf-8")))
     here = json.loads(json.dumps(identity))
     if differing := sorted(key for key in noted.keys() | here.keys() if noted.get(key, ...) != here.get(key, ...)):
+        shown = ", ".join(_shown(key, noted, here) for key in differing)
         raise CheckpointError(
-            f"{folder} is of another run: its {', '.join(differing)} {'differs' if len(differing) == 1 else 'differ'}. Choose "
+            f"{folder} is of another run: its {shown} {'differs' if len(differing) == 1 else 'differ'}. Choose "
             "another run folder, or delete this one to begin anew"
         )
+
+
+def _shown(key: str, noted: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What differs, with both values where they say something: digests do not."""
+    values = noted.get(key), here.get(key)
+    if not key.startswith("option ") or max(len(json.dumps(value)) for value in values) > LONG:
+        return key
+    return f"{key} ({json.dumps(values[0])} there, {json.dumps(values[1])} here)"
 
 
 def _digest(path: Path) -> str:
