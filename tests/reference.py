@@ -195,8 +195,8 @@ def own_output(pruned: torch.nn.Module, dense: torch.nn.Module, batches: list[di
 
 def in_parts(z: np.ndarray, own: np.ndarray, target: np.ndarray, counts: np.ndarray, start: np.ndarray, *, affine: bool,
              ridge: float, drift_ridge: float) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """The own output with a ridge toward `start`, and the rest of the target with a ridge toward zero; a token counts as
-    often as `counts` says."""
+    """The mean of two fits: of the own output with a ridge toward `start`, beside the rest of the target with a ridge toward
+    zero; and of the whole target with the first ridge. A token counts as often as `counts` says."""
     out = own.shape[1]
     z, both, (mean_z, mean_t) = repeated(z, np.concatenate([own, target], 1), counts, affine)
     mean_t = mean_t if affine else np.zeros(2 * out)
@@ -204,6 +204,8 @@ def in_parts(z: np.ndarray, own: np.ndarray, target: np.ndarray, counts: np.ndar
     unit = absolute(1, z, False)
     weight, _ = least_squares(z, own, start, zeros, affine=False, ridge=ridge * unit)
     weight += least_squares(z, drift, np.zeros_like(start), zeros, affine=False, ridge=drift_ridge * unit)[0]
+    together, _ = least_squares(z, own + drift, start, zeros, affine=False, ridge=ridge * unit)
+    weight = (weight + together) / 2
     return weight, mean_t[out:] - mean_z @ weight
 
 

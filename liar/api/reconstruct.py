@@ -71,9 +71,10 @@ def reconstruct(
             minus the pruned model's stream before it, on the pruned model's activations.
         ridge: pull toward the kept weights, relative to the mean diagonal of the Gram matrix; 0 is none. `"auto"` chooses
             it per site on held-out sequences, and keeps the weights as they are where no update is better.
-        drift_ridge: with `"residual_stream"`, a ridge of its own for what the pruned stream has lost before a layer; what the
-            layer gives by itself has `ridge`. 1 serves language models well whose calibration text is of another kind than what
-            they are for. It takes one more pass over every layer.
+        drift_ridge: with `"residual_stream"`, take the mean of two fits: one with a single ridge, and one with this ridge for
+            what the pruned stream has lost before a layer and `ridge` for what the layer gives by itself. 1 serves language
+            models well whose calibration text is of another kind than what they are for. It takes one more pass over every
+            layer.
         refit: with `"residual_stream"`, first fit the layers that feed the kept units (query, key and value; the first
             feed-forward projections) to what they give in the dense model, since their input has drifted.
         solver: `"auto"`, `"cholesky"`, `"eigh"` or `"lstsq"`.

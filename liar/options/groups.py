@@ -89,7 +89,7 @@ class ReconstructOptions(OptionGroup):
         check=check_ridge,
     )
     drift_ridge: float | None = option(
-        "A ridge of its own for what the pruned stream has lost before a layer; the same for all if not given.",
+        "The mean of two fits, one with this ridge for what the pruned stream has lost before a layer; one fit if not given.",
         default=None,
         check=check_optional_ridge,
     )

@@ -151,7 +151,8 @@ def reconstruction(workload: Workload, options: ReconstructOptions) -> Iterator[
             targets = site.out * (2 if drifts else 1)
             lacking = Work("", traffic=4 * SINGLE * tokens * site.out)
             sums += [moments(site.kept, targets, tokens), lacking]
-            solves.append(fit(site.kept, targets, targets, tokens, on_sketch=False))
+            # With a ridge for drift, the whole target and the output are fitted one after the other, beside the same sums.
+            solves += [fit(site.kept, targets, site.out, tokens, on_sketch=False)] * (2 if drifts else 1)
     if on_stream:
         yield summed("reconstruction: pruned forward", passes)
     yield summed("reconstruction: moments", sums)

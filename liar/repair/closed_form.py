@@ -180,9 +180,10 @@ def residual_of(site: SiteState) -> list[Capture]:
 
 
 class FitOutputAndDrift(FitToResidualStream):
-    """The same target in two parts: what the consumer gives on the pruned stream as long as nothing is cut, and the rest.
+    """The same target, fitted once as a whole and once in two parts.
 
-    Each part has its own ridge. A model may have tokens that are a thousand times larger than the others (see above); so that
+    The parts are what the consumer gives on the pruned stream as long as nothing is cut, and the rest; each has its own ridge,
+    see `fit_in_parts`. A model may have tokens that are a thousand times larger than the others (see above); so that
     they do not decide alone, large tokens count less: by the root of their energy.
     """
 
