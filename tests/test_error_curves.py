@@ -54,6 +54,25 @@ def test_curves_are_energies_missed_on_full_models(name):
         assert sorted(curves[site.name]["order"].tolist()) == list(range(site.units))
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_block_may_add_to_what_a_consumer_gives_in_place(name):
+    """Then the tensor that was received is another one by the time that gradients come back."""
+    model, layout, calibration, _ = prepared(name)
+    known = sensitivities(model, layout, calibration, progress=quiet())
+
+    def add_in_place(_module, _inputs, output):
+        first, *others = output if isinstance(output, tuple) else (output,)
+        first.add_(0.0)
+        return (first, *others) if isinstance(output, tuple) else first
+
+    for parent in {site.module.rpartition(".")[0] for site in layout.sites}:
+        model.get_submodule(parent).register_forward_hook(add_in_place)
+    found = sensitivities(model, layout, calibration, progress=quiet())
+    for site in layout.sites:
+        torch.testing.assert_close(found[site.name].fisher, known[site.name].fisher)
+        assert float(found[site.name].fisher.trace()) > 0
+
+
 @given(st.integers(1, 5), st.integers(1, 6), st.floats(0, 30))
 @settings(deadline=None, max_examples=30)
 def test_reweighted_rows_have_the_squares_that_count(sequences, length, coherence):

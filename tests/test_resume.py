@@ -499,6 +499,14 @@ def test_a_mask_that_is_written_removes_its_work(home):
     assert not (home / "run").exists()
 
 
+def test_an_entry_that_is_written_again_replaces_the_first(tmp_path):
+    with open_journal(tmp_path / "prune", {"model": "one"}) as journal:
+        for number in (1, 2, 2):
+            journal.commit("mask", {"mask": number})
+            assert journal.read("mask") == {"mask": number}
+        assert journal.names() == ["mask"]
+
+
 def test_work_of_another_process_is_not_removed(tmp_path):
     with open_journal(tmp_path / "prune", {"model": "one"}) as journal:
         journal.commit("mask", {"mask": ""})

@@ -13,6 +13,7 @@ from liar.runtime import (
     calls_of,
     capture_activations,
     preserve_model_state,
+    receive_activations,
     record_block_calls,
     run_block,
     run_model,
@@ -65,6 +66,20 @@ def test_a_layer_that_runs_twice_is_an_error():
     ):
         layer(layer(torch.zeros(1, 3)))
     assert not layer._forward_hooks
+
+
+@pytest.mark.parametrize("error", [OSError(28, "full"), TypeError("of mine"), MemoryError(), CalibrationError("NaN")])
+def test_an_error_of_a_receiver_is_raised_as_it_is(model, error):
+    """It says nothing of the batch, during whose pass it was raised."""
+
+    def receive(_name, _value):
+        raise error
+
+    points = {"block": Point(reference.blocks(model)[1], None)}
+    with pytest.raises(type(error)) as caught, torch.no_grad(), receive_activations(points, receive):
+        run_model(model, tiny_batches(model)[0])
+    assert caught.value is error
+    assert not reference.blocks(model)[1]._forward_hooks
 
 
 def test_a_hook_that_cannot_be_set_leaves_none_behind():

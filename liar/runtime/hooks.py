@@ -50,8 +50,10 @@ def receive_activations(
 
     Raises:
         ModelError: a point was passed twice.
+        Exception: whatever the function raises, also where whoever runs the model has made something else of it.
     """
     received: set[str] = set()
+    raised: list[Exception] = []
 
     def note(name: str, value: Tensor) -> None:
         if name in received:
@@ -60,7 +62,11 @@ def receive_activations(
                 "shared layers are not supported: set the chunk size to 0"
             )
         received.add(name)
-        receive(name, value)
+        try:
+            receive(name, value)
+        except Exception as error:
+            raised.append(error)
+            raise
         if stop and len(received) == len(points):
             raise StopForward
 
@@ -74,6 +80,10 @@ def receive_activations(
                 before = lambda _module, args, name=name, i=point.argument: note(name, args[i])  # noqa: E731
                 handles.append(point.module.register_forward_pre_hook(before))
         yield
+    except Exception as error:
+        if raised and error is not raised[0]:
+            raise raised[0] from None
+        raise
     finally:
         for handle in handles:
             handle.remove()

@@ -50,7 +50,7 @@ class Journal:
         self.folder = folder
 
     def commit(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write an entry: tensors, and what JSON can hold, by name.
+        """Write an entry: tensors, and what JSON can hold, by name. An earlier one of that name is dropped first.
 
         Raises:
             CheckpointError: it cannot be written; the entries before it are as they were.
@@ -59,6 +59,8 @@ class Journal:
         notes = json.dumps({key: value for key, value in content.items() if key not in tensors})
         data = save(tensors, {"notes": notes})
         digest = hashlib.blake2b(data, digest_size=DIGEST).hexdigest()
+        for earlier in self.folder.glob(f"{name}.*.safetensors"):
+            earlier.unlink()
         with replacing_file(self.folder / f"{name}.{digest}.safetensors") as fresh:
             fresh.write_bytes(data)
 

@@ -78,9 +78,7 @@ def _known_sensitivities(layout: Layout, workspace: Workspace) -> Sensitivities 
 
 def _commit(measured: Sensitivities, layout: Layout, workspace: Workspace) -> None:
     for number, site in enumerate(layout.sites):
-        # Where an earlier run was killed meanwhile, some are there; on some devices others would not be equal to the last bit.
-        if workspace.read(_entry(number)) is None:
-            workspace.commit(_entry(number), vars(measured[site.name]))
+        workspace.commit(_entry(number), vars(measured[site.name]))
 
 
 class ErrorCurves(RepairStep):

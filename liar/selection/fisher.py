@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from liar.data import Calibration, sample, split, take
 from liar.errors import at_site
@@ -30,7 +31,7 @@ from liar.runtime import (
     record_gradients,
     sequence_sums,
 )
-from liar.selection.gradients import check_outputs, differentiable, gradients
+from liar.selection.gradients import check_outputs, differentiable
 from liar.selection.loss import sampled_label_loss
 from liar.statistics import Collectives, check_finite
 
@@ -166,7 +167,7 @@ def _run_batch(
         sums: by site.
         seconds: by kind of work, are added to.
     """
-    ends: list[Tensor] = []
+    ends: list[GradientEdge] = []
     work = "select: sums of gradients"
 
     def add(name: str, gradient: Tensor) -> None:
@@ -179,7 +180,8 @@ def _run_batch(
             check_finite(value.detach())
         value.register_hook(partial(add, name))  # type: ignore[no-untyped-call]
         if name in first:
-            ends.append(value)
+            # Of the value as it is now: a block may add to it in place.
+            ends.append(get_gradient_edge(value))
 
     with timed(seconds, "select: forward"), receive_activations(points, receive):
         outputs = outputs_of(model, calibration, number, every=every)
@@ -187,7 +189,8 @@ def _run_batch(
     before = seconds[work]
     with timed(seconds, "select: backward"):
         positions = drawn(calibration.token_masks[number], every)
-        gradients(sampled_label_loss(outputs, positions, calibration.starts[number]), ends)
+        loss = sampled_label_loss(outputs, positions, calibration.starts[number])
+        torch.autograd.grad(loss, ends, allow_unused=True)
     seconds["select: backward"] -= seconds[work] - before
     return len(outputs[0].rows)
 
@@ -221,7 +224,7 @@ class GradientMoments:
 
     @property
     def squares(self) -> Tensor:
-        """The sum of products, [out, out]; what is changed in place has to be set again."""
+        """The sum of products, [out, out]; not to be changed in place, since it may be kept elsewhere."""
         return self._store.fetch(self._kept)
 
     @squares.setter
@@ -230,17 +233,17 @@ class GradientMoments:
 
     def update(self, gradient: Tensor, token_mask: Tensor) -> None:
         """Add the gradients of a batch, float32 [tokens, out], and where they belong, bool [sequences, length]."""
-        self.squares = self.squares.addmm_(gradient.T, gradient)
+        self.squares = torch.addmm(self.squares, gradient.T, gradient)
         self.together += float(sequence_sums(gradient, token_mask).square().sum(dtype=torch.float64))
 
     def merge(self, other: GradientMoments) -> None:
         """Add another's gradients. `other` keeps its content."""
-        self.squares += other.squares
+        self.squares = self.squares + other.squares
         self.together += other.together
 
     def reduce(self, processes: Collectives) -> None:
         """Add the gradients of all processes."""
-        squares = self.squares
+        squares = self.squares.clone()  # collectives change a tensor unseen
         processes.add(squares)
         self.squares = squares
         self.together = sum(processes.gather(self.together))
