@@ -4,14 +4,16 @@
 
 Random LLaMAs of hidden size 256, pruned to half by `liar.prune`, all layers to the same widths, so that the widest site is as
 wide in all of them. Every run is in a process of its own. Its memory is the peak of its own pages, the model included, over
-what the process had before the model was loaded; large tensors are mapped by themselves, as on the command line. Pages of files
-that are mapped are counted apart: the system takes them back when memory is short, see `benchmarks.offload`. Runs that are in
-results/scaling.jsonl are skipped; `benchmarks.publish` draws docs/images/scaling.png from them.
+what the process had before the model was loaded; tensors are mapped by themselves, as large ones are on the command line. Pages
+of files that are mapped are counted apart: the system takes them back when memory is short, see `benchmarks.offload`. Runs that
+are in results/scaling.jsonl are skipped; `benchmarks.publish` draws docs/images/scaling.png from them.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import logging
 import multiprocessing
 import resource
@@ -41,6 +43,8 @@ from liar.cli.memory import map_large_tensors
 
 FILE = RESULTS / "scaling.jsonl"
 KEEP, WIDTH = 0.5, 256
+# Bytes of blocks that the C library maps by themselves: most weights of these models are smaller than a megabyte.
+LARGER_THAN = 2**16
 # Name -> where activations are, whether blocks are on disk before, meanwhile and afterwards, and the criterion.
 WAYS: dict[str, tuple[str, bool, str]] = {
     "in memory": ("device", False, "reconstruction"),
@@ -79,13 +83,15 @@ def _save(folder: Path, tokens: int, layers: int, _way: str) -> None:
 
 
 def _measure(folder: Path, _tokens: int, _layers: int, way: str) -> dict[str, float]:
-    map_large_tensors()
+    map_large_tensors(LARGER_THAN)
     activations, on_disk, criterion = WAYS[way]
     batches = torch.load(folder / "batches.pt")
     # What the first pass allocates for good is not counted.
     small, few = _llama(len(batches[0]["input_ids"].flatten()), 1)
     liar.prune(small, few, keep=KEEP, progress=False)
     del small, few
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     where = {"device_map": {"": "disk"}, "offload_folder": folder / "offload"} if on_disk else {}
     options: dict[str, Any] = {
         "criterion": criterion,

@@ -22,8 +22,12 @@ from typer.testing import CliRunner
 
 import liar
 from liar.cli import app
-from liar.runtime import distributed
+from liar.models import layout_of
+from liar.progress import Progress
+from liar.runtime import ActivationStore, OnDisk, distributed
+from liar.runtime.places import LITTLE
 from liar.selection import CRITERIA, params_of
+from liar.selection.fisher import sensitivities
 from liar.statistics import ChannelMoments, Factor, Folds, Moments, TokenIndex
 from liar.testing import tiny_batches, tiny_model
 
@@ -169,6 +173,25 @@ def test_a_real_encoder(minilm_folder):
         for others, kept_there in in_processes(world, prune_real_encoder, minilm_folder)[0]:
             assert kept_there == kept
             assert difference(weights, others) < SAME
+
+
+def sensitivities_of(folder):
+    """Those of a model whose matrices are large enough to be kept on disk."""
+    model = tiny_model("llama", head="causal-lm", hidden_size=128, intermediate_size=64)
+    data, progress = liar.Calibration.of(batches_for("llama", 5), model), Progress("test", {"sensitivity": 1.0}, show=False)
+    store = None if folder is None else ActivationStore(OnDisk(Path(folder)))
+    found = sensitivities(model, layout_of(model), data, progress, store)
+    return {name: (each.fisher.clone(), each.coherence, each.outputs) for name, each in found.items()}
+
+
+def test_sensitivities_on_disk(tmp_path):
+    """Every process has the sums of all, where what is added in place has to be written anew."""
+    expected = sensitivities_of(None)
+    assert all(fisher.nbytes >= LITTLE for fisher, _, _ in expected.values())
+    for others in in_processes(3, sensitivities_of, str(tmp_path))[0]:
+        for name, (fisher, coherence, outputs) in expected.items():
+            torch.testing.assert_close(others[name][0], fisher, rtol=1e-4, atol=1e-5 * float(fisher.abs().max()))
+            assert others[name][1:] == (pytest.approx(coherence, rel=1e-4), outputs)
 
 
 def test_full_chunks_are_those_of_one_process():

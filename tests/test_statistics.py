@@ -53,6 +53,22 @@ def test_streamed_equals_whole(kind, affine, sizes):
     assert_normal(normal, moments(z.numpy(), t.numpy(), affine))
 
 
+@pytest.mark.parametrize("recent", [1, 2, 3])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_means_of_chunks_enter_the_sums_at_any_time(recent, weighted, monkeypatch):
+    monkeypatch.setattr("liar.statistics.moments.RECENT", recent)
+    z, t = pair(TOKENS)
+    weight = torch.rand(TOKENS, generator=torch.Generator().manual_seed(1), dtype=torch.float64) if weighted else None
+    sums = Moments()
+    sums.update(z, t, weight)
+    wanted = Moments()
+    monkeypatch.setattr("liar.statistics.moments.RECENT", 100)
+    wanted.update(z, t, weight)
+    assert_normal(sums.normal(affine=True), wanted.normal(affine=True), rtol=1e-12)
+    if not weighted:
+        assert_normal(sums.normal(affine=True), moments(z.numpy(), t.numpy(), True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lost_row_would_be_seen(kind):
     z, t = pair()

@@ -2,7 +2,7 @@
 
 Products are rounded to float32 and summed in float64, which is exact but for what is smaller than a 2^29th of the sum: in
 whatever order chunks are added, and by whatever process, the sum is the same. What the means of the chunks add is computed at
-the end, from all of them in their order.
+the end, from all of them in their order, or for `RECENT` of them at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from liar.statistics.collectives import Collectives
 from liar.statistics.normal import NO_ROWS, Normal, check_finite
 
 # Chunks whose means are kept until they are added to the sums: with more, memory would grow with the number of rows.
-RECENT = 512
+RECENT = 128
 
 
 class Chunk(NamedTuple):
@@ -150,7 +150,7 @@ class Sums:
 class Moments:
     """Count, sums, Gram and cross moments of rows z beside rows t, seen from the mean of the first chunk.
 
-    Memory: O(channels * (channels + out)), however many tokens.
+    Memory: O((channels + RECENT) * (channels + out)), however many tokens.
 
     Args:
         origin: rows that earlier processes have, where several share the data; see `reduce_all`.
@@ -204,7 +204,7 @@ class Moments:
             self._within = Within.none(chunk)
         self._within.add(z, t)
         self._recent.append(chunk)
-        if len(self._recent) == RECENT:
+        if len(self._recent) >= RECENT:
             self._fold()
 
     def _fold(self) -> None:
@@ -237,7 +237,7 @@ class Moments:
 
         Chunks that end in another process than they began in are completed in that one. Then products are added, one matrix at
         a time: beside its own, a process never holds those of another. The means of the chunks come together in their order.
-        So the result is that of one process.
+        So the result is that of one process, to the last bit if rows are float32 and a process has less than `RECENT` chunks.
         """
         for part in parts:
             part._complete_chunks(processes)
