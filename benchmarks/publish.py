@@ -13,7 +13,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pandas
@@ -218,13 +218,14 @@ def wikitext_rules(source: str = "own", rules: Sequence[str] = CLOSED_FORM, task
     return markdown(frame[frame["criterion"] == "reconstruction"], ["keep"], rules)
 
 
-def drift_ridge() -> str:
-    """Perplexity with a ridge of its own for drift, in the cells where that was measured, beside the best repairs."""
+def drift_ridge(numbers: Sequence[str]) -> str:
+    """Some numbers with a ridge of its own for drift, in the cells where that was measured, beside the best repairs."""
     frame = runs()
-    frame = frame[(frame["number"] == "perplexity") & (frame["criterion"] == "reconstruction")]
+    frame = frame[frame["number"].isin(numbers) & (frame["criterion"] == "reconstruction")]
     cell = ["task", "model", "source", "keep", "tokens"]
     measured = frame[frame["rule"] == "ours_drift_ridge"][cell]
-    return markdown(frame.merge(measured.drop_duplicates(), on=cell), cell[:4], DRIFT_RULES)
+    by = cell[:4] if len(numbers) == 1 else ["number", "source", "keep"]
+    return markdown(frame.merge(measured.drop_duplicates(), on=cell), by, DRIFT_RULES)
 
 
 def more_text() -> str:
@@ -361,7 +362,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "mpnet": lambda: markdown(part("reconstruction", model="mpnet"), ["keep", "number"], ("mask_only", "liar", "ours")),
     "wikitext": wikitext_rules,
     "wikitext c4": lambda: wikitext_rules("c4"),
-    "drift ridge": drift_ridge,
+    "drift ridge": partial(drift_ridge, ["perplexity"]),
+    "drift ridge, encoder": partial(drift_ridge, ["spearman", "cosine"]),
     "wikitext more text": more_text,
     "pipelines": whole_methods,
     "masks of others": masks_of_others,

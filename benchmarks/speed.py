@@ -46,7 +46,7 @@ from liar.statistics.chunks import CHUNK
 KEEP = {"llama": 0.5, "minilm": 0.5, "smollm2": 0.8}
 TARGETS = ("layer_output", "residual_stream")
 HEADINGS = ("model", "tokens", "what", "time", "where it goes", "peak memory of bound")
-PARTS = ("model", "part of `select`", "dense passes", "G operations", "at the machine's rate")
+PARTS = ("model, tokens", "part of `select`", "dense passes", "G operations", "at the machine's rate")
 SIZE = 2048
 
 Loaded = tuple[nn.Module, list[dict[str, Tensor]]]
@@ -263,7 +263,7 @@ def parts_of_select(run: Record) -> list[list[str]]:
             continue
         seconds = sum(count / run["rates"][dtype] for dtype, count in counts.items())
         numbers = [f"{share:.2f}", f"{sum(counts.values()) / 1e9:,.0f}", f"{seconds / run['plain_seconds_median']:.2f}"]
-        lines.append([run["model"], part.removeprefix("select: "), *numbers])
+        lines.append([f"{run['model']}, {run['tokens']:,}", part.removeprefix("select: "), *numbers])
     return lines
 
 
