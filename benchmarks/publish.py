@@ -363,7 +363,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "wikitext": wikitext_rules,
     "wikitext c4": lambda: wikitext_rules("c4"),
     "drift ridge": partial(drift_ridge, ["perplexity"]),
-    "drift ridge, encoder": partial(drift_ridge, ["spearman", "cosine"]),
+    "drift ridge encoder": partial(drift_ridge, ["spearman", "cosine"]),
     "wikitext more text": more_text,
     "pipelines": whole_methods,
     "masks of others": masks_of_others,
