@@ -728,12 +728,13 @@ def test_every_constant_of_the_samples_is_there():
 def test_parts_of_a_selection_stand_beside_their_operations():
     run = {
         "model": "m",
+        "tokens": 2_048,
         "operations": {"select: forward": {"float32": 4e9}, "select: elimination": {"float64": 1e9}, "other": {"float32": 1.0}},
         "rates": {"float32": 2e9, "float64": 1e9},
         "plain_seconds_median": 4.0,
         "stages_median": {"prune": {"select: forward": 0.75, "select: elimination": 0.5}},
     }
     assert speed.parts_of_select(run) == [
-        ["m", "forward", "0.75", "4", "0.50"],
-        ["m", "elimination", "0.50", "1", "0.25"],
+        ["m, 2,048", "forward", "0.75", "4", "0.50"],
+        ["m, 2,048", "elimination", "0.50", "1", "0.25"],
     ]
