@@ -242,7 +242,7 @@ def test_gradients_of_blocks_that_run_again(pair):
         layout, data = layout_of(model), liar.Calibration.of(batches, model)
         points = {site.name: Point(model.get_submodule(site.module), None) for site in layout.sites}
         with ExitStack() as stack:
-            first = [model.get_submodule(site.module).weight for names in layout.stacks for site in layout.of_block(names[0])]
+            first = [model.get_submodule(site.module).weight for site in layout.first_sites]
             stack.enter_context(record_gradients(model, first if model is plain else []))
             if model is dispatched:
                 stack.enter_context(recompute_blocks([model.get_submodule(name) for name in layout.blocks]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -96,14 +97,13 @@ def _read(
     consumers = {name: model.get_submodule(layout[name].module) for name in updates}
     points = {name: Point(consumer, 0) for name, consumer in consumers.items()}
     base, _ = base_and_prefix(model)
+
+    def receive(number: int, name: str, value: Tensor) -> None:
+        tokens = calibration.of_stack(layout[name].stack).token_masks[number]
+        updates[name](by_sequence(value, tokens)[tokens])
+
     with exclusive(model), preserve_model_state(model), progress.stage("moments", calibration.own_tokens) as advance:
         for number, batch in enumerate(calibration.batches):
-            token_masks = [calibration.of_stack(stack).token_masks[number] for stack in range(len(layout.stacks))]
-
-            def receive(name: str, value: Tensor, token_masks: Sequence[Tensor] = token_masks) -> None:
-                tokens = token_masks[layout[name].stack]
-                updates[name](by_sequence(value, tokens)[tokens])
-
-            with receive_activations(points, receive):
+            with receive_activations(points, partial(receive, number)):
                 run_model(base, batch, calibration.numbers[number])
             advance(int(calibration.token_masks[number].sum()))

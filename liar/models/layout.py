@@ -205,6 +205,11 @@ class Layout:
         """The sites of one block, in the order of the data."""
         return tuple(site for site in self.sites if site.block == block)
 
+    @property
+    def first_sites(self) -> tuple[Site, ...]:
+        """The sites of the first block of every stack: all others come after them."""
+        return tuple(site for stack in self.stacks for site in self.of_block(stack[0]))
+
     def counted_by(self, heads: str) -> Layout:
         """The layout whose units of attention are groups of heads (`"group"`), or single query heads (`"query"`)."""
         if heads == "group":

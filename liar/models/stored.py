@@ -69,12 +69,9 @@ def stored_state(model: nn.Module) -> Iterator[None]:
     """
 
     def fill(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-        names = [name.removeprefix(prefix) for name, value in state.items() if isinstance(value, Tensor) and value.is_meta]
-        tied: Mapping[str, str] = vars(model).get("all_tied_weights_keys", {})
-        away: dict[str, str] = {name: tied.get(name, name) for name in names}
-        for name, source in sorted(away.items(), key=lambda pair: pair[0] != pair[1]):
-            is_copy = source != name and source in away
-            state[prefix + name] = state[prefix + source] if is_copy else _stored_by_name(model, name)
+        sources = _sources(model, {name.removeprefix(prefix): value for name, value in state.items()})
+        for name, source in sorted(sources.items(), key=lambda pair: pair[0] != pair[1]):
+            state[prefix + name] = _stored_by_name(model, name) if source == name else state[prefix + source]
 
     if not is_offloaded(model):
         yield
@@ -99,11 +96,16 @@ def stored_items(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", SAVING)
         state = model.state_dict()
-    tied: Mapping[str, str] = vars(model).get("all_tied_weights_keys", {})
-    away = {name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta}
+    sources = _sources(model, state)
     for name, value in state.items():
-        source = tied.get(name, name)
-        yield name, _stored_by_name(model, source if source in away else name) if name in away else value
+        yield name, _stored_by_name(model, sources[name]) if name in sources else value
+
+
+def _sources(model: nn.Module, state: Mapping[str, Any]) -> dict[str, str]:
+    """Of every value of a state dict that is kept elsewhere, the name under which it is: of a tied one that of the first."""
+    tied: Mapping[str, str] = vars(model).get("all_tied_weights_keys", {})
+    away = [name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta]
+    return {name: source if (source := tied.get(name, name)) in away else name for name in away}
 
 
 def _stored_by_name(model: nn.Module, name: str) -> Tensor:

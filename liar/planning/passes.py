@@ -163,8 +163,7 @@ def _gradient_pass(
     }
     if every > 1:
         part["logits_to_keep"] = drawn(torch.arange(data.length)[None], every)[0]
-    first = [site for stack in layout.stacks for site in layout.of_block(stack[0])]
-    consumers = {site.name: fake.get_submodule(site.module) for site in (layout.sites if weights else first)}
+    consumers = {site.name: fake.get_submodule(site.module) for site in (layout.sites if weights else layout.first_sites)}
     points = {name: Point(module, 0 if weights else None) for name, module in consumers.items()}
     every_weight = [
         fake.get_submodule(f"{s.block}.{edge.module}").get_parameter("weight") for s in layout.sites for edge in s.edges

@@ -59,7 +59,7 @@ class Journal:
         notes = json.dumps({key: value for key, value in content.items() if key not in tensors})
         data = save(tensors, {"notes": notes})
         digest = hashlib.blake2b(data, digest_size=DIGEST).hexdigest()
-        for earlier in self.folder.glob(f"{name}.*.safetensors"):
+        for earlier in self._files(name):
             earlier.unlink()
         with replacing_file(self.folder / f"{name}.{digest}.safetensors") as fresh:
             fresh.write_bytes(data)
@@ -70,7 +70,7 @@ class Journal:
         Raises:
             CheckpointError: the entry is damaged.
         """
-        found = sorted(self.folder.glob(f"{name}.*.safetensors"))
+        found = self._files(name)
         if not found:
             return None
         if len(found) > 1:
@@ -83,6 +83,10 @@ class Journal:
                 return {**json.loads(file.metadata()["notes"]), **tensors}
         except (OSError, SafetensorError) as error:
             raise _damaged(found[0], f"it cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+    def _files(self, name: str) -> list[Path]:
+        """Of an entry: one, unless something is wrong."""
+        return sorted(self.folder.glob(f"{name}.*.safetensors"))
 
     def names(self) -> list[str]:
         """The entries that are there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -117,19 +117,17 @@ def sensitivities(
     with torch.inference_mode(False):
         sums = {site.name: GradientMoments(torch.zeros(site.out, device=compute_device(model)), store) for site in layout.sites}
     # Gradients flow down to the first block of a stack: its consumers make all that comes after them differentiable.
-    first = [site.name for stack in layout.stacks for site in layout.of_block(stack[0])]
-    weights = [consumers[name].weight for name in first]
+    weights = [consumers[site.name].weight for site in layout.first_sites]
     calibration, every = sampled(model, calibration)
     calibration = distributed.share(calibration, model)
     passes = ExitStack()
     if is_offloaded(model):
         weights = []
         passes.enter_context(recompute_blocks([model.get_submodule(name) for name in layout.blocks], store))
-    points = {name: Point(consumer.module, None) for name, consumer in consumers.items()}
     with passes, record_gradients(model, weights), progress.stage("sensitivity", calibration.own_tokens) as advance:
         ordinary, outputs = differentiable(calibration), 0
         for number, token_mask in enumerate(ordinary.token_masks):
-            outputs += _run_batch(model, layout, ordinary, number, every, points, first, sums, progress.seconds)
+            outputs += _run_batch(model, layout, ordinary, number, every, sums, progress.seconds)
             advance(int(token_mask.sum()))
     outputs = sum(distributed.gather(outputs))
     found = Sensitivities(store)
@@ -149,12 +147,10 @@ def _run_batch(
     calibration: Calibration,
     number: int,
     every: int,
-    points: Mapping[str, Point],
-    first: Collection[str],
     sums: Mapping[str, GradientMoments],
     seconds: defaultdict[str, float],
 ) -> int:
-    """Run a batch forward and back, and add the gradients at all points to their sums; the number of its outputs.
+    """Run a batch forward and back, and add the gradients of what consumers give to their sums; the number of its outputs.
 
     Args:
         model: to run.
@@ -162,11 +158,11 @@ def _run_batch(
         calibration: batches.
         number: which of them.
         every: see `sampled`.
-        points: site name -> where gradients are taken.
-        first: the sites at which gradients end.
         sums: by site.
         seconds: by kind of work, are added to.
     """
+    points = {site.name: Point(model.get_submodule(site.module), None) for site in layout.sites}
+    first = {site.name for site in layout.first_sites}
     ends: list[GradientEdge] = []
     work = "select: sums of gradients"
 

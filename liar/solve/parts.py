@@ -4,8 +4,7 @@ The first part is what the layer would give on the pruned stream with all its un
 channels, and a weak ridge serves it well. The second is what the stream has lost before the layer. The kept channels say little
 about it, and what they say on one kind of text holds for that kind only: it needs a strong ridge. With one ridge for the sum of
 both, the one for drift is that of both, and the first part is fitted worse than it could be; with two, what the channels do say
-about the drift is lost. The mean of both answers is better than the first, and than the second where the text is of the kind
-that counts; where it is of another, it is nearly as good (docs/choosing.md).
+about the drift is lost. docs/choosing.md has what their mean gives, beside the fit with one ridge.
 """
 
 from __future__ import annotations

@@ -79,9 +79,9 @@ class Sums:
     def of(cls, chunks: Sequence[Chunk], within: Within, shift_z: Tensor, shift_t: Tensor) -> Sums:
         """Of some chunks, seen from a shift; `within` is used up."""
         n = torch.tensor([chunk.weight_sum for chunk in chunks], dtype=torch.float64, device=shift_z.device)[:, None]
-        z, t = (torch.stack(rows).double() for rows in zip(*[(chunk.z, chunk.t) for chunk in chunks], strict=True))
-        means = zip(*[(chunk.mean_z, chunk.mean_t) for chunk in chunks], strict=True)
-        dz, dt = (torch.stack(rows) - shift for rows, shift in zip(means, (shift_z, shift_t), strict=True))
+        z, t = torch.stack([chunk.z for chunk in chunks]).double(), torch.stack([chunk.t for chunk in chunks]).double()
+        dz = torch.stack([chunk.mean_z for chunk in chunks]) - shift_z
+        dt = torch.stack([chunk.mean_t for chunk in chunks]) - shift_t
         moved_z, moved_t = z + n * dz, t + n * dt
         left = torch.cat([z, dz]).T
         return cls(
@@ -212,11 +212,9 @@ class Moments:
         if not self._recent:
             return
         assert self._within is not None
-        if self._sums is not None:
-            shift = [self._sums.shift_z, self._sums.shift_t]
-        else:
-            first = self._recent[0]
-            self._shifts[:] = shift = self._shifts or [first.mean_z.double(), first.mean_t.double()]
+        if self._sums is None and not self._shifts:
+            self._shifts += [self._recent[0].mean_z.double(), self._recent[0].mean_t.double()]
+        shift = self._shifts if self._sums is None else (self._sums.shift_z, self._sums.shift_t)
         added = Sums.of(self._recent, self._within, *shift)
         self._sums = added if self._sums is None else self._sums + added
         self._recent, self._within = [], None
