@@ -26,7 +26,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -130,7 +130,7 @@ class PeakOfOwnPages(AbstractContextManager["PeakOfOwnPages"]):
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> PeakOfOwnPages:
         self._thread.start()
         return self
 
