@@ -185,28 +185,20 @@ def refit(pruned: torch.nn.Module, dense: torch.nn.Module, batches: list[dict], 
 
 
 def own_output(pruned: torch.nn.Module, dense: torch.nn.Module, batches: list[dict], layer: int, kind: str) -> np.ndarray:
-    """What the consumer gives on the pruned stream, with the layers of its site as they are in the dense model."""
+    """What the dense model's consumer gives on the pruned stream, with all that comes before it as it is there."""
     whole = copy.deepcopy(pruned)
-    family = dense.config.model_type
-    for name in (*PRODUCERS[family][kind], RESIDUALS[family][kind][0]):
-        blocks(whole)[layer].get_submodule(name).load_state_dict(blocks(dense)[layer].get_submodule(name).state_dict())
+    name = RESIDUALS[dense.config.model_type][kind][0]
+    blocks(whole)[layer].get_submodule(name).load_state_dict(blocks(dense)[layer].get_submodule(name).state_dict())
     return activations(whole, batches, layer, kind)["y"]
 
 
-def in_parts(z: np.ndarray, own: np.ndarray, target: np.ndarray, counts: np.ndarray, start: np.ndarray, *, affine: bool,
-             ridge: float, drift_ridge: float) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """The mean of two fits: of the own output with a ridge toward `start`, beside the rest of the target with a ridge toward
-    zero; and of the whole target with the first ridge. A token counts as often as `counts` says."""
-    out = own.shape[1]
-    z, both, (mean_z, mean_t) = repeated(z, np.concatenate([own, target], 1), counts, affine)
-    mean_t = mean_t if affine else np.zeros(2 * out)
-    own, drift, zeros = both[:, :out], both[:, out:] - both[:, :out], np.zeros(out)
-    unit = absolute(1, z, False)
-    weight, _ = least_squares(z, own, start, zeros, affine=False, ridge=ridge * unit)
-    weight += least_squares(z, drift, np.zeros_like(start), zeros, affine=False, ridge=drift_ridge * unit)[0]
-    together, _ = least_squares(z, own + drift, start, zeros, affine=False, ridge=ridge * unit)
-    weight = (weight + together) / 2
-    return weight, mean_t[out:] - mean_z @ weight
+def damped(z: np.ndarray, own: np.ndarray, whole: np.ndarray, start: np.ndarray, bias: np.ndarray, *, affine: bool,
+           ridge: float) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """The own output and three tenths of the drift, with a ridge toward `start`; and half of the drift with a ridge of 1."""
+    drift, zeros = whole - own, np.zeros_like(start)
+    weight, offset = least_squares(z, own + 0.3 * drift, start, bias, affine=affine, ridge=absolute(ridge, z, affine))
+    more, moved = least_squares(z, 0.5 * drift, zeros, np.zeros_like(bias), affine=affine, ridge=absolute(1, z, affine))
+    return weight + more, offset + moved
 
 
 def repeated(z: np.ndarray, t: np.ndarray, weight: np.ndarray, affine: bool) -> tuple:
@@ -225,12 +217,13 @@ def residual_stream(
     *,
     producers: bool = True,
     weighted: bool = True,
-    drift_ridge: float | None = None,
+    damp: bool = True,
 ) -> torch.nn.Module:
     """Site after site on full models in float64: the pruned model's consumer is refitted to
     T = residual_dense + output_dense - residual_pruned on the pruned model's inputs, each producer before it to its dense
     output; there, in pre-norm models, half of all weight is even and half goes to tokens by the length of output_dense. Removed
-    weights stay zero. With `drift_ridge`, T is fitted in two parts (see `in_parts`)."""
+    weights stay zero. Damped, T is fitted in two parts (see `damped`): what the layer gives with all its units (attention in
+    the dense model, neurons on the pruned stream, their producers refitted), and the rest."""
     dense = copy.deepcopy(model).double().eval()
     pruned = masked(dense, keep)
     changed = False
@@ -240,26 +233,25 @@ def residual_stream(
             if all(row) and not changed:
                 continue
             target_rows = activations(dense, batches, layer, kind)
-            own = own_output(pruned, dense, batches, layer, kind) if changed and drift_ridge is not None else None
+            drifted = changed
             if changed and producers:
                 size = np.linalg.norm(target_rows["y"], axis=1)
                 weigh = weighted and model.config.model_type in PRE_NORM
                 counts = 1 + size / size.mean() if weigh else np.ones(len(size))
                 for name in PRODUCERS[model.config.model_type][kind]:
-                    refit(pruned, dense, batches, layer, name, np.asarray(row, dtype=bool), counts, ridge)
+                    refitted = np.asarray(row, dtype=bool) | (damp and kind == "neurons")
+                    refit(pruned, dense, batches, layer, name, refitted, counts, ridge)
             changed = True
             kept, pruned_rows = kept_channels(model, layer, kind, row), activations(pruned, batches, layer, kind)
             target, z = target_rows["r"] + target_rows["y"] - pruned_rows["r"], pruned_rows["x"][:, kept]
             consumer = blocks(pruned)[layer].get_submodule(RESIDUALS[model.config.model_type][kind][0])
             start, affine = numpy(matrix(consumer))[kept], consumer.bias is not None
             bias = numpy(consumer.bias) if affine else np.zeros(start.shape[1])
-            if own is None:
-                weight, bias = least_squares(z, target, start, bias, affine=affine, ridge=absolute(ridge, z, affine))
+            if damp and drifted:
+                own = target_rows["y"] if kind == "heads" else own_output(pruned, dense, batches, layer, kind)
+                weight, bias = damped(z, own, target, start, bias, affine=affine, ridge=ridge)
             else:
-                energy = np.square(own).mean(1)
-                is_capped = weighted and model.config.model_type in PRE_NORM
-                counts = 1 / np.sqrt(1 + energy / energy.mean()) if is_capped else np.ones(len(own))
-                weight, bias = in_parts(z, own, target, counts, start, affine=affine, ridge=ridge, drift_ridge=drift_ridge)
+                weight, bias = least_squares(z, target, start, bias, affine=affine, ridge=absolute(ridge, z, affine))
             matrix(consumer)[torch.from_numpy(kept)] = torch.from_numpy(weight)
             if affine:
                 consumer.bias.data = torch.from_numpy(bias)

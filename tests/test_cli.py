@@ -607,7 +607,6 @@ WRONG = {
     "seed": ["x"],
     "target": ["dense"],
     "ridge": ["-1", "nan", "inf", "much"],
-    "drift_ridge": ["-1", "nan", "inf", "auto"],
     "solver": ["qr"],
     "bias": ["keep"],
     "quality": ["-1", "many", "1.5"],

@@ -124,7 +124,7 @@ CASES = {
     "encoder and decoder": ("t5", 5, 3, {}),
     "layer_output": ("bert", 5, 4, {"target": "layer_output"}),
     "layer_output, one without data": ("llama", 1, 2, {"target": "layer_output", "bias": "create"}),
-    "drift_ridge": ("llama", 5, 3, {"drift_ridge": 1.0}),
+    "residual_stream": ("llama", 5, 3, {"target": "residual_stream"}),
     "no refit, a ridge": ("llama", 5, 2, {"refit": False, "ridge": 0.01}),
     "lstsq": ("llama", 5, 4, {"solver": "lstsq"}),
     "lstsq, one without data": ("bert", 2, 3, {"solver": "lstsq", "target": "layer_output"}),

@@ -77,9 +77,8 @@ BAD = {
         ),
     },
     ReconstructOptions: {
-        "target": (["dense_stream", None], "expected one of 'residual_stream', 'layer_output'"),
+        "target": (["dense_stream", None], "expected one of 'damped_stream', 'residual_stream', 'layer_output'"),
         "ridge": ([-1, nan, inf, "none", None, True, 1.1e12, 1e308, 10**400, [1], {}], 'expected "auto" or a number >= 0'),
-        "drift_ridge": ([-1, nan, inf, "auto", True, 1.1e12, [1]], "expected None or a number >= 0"),
         "solver": (["qr"], "expected one of 'auto', 'cholesky', 'eigh', 'lstsq'"),
         "bias": (["keep", False], "expected one of 'preserve', 'create'"),
         "quality": (
@@ -271,6 +270,7 @@ def test_every_target_has_steps_of_its_own():
         return tuple(type(step).__name__ for step in closed_form_steps(RepairContext(ReconstructOptions(**how), lambda: None)))
 
     assert {target: steps(target=target) for target in options.TARGETS} == {
+        "damped_stream": ("RefitProducers", "FitToDampedStream"),
         "residual_stream": ("RefitProducers", "FitToResidualStream"),
         "layer_output": ("FitToLayerOutput",),
     }

@@ -19,6 +19,7 @@ import liar
 from liar import Report
 from liar.data import Calibration, distinct_from, set_aside, spread
 from liar.errors import CalibrationError, OptionError
+from liar.options import TARGETS
 from liar.repair import comparison
 from liar.report import METRICS, Measure, Quality
 from liar.testing import assert_same_state, model_state, tiny_batches, tiny_model
@@ -105,7 +106,7 @@ def check_against_plain(model, dense, mask, batches, quality):
             np.testing.assert_allclose(actual[key], value, rtol=2e-4, atol=1e-7, err_msg=f"{attribute} {key}")
 
 
-@pytest.mark.parametrize("target", ["residual_stream", "layer_output"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_numbers_are_those_of_a_plain_computation(name, target):
     model = made(name)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import liar
 from liar.errors import BudgetError, CalibrationError, MaskError, OptionError
 from liar.models import layout_of
+from liar.options import TARGETS
 from liar.selection import CRITERIA
 from liar.selection.queries import best_of_groups, by_rank, rank_scores
 from liar.testing import assert_same_state, model_state, tiny_batches, tiny_model
@@ -101,7 +102,7 @@ def test_keys_and_values_are_refitted_too(model, batches):
         assert not torch.equal(new, old)
 
 
-@pytest.mark.parametrize("target", ["residual_stream", "layer_output"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_repair_helps(target, model, batches):
     mask = liar.select(model, batches, keep=0.6, heads="query", progress=False)
     bare, repaired = copy.deepcopy(model), copy.deepcopy(model)

@@ -1,6 +1,7 @@
 """Reconstruction as a whole: cases with a known answer, and a naive float64 re-implementation on full models."""
 
 import copy
+from itertools import combinations
 from math import inf, isnan
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import liar
 from liar import Mask, Verdict
-from liar.errors import OptionError
+from liar.options import TARGETS
 from liar.repair import context
 from liar.testing import tiny_batches, tiny_model
 
@@ -82,7 +83,7 @@ def batches(model):
 # Cases with a known answer
 
 
-@pytest.mark.parametrize("target", ["layer_output", "residual_stream"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("ridge", ["auto", 0, 0.01])
 def test_keeping_everything_changes_no_bit(model, batches, target, solver, ridge):
@@ -110,7 +111,7 @@ def duplicate(model, kind, layer, source, copied):
             module.bias.data[twin] = module.bias.data[original]
 
 
-@pytest.mark.parametrize("target", ["layer_output", "residual_stream"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_removed_twin_is_recovered_exactly(model, batches, kind, target, solver):
@@ -212,12 +213,13 @@ def test_one_kept_channel_is_a_scale():
 )
 @pytest.mark.parametrize("pattern", ["every_other", "unequal", "all_but_first", "one_layer_only"])
 @pytest.mark.parametrize("refit", [True, False])
-def test_residual_stream_equals_full_models_with_hooks(name, pattern, refit):
+@pytest.mark.parametrize("target", ["damped_stream", "residual_stream"])
+def test_streams_equal_full_models_with_hooks(name, pattern, refit, target):
     model = tiny_model(**MODELS[name], dtype=torch.float64)
     batches = tiny_batches(model, batches=4, sequences=8, length=16)
     keep = keeps(model, pattern)
-    got, _ = run(model, keep, batches, target="residual_stream", refit=refit)
-    want = reference.residual_stream(model, keep, batches, ridge=0.01, producers=refit)
+    got, _ = run(model, keep, batches, target=target, refit=refit)
+    want = reference.residual_stream(model, keep, batches, ridge=0.01, producers=refit, damp=target == "damped_stream")
     for layer in range(2):
         for kind in KINDS:
             kept = torch.from_numpy(reference.kept_channels(model, layer, kind, keep[kind][layer]))
@@ -233,50 +235,13 @@ def test_residual_stream_equals_full_models_with_hooks(name, pattern, refit):
     torch.testing.assert_close(outputs(got, new_batches), outputs(want, new_batches), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "llama-8q-2kv", "llama-biases", "gpt2-lm"])
-@pytest.mark.parametrize("refit", [True, False])
-@pytest.mark.parametrize("solver", ["auto", "lstsq"])
-def test_a_ridge_of_its_own_for_drift_equals_full_models_with_hooks(name, refit, solver):
-    model = tiny_model(**MODELS[name], dtype=torch.float64)
+def test_orthogonal_solves_give_the_same_on_the_damped_stream():
+    """Both solves of a site, from the R factor of all rows."""
+    model = tiny_model("llama", dtype=torch.float64)
     batches = tiny_batches(model, batches=4, sequences=8, length=16)
     keep = keeps(model, "unequal")
-    got, _ = run(model, keep, batches, drift_ridge=2.0, refit=refit, solver=solver)
-    want = reference.residual_stream(model, keep, batches, ridge=0.01, producers=refit, drift_ridge=2.0)
-    for layer in range(2):
-        for kind in KINDS:
-            kept = torch.from_numpy(reference.kept_channels(model, layer, kind, keep[kind][layer]))
-            new, full = consumer(got, layer, kind), consumer(want, layer, kind)
-            torch.testing.assert_close(reference.matrix(new), reference.matrix(full)[kept], rtol=1e-4, atol=1e-5)
-            if full.bias is not None:
-                torch.testing.assert_close(new.bias.detach(), full.bias.detach(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["bert", "llama"])
-def test_every_part_of_the_two_ridges_counts(name):
-    """Negative control: with one ridge, or without the token weights in pre-norm models, it is another model."""
-    model = tiny_model(**MODELS[name], dtype=torch.float64)
-    batches = tiny_batches(model, batches=4, sequences=8, length=16)
-    keep = keeps(model, "unequal")
-    variants = [{"drift_ridge": 2.0}, {}, {"drift_ridge": 2.0, "weighted": False}]
-    two, one, even = (outputs(reference.residual_stream(model, keep, batches, 0.01, **each), batches) for each in variants)
-    assert not torch.allclose(two, one, rtol=1e-3, atol=1e-4)
-    assert torch.allclose(two, even, rtol=1e-3, atol=1e-4) is (name == "bert")
-
-
-def test_equal_ridges_are_one_ridge():
-    """In post-norm models, whose tokens count alike: the target is linear in its parts."""
-    model = tiny_model(**MODELS["bert"], dtype=torch.float64)
-    batches = tiny_batches(model, batches=4, sequences=8, length=16)
-    keep = keeps(model, "every_other")
-    (one, _), (two, _) = (run(model, keep, batches, drift_ridge=each) for each in (None, 0.01))
-    assert_same_weights(one, two, rtol=1e-8, atol=1e-10)
-
-
-def test_a_ridge_for_drift_needs_the_residual_stream(model, batches):
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(OptionError, match="drift_ridge=1 needs target='residual_stream'"):
-        liar.reconstruct(model, as_mask(keeps(model, "every_other")), batches, target="layer_output", drift_ridge=1)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    a, b = (run(model, keep, batches, solver=solver)[0] for solver in ("auto", "lstsq"))
+    assert_same_weights(a, b, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -294,9 +259,9 @@ def test_float32_follows_the_float64_reference(name):
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
-@pytest.mark.parametrize("less", [{"producers": False}, {"weighted": False}])
+@pytest.mark.parametrize("less", [{"producers": False}, {"weighted": False}, {"damp": False}])
 def test_every_part_of_the_reference_counts(name, less):
-    """Negative control: without the producers, or without the weights in pre-norm models, it is another model."""
+    """Negative control: without the producers, the damping, or the weights in pre-norm models, it is another model."""
     model = tiny_model(**MODELS[name], dtype=torch.float64)
     batches = tiny_batches(model, batches=4, sequences=8, length=16)
     a, b = (reference.residual_stream(model, keeps(model, "every_other"), batches, 0.01, **options) for options in ({}, less))
@@ -304,10 +269,11 @@ def test_every_part_of_the_reference_counts(name, less):
     assert differs is not (name == "bert" and "weighted" in less)
 
 
-def test_the_two_targets_differ(model, batches):
-    """Negative control of the two tests above: neither formula passes for the other."""
+@pytest.mark.parametrize("pair", combinations(TARGETS, 2))
+def test_the_targets_differ(model, batches, pair):
+    """Negative control of the tests above: no formula passes for another."""
     keep = keeps(model, "every_other")
-    a, b = (run(model, keep, batches, target=target)[0] for target in ("layer_output", "residual_stream"))
+    a, b = (run(model, keep, batches, target=target)[0] for target in pair)
     with pytest.raises(AssertionError):
         assert_same_weights(a, b, rtol=1e-3, atol=1e-3)
 
@@ -318,7 +284,7 @@ def test_repair_beats_no_repair_on_new_tokens(model):
     new = tiny_batches(model, seed=11)
     dense = outputs(model, new)
     naive = outputs(reference.masked(model, keep), new)
-    for target in ("layer_output", "residual_stream"):
+    for target in TARGETS:
         got, report = run(model, keep, batches, target=target, ridge="auto")
         assert (outputs(got, new) - dense).square().mean() < (naive - dense).square().mean()
         assert all(site.after <= site.before for site in report.sites)
@@ -327,7 +293,7 @@ def test_repair_beats_no_repair_on_new_tokens(model):
 # What must not matter
 
 
-@pytest.mark.parametrize("target", ["layer_output", "residual_stream"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("solver", ["auto", "lstsq"])
 def test_batching_does_not_matter(model, target, solver):
     """The same sequences one by one, in twos, and all at once; one length, so that padding does not change."""
@@ -343,7 +309,7 @@ def test_batching_does_not_matter(model, target, solver):
         assert (report.tokens, report.sequences) == (24 * 12, 24)
 
 
-@pytest.mark.parametrize("target", ["layer_output", "residual_stream"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_the_side_of_the_padding_does_not_matter(target):
     model = tiny_model("llama")
     right, left = (tiny_batches(model, padding=side) for side in ("right", "left"))
@@ -356,7 +322,7 @@ def test_the_side_of_the_padding_does_not_matter(target):
     assert_same_weights(a, b, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("target", ["layer_output", "residual_stream"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_what_stands_in_the_padding_does_not_matter(model, target, padding):
     batches = tiny_batches(model, padding=padding)
@@ -386,7 +352,7 @@ def test_the_attention_implementation_does_not_matter():
     assert_same_weights(a, b, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("target", ["layer_output", "residual_stream"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("solver", ["eigh", "lstsq"])
 def test_solvers_agree(model, batches, target, solver):
     keep = keeps(model, "unequal")
@@ -411,7 +377,7 @@ def test_dropout_and_the_random_state_do_not_matter(training):
 
 
 @pytest.mark.parametrize("pattern", KEEPS)
-@pytest.mark.parametrize("target", ["layer_output", "residual_stream"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_any_pattern_is_cut_and_reported(model, batches, pattern, target):
     keep = keeps(model, pattern)
     got, report = run(model, keep, batches, target=target)
@@ -425,7 +391,7 @@ def test_any_pattern_is_cut_and_reported(model, batches, pattern, target):
     assert [site.site for site in report.sites] == ["heads.0", "neurons.0", "heads.1", "neurons.1"]
 
 
-@pytest.mark.parametrize("target", ["layer_output", "residual_stream"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_a_bias_is_created_only_when_asked(target):
     model = tiny_model("llama", dtype=torch.float64)
     batches, keep = tiny_batches(model), {"neurons": [[unit % 2 == 0 for unit in range(64)]] * 2}
@@ -438,7 +404,7 @@ def test_a_bias_is_created_only_when_asked(target):
     assert created == {
         "heads.0": False,
         "neurons.0": True,
-        "heads.1": target == "residual_stream",
+        "heads.1": target != "layer_output",
         "neurons.1": True,
     }
     assert report.parameters[1] - sum(created.values()) * 32 == sum(p.numel() for p in kept.parameters())
@@ -572,9 +538,8 @@ def test_report_fields(model):
     assert report.tokens == sum(int(batch["attention_mask"].sum()) for batch in batches)
     assert report.sequences == 96
     assert {**report.options} == {
-        "target": "residual_stream",
+        "target": "damped_stream",
         "ridge": 0.01,
-        "drift_ridge": None,
         "refit": True,
         "solver": "auto",
         "bias": "preserve",
@@ -624,7 +589,7 @@ def test_a_single_token_cannot_be_held_out(model):
     assert bool(torch.isfinite(outputs(got, batch)).all())
 
 
-@pytest.mark.parametrize("target", ["layer_output", "residual_stream"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize(
     ("case", "ridge", "verdict"),
@@ -675,7 +640,7 @@ def test_the_guard_keeps_the_weights_where_no_update_is_better_on_held_out_text(
     assert forced.sites[1].after > site.after, "what the guard has prevented"
 
 
-@pytest.mark.parametrize("target", ["layer_output", "residual_stream"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_prune_is_select_and_reconstruct(model, batches, target):
     mask = liar.select(model, batches, keep=0.6, progress=False)
     want, _ = run(model, mask, batches, target=target, ridge="auto")

@@ -34,7 +34,7 @@ CASES = {
     "llama": ("llama", {}),
     "parallel blocks": ("gpt_neox", {}),
     "own output": ("bert", {"target": "layer_output", "solver": "lstsq"}),
-    "two ridges": ("llama", {"drift_ridge": 1.0}),
+    "all of the drift": ("llama", {"target": "residual_stream"}),
     "new biases": ("llama", {"bias": "create", "refit": False}),
     "two steps": ("llama", {"steps": 2}),
     "gradients": ("bert", {"criterion": "taylor"}),

@@ -12,7 +12,7 @@ import liar
 from liar.data import FOLDS, Calibration
 from liar.errors import ModelError
 from liar.models import layer_of, layout_of
-from liar.options import ReconstructOptions
+from liar.options import TARGETS, ReconstructOptions
 from liar.repair import RepairContext, RepairStep, apply_steps, closed_form_steps, walk_blocks
 from liar.repair import context as context_module
 from liar.runtime import preserve_model_state
@@ -296,7 +296,7 @@ def test_what_is_kept_for_only_one_batch_is_not_replayed():
     assert distance(walked(model, mask, batches, [KeepsOne()]), cut, batches) == 0
 
 
-@pytest.mark.parametrize("target", ["layer_output", "residual_stream"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_everything_is_kept_under_another_teacher(target):
     """The stream is another one, so that sites are visited although nothing is removed."""
     model, teacher = tiny_model("bert"), tiny_model("bert", seed=1)

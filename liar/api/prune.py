@@ -48,7 +48,6 @@ def prune(
     heads: str = SelectOptions.heads,
     target: str = ReconstructOptions.target,
     ridge: float | str = ReconstructOptions.ridge,
-    drift_ridge: float | None = ReconstructOptions.drift_ridge,
     refit: bool = ReconstructOptions.refit,
     solver: str = ReconstructOptions.solver,
     bias: str = ReconstructOptions.bias,
@@ -63,7 +62,7 @@ def prune(
 
     `steps` is how often to prune and repair: with 2 and `keep=0.25` first to a half, then to a quarter. Units are measured anew
     on the repaired model, which is always fitted to the dense one. More than 1 needs a budget in `"params"` or `"flops"`, and
-    the target `"residual_stream"`.
+    a target on the pruned stream: any but `"layer_output"`.
 
     With `set_aside`, the selection does not see the sequences either.
 
@@ -82,7 +81,7 @@ def prune(
         True
     """
     selection = SelectOptions(keep, criterion, budget, widths, round_to, protect, seed, heads)
-    how = ReconstructOptions(target, ridge, drift_ridge, refit, solver, bias, quality, set_aside)
+    how = ReconstructOptions(target, ridge, refit, solver, bias, quality, set_aside)
     where = RunOptions(activations, run_folder)
     _, report = prune_with(model, calib, selection, how, PruneOptions(steps), where, held_out=held_out, progress=progress)
     return report
@@ -137,8 +136,8 @@ def _check_steps(steps: int, selection: SelectOptions, how: ReconstructOptions) 
         raise OptionError(
             f"steps={steps} needs a budget that is computed anew after every step: budget='params' or 'flops', by its name"
         )
-    if how.target != "residual_stream":
-        raise OptionError(f"steps={steps} fits to the dense model: it needs target='residual_stream', not {how.target!r}")
+    if not how.on_stream:
+        raise OptionError(f"steps={steps} fits to the dense model: it needs target='damped_stream', not {how.target!r}")
 
 
 def _prune_in_steps(

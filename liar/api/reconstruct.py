@@ -45,7 +45,6 @@ def reconstruct(
     teacher: nn.Module | None = None,
     target: str = ReconstructOptions.target,
     ridge: float | str = ReconstructOptions.ridge,
-    drift_ridge: float | None = ReconstructOptions.drift_ridge,
     refit: bool = ReconstructOptions.refit,
     solver: str = ReconstructOptions.solver,
     bias: str = ReconstructOptions.bias,
@@ -65,18 +64,17 @@ def reconstruct(
         calib: calibration batches (see `Calibration.of`); for a model of sentence-transformers also strings, or pairs of them.
         teacher: the dense model that the repair is fitted to, where it is not `model` itself: so a model that another tool has
             cut, whose removed weights are gone, is repaired. Heads and neurons may differ from those of `model`; blocks,
-            residual stream and vocabulary may not. It needs `target="residual_stream"`, and is not changed.
-        target: what the kept channels are fitted to. `"layer_output"`: the consumer's own output on the dense model's
-            activations (our reading of LIAR). `"residual_stream"`: the dense model's residual stream after the layer
-            minus the pruned model's stream before it, on the pruned model's activations.
+            residual stream and vocabulary may not. It needs a target on the pruned stream, and is not changed.
+        target: what the kept channels are fitted to. On the pruned model's activations, layer after layer:
+            `"damped_stream"`: what the layer gives with all its units, and a part of what the stream has lost before it, the
+            less the weaker the directions of the kept channels are that say something about it (docs/theory.md);
+            `"residual_stream"`: all of both, that is the dense model's residual stream after the layer minus the pruned
+            model's stream before it (K-prune's target). On the dense model's activations: `"layer_output"`, the consumer's own
+            output (our reading of LIAR).
         ridge: pull toward the kept weights, relative to the mean diagonal of the Gram matrix; 0 is none. `"auto"` chooses
             it per site on held-out sequences, and keeps the weights as they are where no update is better.
-        drift_ridge: with `"residual_stream"`, take the mean of two fits: one with a single ridge, and one with this ridge for
-            what the pruned stream has lost before a layer and `ridge` for what the layer gives by itself. 1 serves language
-            models well whose calibration text is of another kind than what they are for. It takes one more pass over every
-            layer.
-        refit: with `"residual_stream"`, first fit the layers that feed the kept units (query, key and value; the first
-            feed-forward projections) to what they give in the dense model, since their input has drifted.
+        refit: unless the target is `"layer_output"`, first fit the layers that feed the kept units (query, key and value; the
+            first feed-forward projections) to what they give in the dense model, since their input has drifted.
         solver: `"auto"`, `"cholesky"`, `"eigh"` or `"lstsq"`.
         bias: `"preserve"`: a bias is refitted where the consumer has one. `"create"`: consumers without get one, as the
             report says; the stock classes may then be unable to load the model.
@@ -103,7 +101,7 @@ def reconstruct(
         >>> report.sites[0].verdict.value
         'ridged'
     """
-    options = ReconstructOptions(target, ridge, drift_ridge, refit, solver, bias, quality, set_aside)
+    options = ReconstructOptions(target, ridge, refit, solver, bias, quality, set_aside)
     where = RunOptions(activations, run_folder)
     return reconstruct_with(model, mask, calib, options, where, teacher=teacher, held_out=held_out, progress=progress)
 
@@ -146,10 +144,10 @@ def reconstruct_with(
 
 def _checked_teacher(teacher: nn.Module, model: nn.Module, layout: Layout, options: ReconstructOptions) -> nn.Module:
     """A teacher that fits the model and the options."""
-    if options.target != "residual_stream":
+    if not options.on_stream:
         raise OptionError(
             f"target={options.target!r} fits a layer to its own output in the model that is cut, so it takes no teacher: use "
-            "target='residual_stream'"
+            "target='damped_stream'"
         )
     check_teacher(teacher, layout_when_free(teacher), model, layout)
     return teacher
@@ -176,7 +174,7 @@ def repair(
     # All processes adopt their blocks, or none does.
     with all_or_nothing(model), distributed.together(), progress.stage("reconstruct", len(layout.sites)) as advance:
         context = RepairContext(options, lambda: advance(1))
-        steps, on_stream = closed_form_steps(context), options.target == "residual_stream"
+        steps, on_stream = closed_form_steps(context), options.on_stream
         blocks = walk_blocks(
             model,
             layout,

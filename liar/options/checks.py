@@ -121,13 +121,6 @@ def check_ridge(name: str, value: Any) -> None:
         raise OptionError(f"{name}={shown(value)}: expected {expected}")
 
 
-def check_optional_ridge(name: str, value: Any) -> None:
-    """Raise an `OptionError` unless the value is None or a number from 0 to `LARGEST_RIDGE`."""
-    if value is not None and (not is_number(value, Real) or not 0 <= value <= LARGEST_RIDGE):
-        expected = f"None or a number >= 0, at most {LARGEST_RIDGE:g} (relative to the mean diagonal of the Gram)"
-        raise OptionError(f"{name}={shown(value)}: expected {expected}")
-
-
 def check_sparsity(name: str, value: Any) -> None:
     """Raise an `OptionError` unless the value is a share above 0 and below 1, or a pattern such as "2:4"."""
     if isinstance(value, str):

@@ -35,6 +35,7 @@ HEADS: dict[str, str] = {
     "query": "a single query head, equally many of every group; all key and value heads stay",
 }
 TARGETS: dict[str, str] = {
+    "damped_stream": "what the layer gives with all its units, and a damped part of what the pruned stream has lost before it",
     "residual_stream": "the dense model's residual stream after the layer, on the pruned model's own activations",
     "layer_output": "the layer's own output, on the dense model's activations (our reading of LIAR)",
 }

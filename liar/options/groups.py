@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from liar.errors import OptionError
 from liar.options.checks import (
     check_activations,
     check_budget,
@@ -19,7 +18,6 @@ from liar.options.checks import (
     check_names,
     check_optional_count,
     check_optional_path,
-    check_optional_ridge,
     check_optional_text,
     check_part,
     check_quality,
@@ -81,17 +79,12 @@ class SelectOptions(OptionGroup):
 class ReconstructOptions(OptionGroup):
     """How the rest is repaired; see `liar.reconstruct`."""
 
-    target: str = option("What the kept channels are fitted to.", default="residual_stream", choices=TARGETS)
+    target: str = option("What the kept channels are fitted to.", default="damped_stream", choices=TARGETS)
     ridge: float | str = option(
         "Pull toward the kept weights: auto (chosen per site on held-out text), or a number relative to the mean diagonal of "
         "the Gram matrix.",
         default="auto",
         check=check_ridge,
-    )
-    drift_ridge: float | None = option(
-        "The mean of two fits, one with this ridge for what the pruned stream has lost before a layer; one fit if not given.",
-        default=None,
-        check=check_optional_ridge,
     )
     refit: bool = option("First fit the layers before the kept units to their dense output.", default=True, check=check_flag)
     solver: str = option("How the least squares are solved.", default="auto", choices=SOLVERS)
@@ -108,14 +101,10 @@ class ReconstructOptions(OptionGroup):
         check=check_flag,
     )
 
-    def check(self) -> None:
-        """Raise an `OptionError` that names the first bad value, or options that exclude each other."""
-        super().check()
-        if self.drift_ridge is not None and self.target != "residual_stream":
-            raise OptionError(
-                f"drift_ridge={self.drift_ridge!r} needs target='residual_stream': with target={self.target!r} no layer makes "
-                "up for what is lost before it"
-            )
+    @property
+    def on_stream(self) -> bool:
+        """Whether layers are fitted one after the other, on the stream of the pruned model."""
+        return self.target != "layer_output"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from liar.options import ReconstructOptions, SelectOptions
 from liar.planning.workload import BlockSize, SiteSize, Workload
 from liar.repair.closed_form import ROWS as REFIT_ROWS
 from liar.repair.closed_form import TOKENS as REFIT_TOKENS
+from liar.repair.closed_form import runs_whole
 from liar.repair.comparison import NUMBERS, sequences_to_compare
 from liar.selection import CRITERIA
 from liar.selection.error_curves import ROWS, TOKENS
@@ -142,7 +143,7 @@ def block_stream(workload: Workload, block: BlockSize) -> float:
 def reconstruction_phases(workload: Workload, options: ReconstructOptions) -> Iterator[Phase]:
     """The walk that repairs: the streams, what the steps keep of a block; moments and solves of one site after the other."""
     slim = 0.0
-    on_stream = options.target == "residual_stream"
+    on_stream = options.on_stream
     for number, block in enumerate(workload.blocks):
         slim += slim_bytes(block)
         for phase in (_on_stream if on_stream else _on_layers)(workload, block, options, is_first=number == 0):
@@ -161,14 +162,16 @@ def _on_stream(workload: Workload, block: BlockSize, options: ReconstructOptions
     data, batches = workload.data, workload.data.batches
     stream = block_stream(workload, block)
     channel = block.element * data.batch_positions
-    drifts = options.drift_ridge is not None
+    is_damped = options.target == "damped_stream"
     kept = Stored(stream, 0.0 if is_first else stream, float(workload.calls))
     for place, site in enumerate(block.sites):
         size = SINGLE * data.batch_positions if workload.pre_norm else 0
         kept.inputs.append((channel * site.fed + size) if options.refit else 0.0)
         # The last sum of a pre-norm block is its stream, and kept once.
         is_stream = workload.pre_norm and place == len(block.sites) - 1
-        kept.targets.append(0.0 if is_stream else channel * site.out)
+        target = 0.0 if is_stream else channel * site.out
+        # For a damped target what attention gives is kept, too.
+        kept.targets.append(target + (channel * site.out if is_damped and not runs_whole(site.kind) else 0.0))
         kept.replays.append(0.0)
 
     def phase(name: str, work: float) -> Phase:
@@ -182,14 +185,9 @@ def _on_stream(workload: Workload, block: BlockSize, options: ReconstructOptions
             running = _pass(workload, block, site, site.fed, site.fed)
             yield from (phase(f"refit, {n}", w) for n, w in _fit(site.fed, site.fed, rows, site.produced, running))
         kept.inputs[place] = 0.0
-        targets = 1
-        if drifts:
-            # What the whole layer gives, and what is lacking, float32, in place of one target.
-            kept.targets[place] = (channel + SINGLE * data.batch_positions) * site.out
-            targets = 2
         if site.can_replay:
             kept.replays[place] = channel * site.widest
-        out = targets * site.out
+        out = site.out * (2 if is_damped else 1)
         states = list(_fit(site.widest, out, data.tokens, out, _pass(workload, block, site, site.widest, out)))
         yield phase("fit, " + states[0][0], states[0][1])
         kept.targets[place] = 0.0

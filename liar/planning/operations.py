@@ -11,6 +11,7 @@ from liar.planning.memory import DOUBLE, SINGLE, compared_in_a_pass, elimination
 from liar.planning.workload import BlockSize, SiteSize, Workload
 from liar.repair.closed_form import ROWS as REFIT_ROWS
 from liar.repair.closed_form import TOKENS as REFIT_TOKENS
+from liar.repair.closed_form import runs_whole
 from liar.repair.comparison import sequences_to_compare
 from liar.selection import CRITERIA
 from liar.solve.ridge import SKETCH
@@ -137,31 +138,35 @@ def reconstruction(workload: Workload, options: ReconstructOptions) -> Iterator[
     """A dense and a pruned forward pass, moments and solves."""
     tokens = workload.data.tokens
     yield dense_forward(workload, "reconstruction: dense forward", tokens)
-    on_stream = options.target == "residual_stream"
-    drifts = on_stream and options.drift_ridge is not None
+    on_stream, is_damped = options.on_stream, options.target == "damped_stream"
     sums, solves, passes = [], [], []
     for number, block in enumerate(workload.blocks):
         if on_stream:
-            passes.append(pruned_forward(workload, block, drifts=drifts))
+            passes.append(pruned_forward(workload, block, is_damped=is_damped))
         for place, site in enumerate(block.sites):
             if on_stream and options.refit and (number or place):
                 rows = min(max(REFIT_TOKENS, REFIT_ROWS * site.fed), tokens)
                 sums.append(moments(site.fed, site.fed, rows))
-                solves.append(fit(site.fed, site.fed, site.produced, rows, on_sketch=True))
-            targets = site.out * (2 if drifts else 1)
-            lacking = Work("", traffic=4 * SINGLE * tokens * site.out)
+                # Of a layer that runs whole the producers are refitted whole.
+                share = site.share if is_damped and runs_whole(site.kind) else 1
+                solves.append(fit(site.fed, site.fed, round(site.produced / share), rows, on_sketch=True))
+            targets = site.out * (2 if is_damped else 1)
+            lacking = Work("", traffic=4 * SINGLE * tokens * targets)
             sums += [moments(site.kept, targets, tokens), lacking]
-            # With a ridge for drift, the whole target and the output are fitted one after the other, beside the same sums.
-            solves += [fit(site.kept, targets, site.out, tokens, on_sketch=False)] * (2 if drifts else 1)
+            solves.append(fit(site.kept, targets, site.out, tokens, on_sketch=False))
+            if is_damped:
+                solves.append(Work("", double=2 * site.kept**2 * site.out, factor=site.kept**3 / 3))
     if on_stream:
         yield summed("reconstruction: pruned forward", passes)
     yield summed("reconstruction: moments", sums)
     yield summed("reconstruction: solves", solves)
 
 
-def pruned_forward(workload: Workload, block: BlockSize, *, drifts: bool) -> Work:
-    """Every part of the cut block once, in several passes; with a ridge for drift each sublayer once more, before its cut."""
-    batches = workload.data.batches * (block.share + (1 if drifts else 0))
+def pruned_forward(workload: Workload, block: BlockSize, *, is_damped: bool) -> Work:
+    """Every part of the cut block once, in several passes; for a damped target some layers before their cut."""
+    whole = [site for site in block.sites if is_damped and runs_whole(site.kind)]
+    removed = sum(2 * site.weights * (1 - site.share) * workload.data.batch_positions for site in whole)
+    batches = workload.data.batches * (block.share + removed / max(block.flops, 1.0))
     return Work("", forward=batches * block.flops, traffic=batches * block.traffic)
 
 

@@ -130,7 +130,6 @@ def plan(
     heads: str = SelectOptions.heads,
     target: str = ReconstructOptions.target,
     ridge: float | str = ReconstructOptions.ridge,
-    drift_ridge: float | None = ReconstructOptions.drift_ridge,
     refit: bool = ReconstructOptions.refit,
     solver: str = ReconstructOptions.solver,
     bias: str = ReconstructOptions.bias,
@@ -170,7 +169,7 @@ def plan(
         'gradient pass'
     """
     selection = SelectOptions(keep, criterion, budget, widths, round_to, protect, seed, heads)
-    how = ReconstructOptions(target, ridge, drift_ridge, refit, solver, bias, quality, set_aside)
+    how = ReconstructOptions(target, ridge, refit, solver, bias, quality, set_aside)
     tokens = calib if isinstance(calib, int) and not isinstance(calib, bool) else 1
     planned = PlanOptions(tokens, max_length, batch_size, activations, offload, measure)
     return plan_with(model, calib, selection, how, planned, LoadOptions(dtype, "auto" if device is None else device))

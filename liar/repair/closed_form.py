@@ -2,8 +2,8 @@
 
 On the residual stream, site after site on the pruned model's own activations, every site repairs what those before it left.
 What a site should add is what the dense model's residual stream is after it, less what the pruned stream is before it
-(K-prune's target; "global propagation" in Shin et al. 2024). What the producers read has drifted as well: they are first
-fitted to their dense output.
+(K-prune's target; "global propagation" in Shin et al. 2024); by default a part of that. What the producers read has drifted as
+well: they are first fitted to their dense output.
 
 In deep pre-norm models the first token of a text is much larger than the others, which all attend to it (massive activations:
 Sun et al. 2024). One layer makes it so, and it must do so after the repair, too. That is one token in hundreds, and the norm
@@ -26,7 +26,7 @@ from liar.repair.context import RepairContext
 from liar.repair.state import SiteState
 from liar.repair.step import RepairStep
 from liar.runtime import distributed, output_scale, widen
-from liar.solve import fit_drift
+from liar.solve import damped_target, fit_drift
 from liar.statistics import Folds, check_finite
 
 # A refit reads so many tokens at most, or so many for each channel: with more, its answer is hardly better, and its sums take
@@ -56,7 +56,17 @@ class RefitProducers(RepairStep):
         """Nothing has drifted."""
         self._discard(site)
 
+    def before_cut(self, site: SiteState) -> None:
+        """Where the whole layer runs, refit it whole."""
+        if self.context.options.target == "damped_stream" and runs_whole(site.site.kind):
+            self._refit(site)
+
     def repair(self, site: SiteState) -> None:
+        """Refit what is left of the producers elsewhere."""
+        if not (self.context.options.target == "damped_stream" and runs_whole(site.site.kind)):
+            self._refit(site)
+
+    def _refit(self, site: SiteState) -> None:
         """One regression for all producers, written into each."""
         if site.drifted:
             share = max(TOKENS, ROWS * site.producers[0].size("in")) / site.calibration.tokens
@@ -179,49 +189,73 @@ def residual_of(site: SiteState) -> list[Capture]:
     return ["residual"] if site.site.output_norm is None else []
 
 
-class FitOutputAndDrift(FitToResidualStream):
-    """The same target, fitted once as a whole and once in two parts.
+class FitToDampedStream(FitToResidualStream):
+    """Fit the consumer to its own output, and to a damped part of what the stream has lost before it (see `fit_damped`).
 
-    The parts are what the consumer gives on the pruned stream as long as nothing is cut, and the rest; each has its own ridge,
-    see `fit_in_parts`. A model may have tokens that are a thousand times larger than the others (see above); so that
-    they do not decide alone, large tokens count less: by the root of their energy.
+    Its own output is what the layer gives with all its units. A feed-forward layer gives it on the pruned stream, once its
+    producers are refitted, in the pass that gives its kept channels, too. Attention averages over tokens, so that its output
+    hardly differs between the streams: what it gives in the dense model serves, and is there.
     """
 
+    def __init__(self, context: RepairContext) -> None:
+        super().__init__(context)
+        self.folds: Folds | None = None
+
+    def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
+        """Keep what attention gives, too."""
+        super().observe(site, batch, dense)
+        if not runs_whole(site.site.kind):
+            site.put("own output", batch, dense["consumer_output"])
+
+    def skip(self, site: SiteState) -> None:
+        """The stream is the dense one."""
+        site.discard("own output")
+        super().skip(site)
+
     def before_cut(self, site: SiteState) -> None:
-        """Run the whole sublayer, with the producers as they are."""
-        if not site.drifted:
+        """Run the whole layer on the pruned stream, and take the kept channels out of what its consumer reads."""
+        if not (site.drifted and runs_whole(site.site.kind)):
             return
-        for batch, pruned in site.run_pruned("consumer_output", *residual_of(site)):
+        self.folds = self.context.new_folds(site)
+        channels = site.site.consumer.channels(site.unit_mask)
+        for batch, pruned in site.run_pruned("consumer_input", "consumer_output", *residual_of(site)):
             with site.walk.timed("statistics"):
-                site.put("own output", batch, pruned["consumer_output"])
-                site.put("whole target", batch, self.lacking(site, batch, pruned))
-        site.discard("target")
+                kept = kept_channels(pruned["consumer_input"], channels)
+                target = damped_target(widen(pruned["consumer_output"]), self.lacking(site, batch, pruned))
+                self.folds.update(kept, target, site.tokens(batch))
+            site.keep_for_replay(batch, kept)
 
     def repair(self, site: SiteState) -> None:
-        """Fit to both parts at once; where nothing has drifted there is one only."""
+        """Fit to both; where nothing has drifted there is the own output only."""
         if not site.drifted:
+            site.discard("own output")
             super().repair(site)
             return
-        folds, weights = self.context.new_folds(site), self._token_weights(site)
-        for batch, pruned in site.run_pruned("consumer_input"):
-            with site.walk.timed("statistics"):
-                target = torch.cat([widen(site.get("own output", batch)), site.get("whole target", batch)], -1)
-                folds.update(pruned["consumer_input"], target, site.tokens(batch), weights[batch])
-            site.keep_for_replay(batch, pruned["consumer_input"])
-        for series in ("own output", "whole target"):
+        folds = self._folds_of_attention(site) if self.folds is None else self.folds
+        self.folds = None
+        for series in ("target", "own output"):
             site.discard(series)
-        self.context.fit_consumer(site, folds, drift_ridge=self.context.options.drift_ridge)
+        self.context.fit_consumer(site, folds, damped=True)
 
-    @staticmethod
-    def _token_weights(site: SiteState) -> list[Tensor | None]:
-        """By batch, [sequences, length]: the inverse root of one plus the own output's energy over its mean.
+    def _folds_of_attention(self, site: SiteState) -> Folds:
+        folds = self.context.new_folds(site)
+        for batch, pruned in site.run_pruned("consumer_input", *residual_of(site)):
+            with site.walk.timed("statistics"):
+                target = damped_target(widen(site.get("own output", batch)), self.lacking(site, batch, pruned))
+                folds.update(pruned["consumer_input"], target, site.tokens(batch))
+            site.keep_for_replay(batch, pruned["consumer_input"])
+        return folds
 
-        None in post-norm models, as for a refit.
-        """
-        if not site.walk.layout.is_pre_norm:
-            return [None for _ in site.walk.batches]
-        energies = [widen(site.get("own output", batch)).square().mean(-1) for batch in site.walk.batches]
-        return [(1 + energy).rsqrt() for energy in over_mean(site, energies)]
+
+def runs_whole(kind: str) -> bool:
+    """Whether layers of a kind run with all their units on the pruned stream, for the damped target."""
+    return kind == "neurons"
+
+
+def kept_channels(activations: Tensor, channels: Tensor) -> Tensor:
+    """Some channels, [sequences, length, kept], of [sequences, length, channels]."""
+    # `index_select` of the last of three dimensions takes twenty times as long.
+    return activations.gather(2, channels.to(activations.device).expand(*activations.shape[:2], -1))
 
 
 class FitToLayerOutput(FitConsumer):
@@ -247,9 +281,7 @@ class FitToLayerOutput(FitConsumer):
             if site.name not in self.folds:
                 self.folds[site.name] = self.context.new_folds(site)
             z, t = dense["consumer_input"], dense["consumer_output"]
-            channels = site.site.consumer.channels(site.unit_mask).to(z.device)
-            # `index_select` of the last of three dimensions takes twenty times as long.
-            kept = z.gather(2, channels.expand(*z.shape[:2], -1))
+            kept = kept_channels(z, site.site.consumer.channels(site.unit_mask))
             self.folds[site.name].update(kept, t, site.tokens(batch))
 
     def skip(self, site: SiteState) -> None:
@@ -286,10 +318,10 @@ def closed_form_steps(context: RepairContext) -> list[RepairStep]:
         >>> from liar.repair import RepairContext, closed_form_steps
         >>> context = RepairContext(ReconstructOptions(), advance=lambda: None)
         >>> [type(step).__name__ for step in closed_form_steps(context)]
-        ['RefitProducers', 'FitToResidualStream']
+        ['RefitProducers', 'FitToDampedStream']
     """
     if context.options.target == "layer_output":
         return [FitToLayerOutput(context)]
     refit: list[RepairStep] = [RefitProducers(context)] if context.options.refit else []
-    fit = FitToResidualStream if context.options.drift_ridge is None else FitOutputAndDrift
+    fit = FitToDampedStream if context.options.target == "damped_stream" else FitToResidualStream
     return [*refit, fit(context)]

@@ -15,7 +15,7 @@ from liar.options import ReconstructOptions
 from liar.repair.state import SiteState
 from liar.report import SiteReport
 from liar.runtime import distributed
-from liar.solve import MIDDLE, RIDGES, Solution, fit, fit_in_parts
+from liar.solve import MIDDLE, RIDGES, Solution, fit, fit_damped
 from liar.statistics import Factor, Folds, Moments
 from liar.verdicts import Verdict
 
@@ -60,20 +60,20 @@ class RepairContext:
         per_channel = 0 if site.walk.layout.is_pre_norm else TOKENS_PER_CHANNEL
         return site.calibration.distinct_tokens >= max(FEWEST_TOKENS, per_channel * channels)
 
-    def fit_consumer(self, site: SiteState, folds: Folds, *, drift_ridge: float | None = None) -> None:
+    def fit_consumer(self, site: SiteState, folds: Folds, *, damped: bool = False) -> None:
         """Solve a site in one process, from the rows of all, write the answer into its consumer, and report it.
 
-        With a `drift_ridge` the statistics have the columns that `fit_in_parts` expects.
+        Where it is damped, the statistics have a `damped_target`.
         """
         self.reduce(site, folds)
-        self.finish(site, *distributed.answer(partial(self.solve, site, folds, drift_ridge=drift_ridge)))
+        self.finish(site, *distributed.answer(partial(self.solve, site, folds, damped=damped)))
 
     def reduce(self, site: SiteState, folds: Folds) -> None:
         """Add the rows of all processes to the statistics of a site."""
         with site.walk.timed("statistics"), at_site(site.name, site.site.module):
             folds.reduce(distributed)
 
-    def solve(self, site: SiteState, folds: Folds, *, drift_ridge: float | None = None) -> tuple[Solution, float]:
+    def solve(self, site: SiteState, folds: Folds, *, damped: bool = False) -> tuple[Solution, float]:
         """The answer for a site, and how many seconds it took."""
         began = time.perf_counter()
         consumer, options = site.consumer, self.options
@@ -84,8 +84,7 @@ class RepairContext:
             initial = consumer.initial_weights()
             # Ridges of the same part of neighbouring blocks are alike, so the search is short from there.
             start = self.starts.get(site.site.kind, MIDDLE)
-            solver = fit if drift_ridge is None else partial(fit_in_parts, drift_ridge=drift_ridge)
-            solution = solver(
+            solution = (fit_damped if damped else fit)(
                 all_data, splits, *initial, ridge=options.ridge, solver=options.solver, enough=enough, start=start
             )
         return solution, time.perf_counter() - began

@@ -44,7 +44,10 @@ class RepairStep:
         """
 
     def before_cut(self, site: SiteState) -> None:
-        """Read the site when those before it are done and it is still whole. Nothing may be changed: it is the user's yet."""
+        """Read the site when those before it are done and it is still whole.
+
+        Its parameters are the user's yet: only `LayerView.write`, which replaces them, may change its layers.
+        """
 
     def repair(self, site: SiteState) -> None:
         """Change the layers of the site, which is cut by now."""

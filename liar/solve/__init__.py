@@ -7,10 +7,21 @@ The unknown is the change `D = V - W_0` of the kept weights (W_0: what stays in 
 A ridge is relative: the number is multiplied by the mean diagonal of the Gram matrix.
 """
 
+from liar.solve.damped import damped_target, fit_damped
 from liar.solve.fit import Solution, fit, fit_drift
-from liar.solve.parts import fit_in_parts
 from liar.solve.precision import downdate_dtype
 from liar.solve.ridge import MIDDLE, RIDGES, SKETCH
 from liar.solve.solvers import solve
 
-__all__ = ["MIDDLE", "RIDGES", "SKETCH", "Solution", "downdate_dtype", "fit", "fit_drift", "fit_in_parts", "solve"]
+__all__ = [
+    "MIDDLE",
+    "RIDGES",
+    "SKETCH",
+    "Solution",
+    "damped_target",
+    "downdate_dtype",
+    "fit",
+    "fit_damped",
+    "fit_drift",
+    "solve",
+]

@@ -1,0 +1,89 @@
+"""The fit of a layer's own output, and of a damped part of what the residual stream has lost before the layer.
+
+What a layer gives with all its units is nearly a function of the kept channels. What the stream has lost before it is not: the
+channels say little about it, and what they say on one text need not hold on another. Where they say much, in the directions in
+which they are large, it pays to make up for it; elsewhere less of it is better (docs/choosing.md, "How much of the drift").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import inf
+
+import torch
+from torch import Tensor
+
+from liar.solve.fit import Solution, fit
+from liar.solve.ridge import MIDDLE, Split, absolute
+from liar.solve.solvers import solve
+from liar.statistics import Normal
+
+# So much of the drift has the ridge of the own output; of the whole drift, so much is added with a strong ridge of its own.
+SHARE = 0.3
+DAMPED_SHARE = 0.5
+DAMPING = 1.0
+
+
+def damped_target(own: Tensor, whole: Tensor) -> Tensor:
+    """The target of `fit_damped`: what is fitted as one, beside the drift. [..., out] each -> [..., 2 out].
+
+    Args:
+        own: what the layer gives with all its units.
+        whole: what it would have to give so that the stream after it is the dense model's.
+    """
+    return torch.cat([torch.lerp(own, whole, SHARE), whole - own], -1)
+
+
+def fit_damped(
+    all_data: Normal,
+    splits: Sequence[Split],
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    ridge: float | str = "auto",
+    solver: str = "auto",
+    enough: bool = True,
+    start: float = MIDDLE,
+) -> Solution:
+    """Fit one site to its own output and a share of the drift, and add what a strong ridge makes of the drift.
+
+    Args:
+        all_data: as for `fit`, with a target from `damped_target`.
+        splits: as for `fit`, with the same target.
+        weight: as for `fit`.
+        bias: as for `fit`.
+        ridge: as for `fit`.
+        solver: as for `fit`.
+        enough: as for `fit`.
+        start: as for `fit`.
+
+    Returns:
+        The `Solution` of the first part, with the weights and the bias of both. Where the first part is best left as it was,
+        the drift is left, too.
+
+    Example:
+        >>> z, drift = torch.randn(2, 400, 6, dtype=torch.float64)
+        >>> moments = liar.statistics.Moments()
+        >>> moments.update(z, damped_target(z, z + drift))
+        >>> no_weight, no_bias = torch.zeros(6, 6), torch.zeros(6)
+        >>> fit_damped(moments.normal(affine=False), [], no_weight, no_bias, ridge=0.0).weight.shape
+        torch.Size([6, 6])
+    """
+    out = weight.shape[1]
+    first, drift = slice(0, out), all_data.columns(slice(out, None))
+    solution = fit(
+        all_data.columns(first),
+        [(fitted.columns(first), held.columns(first)) for fitted, held in splits],
+        weight,
+        bias,
+        ridge=ridge,
+        solver=solver,
+        enough=enough,
+        start=start,
+    )
+    if solution.ridge == inf:
+        return solution
+    change = DAMPED_SHARE * solve(drift, torch.zeros_like(solution.weight), absolute(DAMPING, drift), solver).change
+    moved = DAMPED_SHARE * drift.mean_t - drift.mean_z @ change if drift.affine else 0
+    return replace(solution, weight=solution.weight + change, bias=solution.bias + moved)
