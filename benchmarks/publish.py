@@ -75,7 +75,7 @@ ENCODER = "BERT encoder: all-MiniLM-L6-v2 on STS-B"
 STORIES = "LLaMA: stories260K on TinyStories"
 
 
-DRIFT_RULES = ("osscar", "grail", "liar", "ours", "ours_drift_ridge")
+DRIFT_RULES = ("osscar", "grail", "liar", "ours_residual_stream", "ours")
 
 
 def part(criterion: str = CRITERION, **coordinates: str | int | float) -> pandas.DataFrame:
@@ -218,12 +218,12 @@ def wikitext_rules(source: str = "own", rules: Sequence[str] = CLOSED_FORM, task
     return markdown(frame[frame["criterion"] == "reconstruction"], ["keep"], rules)
 
 
-def drift_ridge(numbers: Sequence[str]) -> str:
-    """Some numbers with a ridge of its own for drift, in the cells where that was measured, beside the best repairs."""
+def drift(numbers: Sequence[str]) -> str:
+    """Some numbers with all of the drift in the target, and with the damped target, beside the best repairs of others."""
     frame = runs()
     frame = frame[frame["number"].isin(numbers) & (frame["criterion"] == "reconstruction")]
     cell = ["task", "model", "source", "keep", "tokens"]
-    measured = frame[frame["rule"] == "ours_drift_ridge"][cell]
+    measured = frame[frame["rule"] == "ours_residual_stream"][cell]
     by = cell[:4] if len(numbers) == 1 else ["number", "source", "keep"]
     return markdown(frame.merge(measured.drop_duplicates(), on=cell), by, DRIFT_RULES)
 
@@ -362,8 +362,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "mpnet": lambda: markdown(part("reconstruction", model="mpnet"), ["keep", "number"], ("mask_only", "liar", "ours")),
     "wikitext": wikitext_rules,
     "wikitext c4": lambda: wikitext_rules("c4"),
-    "drift ridge": partial(drift_ridge, ["perplexity"]),
-    "drift ridge encoder": partial(drift_ridge, ["spearman", "cosine"]),
+    "drift": partial(drift, ["perplexity"]),
+    "drift encoder": partial(drift, ["spearman", "cosine"]),
     "wikitext more text": more_text,
     "pipelines": whole_methods,
     "masks of others": masks_of_others,

@@ -17,7 +17,7 @@ from benchmarks.baselines.closed_form import repair
 from liar.testing import tiny_batches, tiny_model
 
 CLOSED_FORM = tuple(SOLVERS)
-NAMES = (*CLOSED_FORM, "fine_tuning")
+NAMES = (*CLOSED_FORM, "ours_no_refit", "ours_residual_stream", "ours", "fine_tuning")
 NEEDS = frozenset({"dense_inputs", "inputs", "kept_inputs", "dense_sum", "residual"})
 
 
