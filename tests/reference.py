@@ -218,12 +218,14 @@ def residual_stream(
     producers: bool = True,
     weighted: bool = True,
     damp: bool = True,
+    taught: bool = False,
 ) -> torch.nn.Module:
     """Site after site on full models in float64: the pruned model's consumer is refitted to
     T = residual_dense + output_dense - residual_pruned on the pruned model's inputs, each producer before it to its dense
     output; there, in pre-norm models, half of all weight is even and half goes to tokens by the length of output_dense. Removed
     weights stay zero. Damped, T is fitted in two parts (see `damped`): what the layer gives with all its units (attention in
-    the dense model, neurons on the pruned stream, their producers refitted), and the rest."""
+    the dense model, neurons on the pruned stream, their producers refitted; with a
+    teacher, both in the dense model), and the rest."""
     dense = copy.deepcopy(model).double().eval()
     pruned = masked(dense, keep)
     changed = False
@@ -239,7 +241,7 @@ def residual_stream(
                 weigh = weighted and model.config.model_type in PRE_NORM
                 counts = 1 + size / size.mean() if weigh else np.ones(len(size))
                 for name in PRODUCERS[model.config.model_type][kind]:
-                    refitted = np.asarray(row, dtype=bool) | (damp and kind == "neurons")
+                    refitted = np.asarray(row, dtype=bool) | (damp and not taught and kind == "neurons")
                     refit(pruned, dense, batches, layer, name, refitted, counts, ridge)
             changed = True
             kept, pruned_rows = kept_channels(model, layer, kind, row), activations(pruned, batches, layer, kind)
@@ -248,7 +250,7 @@ def residual_stream(
             start, affine = numpy(matrix(consumer))[kept], consumer.bias is not None
             bias = numpy(consumer.bias) if affine else np.zeros(start.shape[1])
             if damp and drifted:
-                own = target_rows["y"] if kind == "heads" else own_output(pruned, dense, batches, layer, kind)
+                own = target_rows["y"] if kind == "heads" or taught else own_output(pruned, dense, batches, layer, kind)
                 weight, bias = damped(z, own, target, start, bias, affine=affine, ridge=ridge)
             else:
                 weight, bias = least_squares(z, target, start, bias, affine=affine, ridge=absolute(ridge, z, affine))

@@ -1,6 +1,7 @@
 """The walk over blocks: what steps see, where they plug in, and a dense stream that comes from another model."""
 
 import copy
+from functools import partial
 from math import inf
 
 import pytest
@@ -16,7 +17,7 @@ from liar.options import TARGETS, ReconstructOptions
 from liar.repair import RepairContext, RepairStep, apply_steps, closed_form_steps, walk_blocks
 from liar.repair import context as context_module
 from liar.runtime import preserve_model_state
-from liar.solve import fit
+from liar.solve import fit, fit_damped
 from liar.solve.ridge import MIDDLE
 from liar.statistics import Folds, Moments
 from liar.testing import assert_same_state, model_state, tiny_batches, tiny_model
@@ -166,16 +167,27 @@ def test_a_walk_without_a_mask_cuts_nothing():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_teacher_may_be_another_model(name):
-    """A model that was cut elsewhere, its removed weights gone, against its dense original: as if the mask were known."""
+@pytest.mark.parametrize("target", ["damped_stream", "residual_stream"])
+def test_the_teacher_may_be_another_model(name, target):
+    """A model that was cut elsewhere, its removed weights gone, against its dense original: as if the mask were known.
+
+    With the damped target what a layer gives with all its units comes from the teacher.
+    """
     dense = tiny_model(**MODELS[name], dtype=torch.float64)
     batches, mask = tiny_batches(dense, batches=6, sequences=16), every_other(dense)
     cut, expected = copy.deepcopy(dense), copy.deepcopy(dense)
     liar.remove(cut, mask)
-    liar.reconstruct(expected, mask, batches, ridge=0.01, refit=False, progress=False)
+    liar.reconstruct(expected, mask, batches, ridge=0.01, refit=False, target="residual_stream", progress=False)
+    if target == "damped_stream":
+        keep = {kind: [mask[f"{kind}.{layer}"].tolist() for layer in range(2)] for kind in ("heads", "neurons")}
+        full = reference.residual_stream(dense, keep, batches, 0.01, producers=False, taught=True)
     everything = liar.Mask({site.name: torch.ones(site.units, dtype=torch.bool) for site in layout_of(cut).sites})
-    context = RepairContext(ReconstructOptions(ridge=0.01, refit=False), int)
+    context = RepairContext(ReconstructOptions(ridge=0.01, refit=False, target=target), int)
     repaired = walked(cut, everything, batches, closed_form_steps(context), teacher=dense)
+    if target == "damped_stream":
+        torch.testing.assert_close(last_hidden(repaired, batches), last_hidden(full, batches), rtol=1e-5, atol=1e-7)
+        assert distance(repaired, expected, batches) > 1e-9
+        return
     for (key, value), other in zip(expected.state_dict().items(), repaired.state_dict().values(), strict=True):
         torch.testing.assert_close(other, value, rtol=1e-6, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}")
     assert all(report.ridge < inf for report in context.reports)
@@ -350,13 +362,14 @@ def test_a_search_for_a_ridge_begins_at_that_of_the_last_site_of_its_kind(monkey
     model = tiny_model("bert", num_hidden_layers=3)
     begun, found = [], []
 
-    def spy(*arguments, start=None, **options):
+    def spy(solver, *arguments, start=None, **options):
         begun.append(start)
-        solution = fit(*arguments, start=start, **options)
+        solution = solver(*arguments, start=start, **options)
         found.append(solution.ridge)
         return solution
 
-    monkeypatch.setattr(context_module, "fit", spy)
+    for solver in (fit, fit_damped):
+        monkeypatch.setattr(context_module, solver.__name__, partial(spy, solver))
     mask = liar.select(model, keep=0.5, criterion="magnitude", progress=False)
     report = liar.reconstruct(model, mask, tiny_batches(model, batches=8, sequences=16, length=24), progress=False)
     kinds = [site.site.split(".")[0] for site in report.sites]

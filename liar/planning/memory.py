@@ -16,7 +16,7 @@ from liar.options import ReconstructOptions, SelectOptions
 from liar.planning.workload import BlockSize, SiteSize, Workload
 from liar.repair.closed_form import ROWS as REFIT_ROWS
 from liar.repair.closed_form import TOKENS as REFIT_TOKENS
-from liar.repair.closed_form import runs_whole
+from liar.repair.closed_form import WHOLE
 from liar.repair.comparison import NUMBERS, sequences_to_compare
 from liar.selection import CRITERIA
 from liar.selection.error_curves import ROWS, TOKENS
@@ -171,7 +171,7 @@ def _on_stream(workload: Workload, block: BlockSize, options: ReconstructOptions
         is_stream = workload.pre_norm and place == len(block.sites) - 1
         target = 0.0 if is_stream else channel * site.out
         # For a damped target what attention gives is kept, too.
-        kept.targets.append(target + (channel * site.out if is_damped and not runs_whole(site.kind) else 0.0))
+        kept.targets.append(target + (channel * site.out if is_damped and site.kind not in WHOLE else 0.0))
         kept.replays.append(0.0)
 
     def phase(name: str, work: float) -> Phase:

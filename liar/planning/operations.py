@@ -11,7 +11,7 @@ from liar.planning.memory import DOUBLE, SINGLE, compared_in_a_pass, elimination
 from liar.planning.workload import BlockSize, SiteSize, Workload
 from liar.repair.closed_form import ROWS as REFIT_ROWS
 from liar.repair.closed_form import TOKENS as REFIT_TOKENS
-from liar.repair.closed_form import runs_whole
+from liar.repair.closed_form import WHOLE
 from liar.repair.comparison import sequences_to_compare
 from liar.selection import CRITERIA
 from liar.solve.ridge import SKETCH
@@ -148,7 +148,7 @@ def reconstruction(workload: Workload, options: ReconstructOptions) -> Iterator[
                 rows = min(max(REFIT_TOKENS, REFIT_ROWS * site.fed), tokens)
                 sums.append(moments(site.fed, site.fed, rows))
                 # Of a layer that runs whole the producers are refitted whole.
-                share = site.share if is_damped and runs_whole(site.kind) else 1
+                share = site.share if is_damped and site.kind in WHOLE else 1
                 solves.append(fit(site.fed, site.fed, round(site.produced / share), rows, on_sketch=True))
             targets = site.out * (2 if is_damped else 1)
             lacking = Work("", traffic=4 * SINGLE * tokens * targets)
@@ -164,7 +164,7 @@ def reconstruction(workload: Workload, options: ReconstructOptions) -> Iterator[
 
 def pruned_forward(workload: Workload, block: BlockSize, *, is_damped: bool) -> Work:
     """Every part of the cut block once, in several passes; for a damped target some layers before their cut."""
-    whole = [site for site in block.sites if is_damped and runs_whole(site.kind)]
+    whole = [site for site in block.sites if is_damped and site.kind in WHOLE]
     removed = sum(2 * site.weights * (1 - site.share) * workload.data.batch_positions for site in whole)
     batches = workload.data.batches * (block.share + removed / max(block.flops, 1.0))
     return Work("", forward=batches * block.flops, traffic=batches * block.traffic)

@@ -33,6 +33,8 @@ from liar.statistics import Folds, check_finite
 # as much time as those of the consumer (benchmarks/README.md, "What a sample decides").
 TOKENS = 32_768
 ROWS = 80
+# Kinds of sites whose layers run with all their units on the pruned stream, for the damped target.
+WHOLE = frozenset({"neurons"})
 
 
 class RefitProducers(RepairStep):
@@ -58,12 +60,12 @@ class RefitProducers(RepairStep):
 
     def before_cut(self, site: SiteState) -> None:
         """Where the whole layer runs, refit it whole."""
-        if self.context.options.target == "damped_stream" and runs_whole(site.site.kind):
+        if self.context.options.target == "damped_stream" and runs_whole(site):
             self._refit(site)
 
     def repair(self, site: SiteState) -> None:
         """Refit what is left of the producers elsewhere."""
-        if not (self.context.options.target == "damped_stream" and runs_whole(site.site.kind)):
+        if not (self.context.options.target == "damped_stream" and runs_whole(site)):
             self._refit(site)
 
     def _refit(self, site: SiteState) -> None:
@@ -194,7 +196,8 @@ class FitToDampedStream(FitToResidualStream):
 
     Its own output is what the layer gives with all its units. A feed-forward layer gives it on the pruned stream, once its
     producers are refitted, in the pass that gives its kept channels, too. Attention averages over tokens, so that its output
-    hardly differs between the streams: what it gives in the dense model serves, and is there.
+    hardly differs between the streams: what it gives in the dense model serves, and is there. So does what a teacher's layers
+    give, of whichever kind: the model that it teaches may have been cut elsewhere.
     """
 
     def __init__(self, context: RepairContext) -> None:
@@ -202,9 +205,9 @@ class FitToDampedStream(FitToResidualStream):
         self.folds: Folds | None = None
 
     def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
-        """Keep what attention gives, too."""
+        """Keep what the layer gives, too, where it does not run whole later."""
         super().observe(site, batch, dense)
-        if not runs_whole(site.site.kind):
+        if not runs_whole(site):
             site.put("own output", batch, dense["consumer_output"])
 
     def skip(self, site: SiteState) -> None:
@@ -214,7 +217,7 @@ class FitToDampedStream(FitToResidualStream):
 
     def before_cut(self, site: SiteState) -> None:
         """Run the whole layer on the pruned stream, and take the kept channels out of what its consumer reads."""
-        if not (site.drifted and runs_whole(site.site.kind)):
+        if not (site.drifted and runs_whole(site)):
             return
         self.folds = self.context.new_folds(site)
         channels = site.site.consumer.channels(site.unit_mask)
@@ -231,13 +234,13 @@ class FitToDampedStream(FitToResidualStream):
             site.discard("own output")
             super().repair(site)
             return
-        folds = self._folds_of_attention(site) if self.folds is None else self.folds
+        folds = self._folds_beside_dense(site) if self.folds is None else self.folds
         self.folds = None
         for series in ("target", "own output"):
             site.discard(series)
         self.context.fit_consumer(site, folds, damped=True)
 
-    def _folds_of_attention(self, site: SiteState) -> Folds:
+    def _folds_beside_dense(self, site: SiteState) -> Folds:
         folds = self.context.new_folds(site)
         for batch, pruned in site.run_pruned("consumer_input", *residual_of(site)):
             with site.walk.timed("statistics"):
@@ -247,9 +250,9 @@ class FitToDampedStream(FitToResidualStream):
         return folds
 
 
-def runs_whole(kind: str) -> bool:
-    """Whether layers of a kind run with all their units on the pruned stream, for the damped target."""
-    return kind == "neurons"
+def runs_whole(site: SiteState) -> bool:
+    """Whether the site's layer runs whole; beside a teacher, the model's own layer may be cut already."""
+    return site.site.kind in WHOLE and not site.walk.has_teacher
 
 
 def kept_channels(activations: Tensor, channels: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ class Walk:
         clock: seconds by stage.
         has_pruned_stream: False where the steps look at the dense stream only.
         drifted: whether the pruned stream differs from the dense one by now.
+        has_teacher: whether the dense stream is another model's.
         samples: by stack and share, the tokens that were asked for.
     """
 
@@ -78,6 +79,7 @@ class Walk:
     clock: defaultdict[str, float]
     has_pruned_stream: bool
     drifted: bool
+    has_teacher: bool = False
     samples: dict[tuple[int, float], Sample] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
