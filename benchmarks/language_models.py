@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas
 
 from benchmarks.results import RESULTS, Record, read_records
-from benchmarks.run_keys import DENSE, grid_file
+from benchmarks.run_keys import DENSE, SELECTED, grid_file
 from benchmarks.summary import LABELS, lined
 from benchmarks.tasks.commonsense import counted
 
@@ -44,7 +44,7 @@ def pipelines(frame: pandas.DataFrame) -> pandas.DataFrame:
 def masks(frame: pandas.DataFrame) -> pandas.DataFrame:
     """The runs of our repair on the masks of all selections, which are named in the column of rules."""
     named = frame["criterion"].map(MASKS)
-    return frame.assign(rule=named)[(frame["rule"] == "ours") & named.notna()]
+    return frame.assign(rule=named)[(frame["rule"] == SELECTED) & named.notna()]
 
 
 def by_share(frame: pandas.DataFrame, names: Sequence[str]) -> str:

@@ -44,6 +44,7 @@ from benchmarks.few_tokens import rows as few_tokens_rows
 from benchmarks.figures import fingerprint, fingerprint_of, published, save
 from benchmarks.language_models import MASKS, PIPELINES, by_share, commonsense, masks, pipelines
 from benchmarks.results import RESULTS, read_records
+from benchmarks.run_keys import SELECTED
 from benchmarks.selections import SELECTIONS
 from benchmarks.summary import CHANCE, LABELS, SETTING, common_samples, lined, markdown, runs, with_coordinates_of
 from liar import options
@@ -59,6 +60,8 @@ SQUAD = "squad-every-4"
 WIKITEXT = "wikitext-512-first-16384"
 # The same on a GPU, with more calibration tokens and all of the evaluation data.
 WIKITEXT_GPU = "wikitext-1024"
+# The model there once its rotary frequencies stay in float32: another one, and other masks.
+ANEW = "smollm2-bfloat16-exact-rotary"
 # Benchmarks of fine-tuned models: the tasks that each is the mean of, and the calibration tokens.
 FINE_TUNED = {
     "GLUE: mean of SST-2, MRPC, STS-B and QNLI": (("glue-sst2", "glue-mrpc", "glue-stsb", "glue-qnli"), TOKENS),
@@ -102,9 +105,9 @@ def glue(criterion: str = CRITERION) -> str:
 
 
 def selections() -> pandas.DataFrame:
-    """Masks of all selections that were run, two or more, after the default reconstruction; named in the column of rules."""
+    """Masks of all selections that were run, two or more, after one reconstruction; named in the column of rules."""
     frame = runs()
-    frame = frame[(frame["rule"] == "ours") & (frame["source"] == "own") & (frame["tokens"] == TOKENS)]
+    frame = frame[(frame["rule"] == SELECTED) & (frame["source"] == "own") & (frame["tokens"] == TOKENS)]
     frame = common_samples(frame.assign(rule=frame["criterion"], criterion="all"), list(SELECTIONS))
     return frame[frame.groupby(["task", "model", "keep"])["rule"].transform("nunique") > 1]
 
@@ -172,12 +175,12 @@ def headline() -> str:
     rows = [
         [f"MiniLM, {benchmark}, share of dense ↑", f"{keep:.0%}", "100%", *_in_short(row, ".1%", more=True)]
         for benchmark, means in _shares(PUBLISHED)
-        for keep, row in means.iterrows()
+        for keep, row in means.dropna(subset="ours").iterrows()
     ]
     frame = wikitext()
     frame = common_samples(frame[frame["criterion"] == "reconstruction"], PUBLISHED)
     means = frame.pivot_table(index=["keep", "dense"], columns="rule", values="value", aggfunc="mean")
-    for (keep, dense), row in means.sort_index(ascending=False).iterrows():
+    for (keep, dense), row in means.dropna(subset="ours").sort_index(ascending=False).iterrows():
         title = "SmolLM2-135M, WikiText-2: perplexity ↓"
         rows.append([title, f"{keep:.0%}", f"{dense:.1f}", *_in_short(row, ".1f", more=False)])
     return lined(["model and task", "kept", "dense", "mask only", "best other method", "**liar**"], rows)
@@ -207,9 +210,10 @@ def cost() -> str:
 
 
 def wikitext(source: str = "own", task: str = WIKITEXT) -> pandas.DataFrame:
-    """The runs on WikiText-2."""
+    """The runs on WikiText-2; of each task those of the model that all rules were run with."""
     frame = runs()
-    return frame[(frame["task"] == task) & (frame["source"] == source) & (frame["place"] == 0)]
+    frame = frame[(frame["task"] == task) & (frame["model"] != ANEW)]
+    return frame[(frame["source"] == source) & (frame["place"] == 0)]
 
 
 def wikitext_rules(source: str = "own", rules: Sequence[str] = CLOSED_FORM, task: str = WIKITEXT) -> str:
@@ -239,9 +243,9 @@ def whole_methods(task: str = WIKITEXT) -> str:
     return by_share(pipelines(wikitext(task=task)), list(PIPELINES.values()))
 
 
-def masks_of_others(task: str = WIKITEXT) -> str:
+def masks_of_others() -> str:
     """Perplexity of the masks of others after our repair."""
-    return by_share(masks(wikitext(task=task)), list(MASKS.values()))
+    return by_share(masks(wikitext()), list(MASKS.values()))
 
 
 @cache
@@ -359,7 +363,9 @@ TABLES: dict[str, Callable[[], str]] = {
         part("reconstruction", task="squad", number="f1"), ["keep", "tokens", "source"], CLOSED_FORM
     ),
     "families": families.table,
-    "mpnet": lambda: markdown(part("reconstruction", model="mpnet"), ["keep", "number"], ("mask_only", "liar", "ours")),
+    "mpnet": lambda: markdown(
+        part("reconstruction", model="mpnet"), ["keep", "number"], ("mask_only", "liar", "ours_residual_stream", "ours")
+    ),
     "wikitext": wikitext_rules,
     "wikitext c4": lambda: wikitext_rules("c4"),
     "drift": partial(drift, ["perplexity"]),
@@ -369,9 +375,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "masks of others": masks_of_others,
     "common sense": lambda: commonsense("smollm2"),
     "gpu wikitext": lambda: wikitext_rules(task=WIKITEXT_GPU),
+    "gpu wikitext exact rotary": lambda: markdown(
+        part("reconstruction", task=WIKITEXT_GPU, model=ANEW, place=0), ["source", "keep"], ("mask_only", "ours")
+    ),
     "gpu wikitext c4": lambda: wikitext_rules("c4", task=WIKITEXT_GPU),
     "gpu pipelines": lambda: whole_methods(WIKITEXT_GPU),
-    "gpu masks of others": lambda: masks_of_others(WIKITEXT_GPU),
     "gpu common sense": lambda: commonsense("smollm2-bfloat16"),
     "inference": lambda: inference.table(read_records(RESULTS / "inference.jsonl")),
     "damping": lambda: damping.table(read_records(damping.FILE)),

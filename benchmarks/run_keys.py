@@ -10,6 +10,8 @@ from typing import Any
 
 # The rule of a record that has the dense model's numbers.
 DENSE = "dense"
+# The repair after which selections are compared; all of them have been run with it.
+SELECTED = "ours_residual_stream"
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from liar.selection.fisher import sampled
 from liar.statistics.chunks import CHUNK
 
 KEEP = {"llama": 0.5, "minilm": 0.5, "smollm2": 0.8}
-TARGETS = ("layer_output", "residual_stream")
+TARGETS = ("layer_output", "residual_stream", "damped_stream")
 HEADINGS = ("model", "tokens", "what", "time", "where it goes", "peak memory of bound")
 PARTS = ("model, tokens", "part of `select`", "dense passes", "G operations", "at the machine's rate")
 SIZE = 2048

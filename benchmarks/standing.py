@@ -19,7 +19,7 @@ import pandas
 
 from benchmarks.paired import Gap, resampled
 from benchmarks.results import RESULTS, Record, ResultFile, read_records, unpacked
-from benchmarks.run_keys import DENSE
+from benchmarks.run_keys import DENSE, SELECTED
 from benchmarks.summary import LABELS, MORE, lined, written
 from benchmarks.tasks import TASKS
 
@@ -35,13 +35,13 @@ def compared(rules: Sequence[str], file: Path = FILE, folder: Path = RESULTS / "
         rules: that a cell must have.
         file: where comparisons are kept.
         folder: of the runs.
-        by: what is compared: the rules, or, as "criterion", the selections, each followed by the default reconstruction.
+        by: what is compared: the rules, or, as "criterion", the selections, each followed by one reconstruction.
     """
     kept, found = ResultFile(file), []
     records = [record for path in sorted(folder.glob("*.jsonl")) for record in read_records(path)]
     usable = [record for record in records if "per_example" in record and record["rule"] != DENSE]
     if by == "criterion":
-        usable = [{**record, "rule": record["criterion"], "criterion": "all"} for record in usable if record["rule"] == "ours"]
+        usable = [{**each, "rule": each["criterion"], "criterion": "all"} for each in usable if each["rule"] == SELECTED]
     for cell, samples in _complete(usable, rules):
         digest = zlib.crc32("".join(each["per_example"]["zlib"] for rule in rules for each in samples[rule]).encode())
         record = kept.get_or_run({**cell, "rules": list(rules), "checksum": digest}, partial(_compare, cell, samples))

@@ -420,6 +420,15 @@ def test_the_damped_fit_keeps_the_weights_where_they_are_best(enough):
     assert found.ridge == inf
 
 
+def test_a_whole_that_is_nothing_leaves_everything_as_it_was():
+    """The stream after the layer is that before it: what the layer adds was rounded away."""
+    p = problem(200, 8, 3)
+    found = damped(p, -p.t, True, "auto", ridge="auto")
+    torch.testing.assert_close(found.weight, tensor(p.start), rtol=0, atol=0)
+    torch.testing.assert_close(found.bias, tensor(p.bias), rtol=0, atol=0)
+    assert found.verdict is Verdict.NOTHING_HELD_OUT
+
+
 def squares_of_targets(p, folds=4):
     """What held-out errors are relative to: the centred energy of the targets, fold by fold."""
     parts = [p.t[np.arange(len(p.t)) % folds == fold] for fold in range(folds)]

@@ -155,7 +155,7 @@ def reconstruction(workload: Workload, options: ReconstructOptions) -> Iterator[
             sums += [moments(site.kept, targets, tokens), lacking]
             solves.append(fit(site.kept, targets, site.out, tokens, on_sketch=False))
             if is_damped:
-                solves.append(Work("", double=2 * site.kept**2 * site.out, factor=site.kept**3 / 3))
+                solves.append(Work("", double=4 * site.kept**2 * site.out, factor=site.kept**3 / 3))
     if on_stream:
         yield summed("reconstruction: pruned forward", passes)
     yield summed("reconstruction: moments", sums)

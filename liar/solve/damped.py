@@ -26,13 +26,13 @@ DAMPING = 1.0
 
 
 def damped_target(own: Tensor, whole: Tensor) -> Tensor:
-    """The target of `fit_damped`: what is fitted as one, beside the drift. [..., out] each -> [..., 2 out].
+    """The target of `fit_damped`: the part that is fitted, beside the whole. [..., out] each -> [..., 2 out].
 
     Args:
         own: what the layer gives with all its units.
         whole: what it would have to give so that the stream after it is the dense model's.
     """
-    return torch.cat([torch.lerp(own, whole, SHARE), whole - own], -1)
+    return torch.cat([torch.lerp(own, whole, SHARE), whole], -1)
 
 
 def fit_damped(
@@ -60,7 +60,7 @@ def fit_damped(
 
     Returns:
         The `Solution` of the first part, with the weights and the bias of both. Where the first part is best left as it was,
-        the drift is left, too.
+        the drift is left, too, and so are both where the whole is nothing, or beyond all bounds: rounding, then.
 
     Example:
         >>> z, drift = torch.randn(2, 400, 6, dtype=torch.float64)
@@ -71,10 +71,11 @@ def fit_damped(
         torch.Size([6, 6])
     """
     out = weight.shape[1]
-    first, drift = slice(0, out), all_data.columns(slice(out, None))
+    first, whole = slice(0, out), slice(out, None)
+    is_usable = 0 < sum(held.columns(whole).target_energy for _, held in splits) < inf
     solution = fit(
         all_data.columns(first),
-        [(fitted.columns(first), held.columns(first)) for fitted, held in splits],
+        [(fitted.columns(first), held.columns(first)) for fitted, held in splits if is_usable],
         weight,
         bias,
         ridge=ridge,
@@ -84,6 +85,10 @@ def fit_damped(
     )
     if solution.ridge == inf:
         return solution
-    change = DAMPED_SHARE * solve(drift, torch.zeros_like(solution.weight), absolute(DAMPING, drift), solver).change
-    moved = DAMPED_SHARE * drift.mean_t - drift.mean_z @ change if drift.affine else 0
+    # The whole less the first part is what is left of the drift; the answers are as far apart, since these are linear.
+    share = DAMPED_SHARE / (1 - SHARE)
+    both = solve(all_data, torch.zeros_like(all_data.cross), absolute(DAMPING, all_data), solver).change
+    change = share * (both[:, whole] - both[:, first])
+    target = share * (all_data.mean_t[whole] - all_data.mean_t[first])
+    moved = target - all_data.mean_z @ change if all_data.affine else 0
     return replace(solution, weight=solution.weight + change, bias=solution.bias + moved)
