@@ -519,7 +519,7 @@ def test_the_card_says_what_the_model_is_and_how_to_load_it(name, standalone, wi
         "`wanda`",
         f"`{widths}`",
         f"{report.achieved:.1%} kept (80.0%",
-        "`residual_stream`",
+        "`damped_stream`",
     ):
         assert fact in card.text
     assert f"{report.tokens:,} tokens in {report.sequences:,} sequences" in card.text

@@ -234,10 +234,13 @@ RECONSTRUCT = {
         poisoned,
     ),
     "NaN on the dense stream": Case(
-        reconstruct, CalibrationError, r"neurons\.1 \(.*\): NaN or Inf in the activations", poisoned
+        lambda m: reconstruct(m, refit=False), CalibrationError, r"neurons\.1 \(.*\): NaN or Inf in the activations", poisoned
     ),
     "Inf in the weights": Case(
-        reconstruct, CalibrationError, "NaN or Inf in the activations.*float16", lambda m: poisoned(m, float("inf"))
+        lambda m: reconstruct(m, refit=False),
+        CalibrationError,
+        "NaN or Inf in the activations.*float16",
+        lambda m: poisoned(m, float("inf")),
     ),
     "NaN in a producer": Case(
         reconstruct,
@@ -259,7 +262,7 @@ RECONSTRUCT = {
     ),
     # options
     "target": Case(
-        lambda m: reconstruct(m, target="dense"), OptionError, "target='dense' is not known; expected one of 'residual_stream'"
+        lambda m: reconstruct(m, target="dense"), OptionError, "target='dense' is not known; expected one of 'damped_stream'"
     ),
     "solver": Case(lambda m: reconstruct(m, solver="qr"), OptionError, "solver='qr'.*'cholesky'"),
     "bias": Case(lambda m: reconstruct(m, bias="no"), OptionError, "bias='no'.*'create'"),
