@@ -47,6 +47,7 @@ from benchmarks.results import RESULTS, read_records
 from benchmarks.run_keys import SELECTED
 from benchmarks.selections import SELECTIONS
 from benchmarks.summary import CHANCE, LABELS, SETTING, common_samples, lined, markdown, runs, with_coordinates_of
+from benchmarks.wikitext import TOKENS as WIKITEXT_TOKENS
 from liar import options
 
 ROOT = Path(__file__).parent.parent
@@ -60,8 +61,6 @@ SQUAD = "squad-every-4"
 WIKITEXT = "wikitext-512-first-16384"
 # The same on a GPU, with more calibration tokens and all of the evaluation data.
 WIKITEXT_GPU = "wikitext-1024"
-# The model there once its rotary frequencies stay in float32: another one, and other masks.
-ANEW = "smollm2-bfloat16-exact-rotary"
 # Benchmarks of fine-tuned models: the tasks that each is the mean of, and the calibration tokens.
 FINE_TUNED = {
     "GLUE: mean of SST-2, MRPC, STS-B and QNLI": (("glue-sst2", "glue-mrpc", "glue-stsb", "glue-qnli"), TOKENS),
@@ -174,28 +173,29 @@ def headline() -> str:
     """The main results for a reader who is new: the mask alone, the best of the other published rules, and ours."""
     rows = [
         [f"MiniLM, {benchmark}, share of dense ↑", f"{keep:.0%}", "100%", *_in_short(row, ".1%", more=True)]
-        for benchmark, means in _shares(PUBLISHED)
-        for keep, row in means.dropna(subset="ours").iterrows()
+        for benchmark, means in _shares((*PUBLISHED, SELECTED))
+        for keep, row in means.iterrows()
     ]
     frame = wikitext()
-    frame = common_samples(frame[frame["criterion"] == "reconstruction"], PUBLISHED)
+    frame = common_samples(frame[frame["criterion"] == "reconstruction"], (*PUBLISHED, SELECTED))
     means = frame.pivot_table(index=["keep", "dense"], columns="rule", values="value", aggfunc="mean")
-    for (keep, dense), row in means.dropna(subset="ours").sort_index(ascending=False).iterrows():
+    for (keep, dense), row in means.sort_index(ascending=False).iterrows():
         title = "SmolLM2-135M, WikiText-2: perplexity ↓"
         rows.append([title, f"{keep:.0%}", f"{dense:.1f}", *_in_short(row, ".1f", more=False)])
     return lined(["model and task", "kept", "dense", "mask only", "best other method", "**liar**"], rows)
 
 
 def _in_short(row: pandas.Series, form: str, *, more: bool) -> list[str]:
-    """The mask alone, the best of the other rules with its name, and ours; the best is bold."""
-    others = row.drop(["mask_only", "ours"]).dropna()
+    """The mask alone, the best of the other rules with its name, and ours, with a star if not the default; the best is bold."""
+    others = row.drop(["mask_only", "ours", SELECTED], errors="ignore").dropna()
     name = others.idxmax() if more else others.idxmin()
-    values = [row["mask_only"], others[name], row["ours"]]
+    is_default = pandas.notna(row.get("ours"))
+    values = [row["mask_only"], others[name], row["ours" if is_default else SELECTED]]
     best = max(values) if more else min(values)
     shown = [f"**{value:{form}}**" if value == best else f"{value:{form}}" for value in values]
     # The column beside it has the library's name, which is that of the paper's method.
     label = "LIAR, paper" if name == "liar" else LABELS[name]
-    return [shown[0], f"{shown[1]} ({label})", shown[2]]
+    return [shown[0], f"{shown[1]} ({label})", shown[2] + ("" if is_default else " *")]
 
 
 def cost() -> str:
@@ -210,10 +210,20 @@ def cost() -> str:
 
 
 def wikitext(source: str = "own", task: str = WIKITEXT) -> pandas.DataFrame:
-    """The runs on WikiText-2; of each task those of the model that all rules were run with."""
+    """The runs on WikiText-2."""
     frame = runs()
-    frame = frame[(frame["task"] == task) & (frame["model"] != ANEW)]
-    return frame[(frame["source"] == source) & (frame["place"] == 0)]
+    return frame[(frame["task"] == task) & (frame["source"] == source) & (frame["place"] == 0)]
+
+
+def exact_rotary() -> str:
+    """Perplexity of the model whose rotary frequencies stay in float32: the mask alone, and ours."""
+    table = pandas.DataFrame(read_records(RESULTS / "exact_rotary.jsonl"))
+    table = table.pivot_table(index=["source", "keep"], columns="rule", values="perplexity").sort_index(ascending=False)
+    rows = [
+        [source, f"{keep:.0%}", *("" if pandas.isna(row[rule]) else f"{row[rule]:.2f}" for rule in ("mask_only", "ours"))]
+        for (source, keep), row in table.iterrows()
+    ]
+    return lined(["texts", "kept", LABELS["mask_only"], "**ours**"], rows)
 
 
 def wikitext_rules(source: str = "own", rules: Sequence[str] = CLOSED_FORM, task: str = WIKITEXT) -> str:
@@ -222,14 +232,16 @@ def wikitext_rules(source: str = "own", rules: Sequence[str] = CLOSED_FORM, task
     return markdown(frame[frame["criterion"] == "reconstruction"], ["keep"], rules)
 
 
-def drift(numbers: Sequence[str]) -> str:
+def drift(tasks: Sequence[str], numbers: Sequence[str]) -> str:
     """Some numbers with all of the drift in the target, and with the damped target, beside the best repairs of others."""
     frame = runs()
-    frame = frame[frame["number"].isin(numbers) & (frame["criterion"] == "reconstruction")]
-    cell = ["task", "model", "source", "keep", "tokens"]
-    measured = frame[frame["rule"] == "ours_residual_stream"][cell]
+    frame = frame[frame["task"].isin(tasks) & frame["number"].isin(numbers) & (frame["criterion"] == "reconstruction")]
+    frame = frame[frame["tokens"].isin((TOKENS, *WIKITEXT_TOKENS))]
+    cell = ["task", "model", "source", "keep", "tokens", "seed"]
+    for rule in ("ours", SELECTED):
+        frame = frame.merge(frame.loc[frame["rule"] == rule, cell].drop_duplicates(), on=cell)
     by = cell[:4] if len(numbers) == 1 else ["number", "source", "keep"]
-    return markdown(frame.merge(measured.drop_duplicates(), on=cell), by, DRIFT_RULES)
+    return markdown(frame, by, DRIFT_RULES)
 
 
 def more_text() -> str:
@@ -368,16 +380,14 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "wikitext": wikitext_rules,
     "wikitext c4": lambda: wikitext_rules("c4"),
-    "drift": partial(drift, ["perplexity"]),
-    "drift encoder": partial(drift, ["spearman", "cosine"]),
+    "drift": partial(drift, ["tinystories", WIKITEXT], ["perplexity"]),
+    "drift encoder": partial(drift, ["stsb"], ["spearman", "cosine"]),
     "wikitext more text": more_text,
     "pipelines": whole_methods,
     "masks of others": masks_of_others,
     "common sense": lambda: commonsense("smollm2"),
     "gpu wikitext": lambda: wikitext_rules(task=WIKITEXT_GPU),
-    "gpu wikitext exact rotary": lambda: markdown(
-        part("reconstruction", task=WIKITEXT_GPU, model=ANEW, place=0), ["source", "keep"], ("mask_only", "ours")
-    ),
+    "gpu wikitext exact rotary": exact_rotary,
     "gpu wikitext c4": lambda: wikitext_rules("c4", task=WIKITEXT_GPU),
     "gpu pipelines": lambda: whole_methods(WIKITEXT_GPU),
     "gpu common sense": lambda: commonsense("smollm2-bfloat16"),

@@ -520,7 +520,7 @@ def test_pages_compare_what_was_run_on_both_sides(pages, tmp_path):
 
 
 def test_selections_are_compared_on_the_texts_that_most_have_had(pages, tmp_path):
-    own = lambda *values: {("ours", keep, 16000, "own", seed): value for keep, seed, value in values}  # noqa: E731
+    own = lambda *values: {(run_keys.SELECTED, keep, 16000, "own", seed): value for keep, seed, value in values}  # noqa: E731
     write_runs(tmp_path / "grid", own((0.5, 0, 0.6), (0.5, 1, 0.8), (0.7, 0, 0.9)), criterion="random")
     write_runs(tmp_path / "grid", own((0.5, 0, 0.65), (0.5, 2, 0.1)), criterion="kwon")
     write_runs(tmp_path / "grid", own((0.5, 0, 0.7), (0.5, 1, 0.9)), criterion="reconstruction")
@@ -548,6 +548,7 @@ def test_selections_are_compared_on_the_texts_that_most_have_had(pages, tmp_path
 # Tables of benchmarks that have results of their own, which are always there.
 ELSEWHERE = (
     "families",
+    "gpu wikitext exact rotary",
     "speed",
     "cost",
     "select",

@@ -166,7 +166,7 @@ def plan(
         >>> round(plan.parameters / 1e6), round(plan.model_bytes / 1e9, 1)
         (941, 1.9)
         >>> plan.memory["host"].phase
-        'gradient pass'
+        'fit, solve'
     """
     selection = SelectOptions(keep, criterion, budget, widths, round_to, protect, seed, heads)
     how = ReconstructOptions(target, ridge, refit, solver, bias, quality, set_aside)
