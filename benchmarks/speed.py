@@ -104,7 +104,7 @@ def measure(name: str, tokens: int, rounds: int, folder: Path | None) -> dict[st
         target: partial(liar.reconstruct, mask=mask, calib=batches, target=target, progress=False) for target in TARGETS
     }
     on_disk = partial(liar.reconstruct, mask=mask, calib=batches, activations="disk", progress=False)
-    work["residual_stream, activations on disk"] = on_disk
+    work["damped_stream, activations on disk"] = on_disk
     work["prune"] = partial(liar.prune, calib=batches, keep=keep, progress=False)
     if name == "smollm2":
         del work["layer_output"]

@@ -120,7 +120,7 @@ def test_options_that_need_one_or_forbid_it():
     state = model_state(slim)
     with pytest.raises(MaskError, match=r"mask=None cuts nothing.*teacher="):
         liar.reconstruct(slim, None, batches, progress=False)
-    with pytest.raises(OptionError, match="takes no teacher: use target='residual_stream'"):
+    with pytest.raises(OptionError, match="takes no teacher: use target='damped_stream'"):
         liar.reconstruct(slim, None, batches, teacher=dense, target="layer_output", progress=False)
     assert_same_state(slim, state)
 
@@ -173,7 +173,7 @@ def test_steps_that_cannot_be():
     state = model_state(model)
     with pytest.raises(OptionError, match="steps=2 needs a budget that is computed anew"):
         liar.prune(model, batches, keep=0.5, steps=2, budget=liar.flops(model), progress=False)
-    with pytest.raises(OptionError, match="needs target='residual_stream'"):
+    with pytest.raises(OptionError, match="needs target='damped_stream'"):
         liar.prune(model, batches, keep=0.5, steps=2, target="layer_output", progress=False)
     with pytest.raises(OptionError, match="steps=0: expected a whole number"):
         liar.prune(model, batches, keep=0.5, steps=0, progress=False)

@@ -324,7 +324,7 @@ def test_layer_outputs_need_a_teacher_of_the_same_widths():
     model = tiny_model("bert")
     teacher = tiny_model("bert", intermediate_size=80)
     context = RepairContext(ReconstructOptions(target="layer_output"), int)
-    with pytest.raises(ModelError, match=r"neurons\.0: the teacher has 80 units, the model 64.*use target='residual_stream'"):
+    with pytest.raises(ModelError, match=r"neurons\.0: the teacher has 80 units, the model 64.*use target='damped_stream'"):
         walked(model, every_other(model), tiny_batches(model), closed_form_steps(context), teacher=teacher)
 
 
@@ -352,7 +352,7 @@ def test_what_a_16_bit_stream_lacks_is_computed_in_more_bits():
             site.discard("exact target")
 
     model = tiny_model("llama", dtype=torch.bfloat16)
-    context = RepairContext(ReconstructOptions(refit=False), int)
+    context = RepairContext(ReconstructOptions(target="residual_stream", refit=False), int)
     context.new_folds = lambda *_: Recording(FOLDS, Moments)
     walked(model, every_other(model), tiny_batches(model), [*closed_form_steps(context), Exact()])
     assert len(context.reports) == 4

@@ -278,7 +278,7 @@ class FitToLayerOutput(FitConsumer):
         if site.dense_site.units != site.site.units:
             raise ModelError(
                 f"{site.name}: the teacher has {site.dense_site.units} units, the model {site.site.units}; with "
-                "target='layer_output' both need the same: use target='residual_stream'"
+                "target='layer_output' both need the same: use target='damped_stream'"
             )
         with site.walk.timed("statistics"):
             if site.name not in self.folds:
