@@ -2,7 +2,13 @@
 
 from liar.repair.apply import adopt_blocks, apply_steps
 from liar.repair.captures import Capture
-from liar.repair.closed_form import FitToLayerOutput, FitToResidualStream, RefitProducers, closed_form_steps
+from liar.repair.closed_form import (
+    FitToDampedStream,
+    FitToLayerOutput,
+    FitToResidualStream,
+    RefitProducers,
+    closed_form_steps,
+)
 from liar.repair.comparison import compare_outputs, sequences_to_compare
 from liar.repair.context import RepairContext
 from liar.repair.data import RepairData, repair_data
@@ -13,6 +19,7 @@ from liar.repair.walker import walk_blocks
 
 __all__ = [
     "Capture",
+    "FitToDampedStream",
     "FitToLayerOutput",
     "FitToResidualStream",
     "RefitProducers",
