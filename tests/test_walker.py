@@ -362,14 +362,14 @@ def test_a_search_for_a_ridge_begins_at_that_of_the_last_site_of_its_kind(monkey
     model = tiny_model("bert", num_hidden_layers=3)
     begun, found = [], []
 
-    def spy(solver, *arguments, start=None, **options):
+    def spy(wrapped, *arguments, start=None, **options):
         begun.append(start)
-        solution = solver(*arguments, start=start, **options)
+        solution = wrapped(*arguments, start=start, **options)
         found.append(solution.ridge)
         return solution
 
-    for solver in (fit, fit_damped):
-        monkeypatch.setattr(context_module, solver.__name__, partial(spy, solver))
+    for function in (fit, fit_damped):
+        monkeypatch.setattr(context_module, function.__name__, partial(spy, function))
     mask = liar.select(model, keep=0.5, criterion="magnitude", progress=False)
     report = liar.reconstruct(model, mask, tiny_batches(model, batches=8, sequences=16, length=24), progress=False)
     kinds = [site.site.split(".")[0] for site in report.sites]
