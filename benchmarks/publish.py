@@ -77,7 +77,7 @@ ENCODER = "BERT encoder: all-MiniLM-L6-v2 on STS-B"
 STORIES = "LLaMA: stories260K on TinyStories"
 
 
-DRIFT_RULES = ("osscar", "grail", "liar", "ours_residual_stream", "ours")
+DRIFT_RULES = ("osscar", "grail", "liar", SELECTED, "ours")
 
 
 def part(criterion: str = CRITERION, **coordinates: str | int | float) -> pandas.DataFrame:
@@ -376,7 +376,7 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "families": families.table,
     "mpnet": lambda: markdown(
-        part("reconstruction", model="mpnet"), ["keep", "number"], ("mask_only", "liar", "ours_residual_stream", "ours")
+        part("reconstruction", model="mpnet"), ["keep", "number"], ("mask_only", "liar", SELECTED, "ours")
     ),
     "wikitext": wikitext_rules,
     "wikitext c4": lambda: wikitext_rules("c4"),

@@ -224,8 +224,8 @@ def residual_stream(
     T = residual_dense + output_dense - residual_pruned on the pruned model's inputs, each producer before it to its dense
     output; there, in pre-norm models, half of all weight is even and half goes to tokens by the length of output_dense. Removed
     weights stay zero. Damped, T is fitted in two parts (see `damped`): what the layer gives with all its units (attention in
-    the dense model, neurons on the pruned stream, their producers refitted; with a
-    teacher, both in the dense model), and the rest."""
+    the dense model, neurons on the pruned stream, their producers refitted; with a teacher, both in the dense model), and the
+    rest."""
     dense = copy.deepcopy(model).double().eval()
     pruned = masked(dense, keep)
     changed = False

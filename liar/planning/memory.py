@@ -16,8 +16,8 @@ from liar.options import ReconstructOptions, SelectOptions
 from liar.planning.workload import BlockSize, SiteSize, Workload
 from liar.repair.closed_form import ROWS as REFIT_ROWS
 from liar.repair.closed_form import TOKENS as REFIT_TOKENS
-from liar.repair.closed_form import WHOLE
 from liar.repair.comparison import NUMBERS, sequences_to_compare
+from liar.repair.context import WHOLE
 from liar.selection import CRITERIA
 from liar.selection.error_curves import ROWS, TOKENS
 from liar.solve.ridge import SKETCH

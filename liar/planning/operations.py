@@ -11,8 +11,8 @@ from liar.planning.memory import DOUBLE, SINGLE, compared_in_a_pass, elimination
 from liar.planning.workload import BlockSize, SiteSize, Workload
 from liar.repair.closed_form import ROWS as REFIT_ROWS
 from liar.repair.closed_form import TOKENS as REFIT_TOKENS
-from liar.repair.closed_form import WHOLE
 from liar.repair.comparison import sequences_to_compare
+from liar.repair.context import WHOLE
 from liar.selection import CRITERIA
 from liar.solve.ridge import SKETCH
 from liar.statistics.chunks import CHUNK, STRIP
@@ -155,7 +155,7 @@ def reconstruction(workload: Workload, options: ReconstructOptions) -> Iterator[
             sums += [moments(site.kept, targets, tokens), lacking]
             solves.append(fit(site.kept, targets, site.out, tokens, on_sketch=False))
             if is_damped:
-                solves.append(Work("", double=4 * site.kept**2 * site.out, factor=site.kept**3 / 3))
+                solves.append(Work("", double=2 * site.kept**2 * site.out, factor=site.kept**3 / 3))
     if on_stream:
         yield summed("reconstruction: pruned forward", passes)
     yield summed("reconstruction: moments", sums)

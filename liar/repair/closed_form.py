@@ -33,8 +33,6 @@ from liar.statistics import Folds, check_finite
 # as much time as those of the consumer (benchmarks/README.md, "What a sample decides").
 TOKENS = 32_768
 ROWS = 80
-# Kinds of sites whose layers run with all their units on the pruned stream, for the damped target.
-WHOLE = frozenset({"neurons"})
 
 
 class RefitProducers(RepairStep):
@@ -60,12 +58,12 @@ class RefitProducers(RepairStep):
 
     def before_cut(self, site: SiteState) -> None:
         """Where the whole layer runs, refit it whole."""
-        if self.context.options.target == "damped_stream" and runs_whole(site):
+        if self.context.runs_whole(site):
             self._refit(site)
 
     def repair(self, site: SiteState) -> None:
         """Refit what is left of the producers elsewhere."""
-        if not (self.context.options.target == "damped_stream" and runs_whole(site)):
+        if not self.context.runs_whole(site):
             self._refit(site)
 
     def _refit(self, site: SiteState) -> None:
@@ -207,7 +205,7 @@ class FitToDampedStream(FitToResidualStream):
     def observe(self, site: SiteState, batch: int, dense: Mapping[str, Tensor]) -> None:
         """Keep what the layer gives, too, where it does not run whole later."""
         super().observe(site, batch, dense)
-        if not runs_whole(site):
+        if not self.context.runs_whole(site):
             site.put("own output", batch, dense["consumer_output"])
 
     def skip(self, site: SiteState) -> None:
@@ -216,17 +214,9 @@ class FitToDampedStream(FitToResidualStream):
         super().skip(site)
 
     def before_cut(self, site: SiteState) -> None:
-        """Run the whole layer on the pruned stream, and take the kept channels out of what its consumer reads."""
-        if not (site.drifted and runs_whole(site)):
-            return
-        self.folds = self.context.new_folds(site)
-        channels = site.site.consumer.channels(site.unit_mask)
-        for batch, pruned in site.run_pruned("consumer_input", "consumer_output", *residual_of(site)):
-            with site.walk.timed("statistics"):
-                kept = kept_channels(pruned["consumer_input"], channels)
-                target = damped_target(widen(pruned["consumer_output"]), self.lacking(site, batch, pruned))
-                self.folds.update(kept, target, site.tokens(batch))
-            site.keep_for_replay(batch, kept)
+        """Run the layer while it is whole."""
+        if site.drifted and self.context.runs_whole(site):
+            self.folds = self._statistics(site)
 
     def repair(self, site: SiteState) -> None:
         """Fit to both; where nothing has drifted there is the own output only."""
@@ -234,25 +224,25 @@ class FitToDampedStream(FitToResidualStream):
             site.discard("own output")
             super().repair(site)
             return
-        folds = self._folds_beside_dense(site) if self.folds is None else self.folds
+        folds = self._statistics(site) if self.folds is None else self.folds
         self.folds = None
         for series in ("target", "own output"):
             site.discard(series)
         self.context.fit_consumer(site, folds, damped=True)
 
-    def _folds_beside_dense(self, site: SiteState) -> Folds:
-        folds = self.context.new_folds(site)
-        for batch, pruned in site.run_pruned("consumer_input", *residual_of(site)):
+    def _statistics(self, site: SiteState) -> Folds:
+        """Of the kept channels on the pruned stream, with the damped target."""
+        folds, is_whole = self.context.new_folds(site), self.context.runs_whole(site)
+        channels = site.site.consumer.channels(site.unit_mask)
+        output: list[Capture] = ["consumer_output"] if is_whole else []
+        for batch, pruned in site.run_pruned("consumer_input", *output, *residual_of(site)):
             with site.walk.timed("statistics"):
-                target = damped_target(widen(site.get("own output", batch)), self.lacking(site, batch, pruned))
-                folds.update(pruned["consumer_input"], target, site.tokens(batch))
-            site.keep_for_replay(batch, pruned["consumer_input"])
+                kept, own = pruned["consumer_input"], pruned["consumer_output"] if is_whole else site.get("own output", batch)
+                if is_whole:
+                    kept = kept_channels(kept, channels)
+                folds.update(kept, damped_target(widen(own), self.lacking(site, batch, pruned)), site.tokens(batch))
+            site.keep_for_replay(batch, kept)
         return folds
-
-
-def runs_whole(site: SiteState) -> bool:
-    """Whether the site's layer runs whole; beside a teacher, the model's own layer may be cut already."""
-    return site.site.kind in WHOLE and not site.walk.has_teacher
 
 
 def kept_channels(activations: Tensor, channels: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from liar.verdicts import Verdict
 
 FEWEST_TOKENS = 64
 TOKENS_PER_CHANNEL = 2
+# Kinds of sites whose layers run with all their units on the pruned stream, for the damped target.
+WHOLE = frozenset({"neurons"})
 
 
 @dataclass
@@ -49,6 +51,10 @@ class RepairContext:
         """Empty statistics for one site, of all its tokens or about such a share of them."""
         origins = site.walk.sample(site.site.stack, share).origins
         return Folds(FOLDS, Factor if self.options.solver == "lstsq" else Moments, origins)
+
+    def runs_whole(self, site: SiteState) -> bool:
+        """Whether the site's layer runs whole on the pruned stream; beside a teacher, it may be cut already."""
+        return self.options.target == "damped_stream" and site.site.kind in WHOLE and not site.walk.has_teacher
 
     def is_enough(self, site: SiteState, channels: int) -> bool:
         """Whether there is enough text, copies counted once, to change layers with so many input channels by it.

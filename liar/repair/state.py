@@ -67,8 +67,8 @@ class Walk:
         store: both streams, how blocks are called, and what the steps keep.
         clock: seconds by stage.
         has_pruned_stream: False where the steps look at the dense stream only.
-        drifted: whether the pruned stream differs from the dense one by now.
         has_teacher: whether the dense stream is another model's.
+        drifted: whether the pruned stream differs from the dense one by now.
         samples: by stack and share, the tokens that were asked for.
     """
 
@@ -78,11 +78,12 @@ class Walk:
     store: ActivationStore
     clock: defaultdict[str, float]
     has_pruned_stream: bool
-    drifted: bool
-    has_teacher: bool = False
+    has_teacher: bool
+    drifted: bool = field(init=False)
     samples: dict[tuple[int, float], Sample] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.drifted = self.has_teacher
         for stack in range(len(self.layout.stacks)):
             self.sample(stack)
 

@@ -92,9 +92,7 @@ def walk_blocks(
     if teacher is not None:
         check_teacher(teacher, dense_layout, model, layout)
     clock = defaultdict(float) if clock is None else clock
-    has_teacher = teacher is not None
-    store = workspace.new_store()
-    walk = Walk(layout, calibration, mask, store, clock, has_pruned_stream, drifted=has_teacher, has_teacher=has_teacher)
+    walk = Walk(layout, calibration, mask, workspace.new_store(), clock, has_pruned_stream, has_teacher=teacher is not None)
     device = compute_device(model)
     with preserve_model_state(model), preserve_model_state(source):
         pruned_blocks: list[nn.Module] = []

@@ -85,10 +85,8 @@ def fit_damped(
     )
     if solution.ridge == inf:
         return solution
-    # The whole less the first part is what is left of the drift; the answers are as far apart, since these are linear.
-    share = DAMPED_SHARE / (1 - SHARE)
-    both = solve(all_data, torch.zeros_like(all_data.cross), absolute(DAMPING, all_data), solver).change
-    change = share * (both[:, whole] - both[:, first])
-    target = share * (all_data.mean_t[whole] - all_data.mean_t[first])
-    moved = target - all_data.mean_z @ change if all_data.affine else 0
+    # The whole less the first part is the drift, less the share that the first part has.
+    rest, share = all_data.columns(whole).less(all_data.columns(first)), DAMPED_SHARE / (1 - SHARE)
+    change = share * solve(rest, torch.zeros_like(rest.cross), absolute(DAMPING, rest), solver).change
+    moved = share * rest.mean_t - rest.mean_z @ change if rest.affine else 0
     return replace(solution, weight=solution.weight + change, bias=solution.bias + moved)

@@ -144,6 +144,20 @@ class Normal:
         )
         return self._share_spectrum(chosen)
 
+    def less(self, other: Normal) -> Normal:
+        """The same rows with the target t less that of `other`, which has the same rows.
+
+        The energy of the difference is not known from these sums and left out, as in `project_targets`.
+        """
+        difference = replace(
+            self,
+            cross=self.cross - other.cross,
+            mean_t=self.mean_t - other.mean_t,
+            target_energies=torch.zeros_like(self.target_energies),
+            factor=self.factor and other.factor and (self.factor[0], self.factor[1] - other.factor[1]),
+        )
+        return self._share_spectrum(difference)
+
     def _share_spectrum(self, other: Normal) -> Normal:
         vars(other)["spectrum"] = self.spectrum
         return other
