@@ -194,8 +194,10 @@ def own_output(pruned: torch.nn.Module, dense: torch.nn.Module, batches: list[di
 
 def damped(z: np.ndarray, own: np.ndarray, whole: np.ndarray, start: np.ndarray, bias: np.ndarray, *, affine: bool,
            ridge: float) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """The own output and three tenths of the drift, with a ridge toward `start`; and half of the drift with a ridge of 1."""
+    """The own output and three tenths of the drift, with a ridge toward `start`; and half of the drift with a ridge of 1.
+    With a bias, of the drift without its mean."""
     drift, zeros = whole - own, np.zeros_like(start)
+    drift = drift - affine * drift.mean(0)
     weight, offset = least_squares(z, own + 0.3 * drift, start, bias, affine=affine, ridge=absolute(ridge, z, affine))
     more, moved = least_squares(z, 0.5 * drift, zeros, np.zeros_like(bias), affine=affine, ridge=absolute(1, z, affine))
     return weight + more, offset + moved

@@ -384,10 +384,12 @@ def damped(p, drift, affine, solver, **options):
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("ridge", [0.0, 0.01, 1.0, "auto"])
 def test_the_damped_fit_equals_scipy_on_rows(solver, affine, ridge):
-    """The own output and three tenths of the drift with one ridge, half of the drift with a ridge of 1."""
+    """The own output and three tenths of the drift with one ridge, half of the drift with a ridge of 1; with a bias, of the
+    drift without its mean."""
     p = problem(200, 8, 3)
-    drift = np.random.default_rng(5).normal(size=p.t.shape) + p.z @ np.random.default_rng(6).normal(size=p.start.shape)
+    drift = 2 + np.random.default_rng(5).normal(size=p.t.shape) + p.z @ np.random.default_rng(6).normal(size=p.start.shape)
     found = damped(p, drift, affine, solver, ridge=ridge)
+    drift -= affine * drift.mean(0)
     first = type(p)(p.z, p.t + 0.3 * drift, p.start, p.bias)
     alone = fitted(first, solver, ridge, affine)
     unit = absolute(1, p.z, affine)
@@ -407,6 +409,17 @@ def test_without_drift_the_damped_fit_is_the_plain_one(affine):
     found, plain = damped(p, np.zeros_like(p.t), affine, "auto", ridge="auto"), fitted(p, "auto", "auto", affine)
     torch.testing.assert_close(found.weight, plain.weight, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(found.bias, plain.bias, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_mean_of_the_drift_is_left_where_there_is_a_bias(kept):
+    """Whether the weights are kept or changed, the mean of the output is that of the own output."""
+    p = problem(40, 30, 3) if kept else problem(200, 8, 3)
+    own = type(p)(p.z, 5 + (p.z @ p.start if kept else p.t), p.start, p.bias)
+    drift = 7 + np.random.default_rng(5).normal(size=p.t.shape)
+    found = damped(own, drift, True, "auto", ridge="auto")
+    assert (found.ridge == inf) == kept
+    np.testing.assert_allclose((p.z @ found.weight.numpy() + found.bias.numpy()).mean(0), own.t.mean(0), rtol=1e-9)
 
 
 @pytest.mark.parametrize("enough", [True, False])

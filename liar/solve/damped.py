@@ -3,6 +3,8 @@
 What a layer gives with all its units is nearly a function of the kept channels. What the stream has lost before it is not: the
 channels say little about it, and what they say on one text need not hold on another. Where they say much, in the directions in
 which they are large, it pays to make up for it; elsewhere less of it is better (docs/choosing.md, "How much of the drift").
+Where the consumer has a bias, the mean of its output stays that of the layer's own: what the stream has lost on average belongs
+to the text as well, and to make up for it moves all outputs alike.
 """
 
 from __future__ import annotations
@@ -71,11 +73,14 @@ def fit_damped(
         torch.Size([6, 6])
     """
     out = weight.shape[1]
-    first, whole = slice(0, out), slice(out, None)
+    part, whole = slice(0, out), slice(out, None)
     is_usable = 0 < sum(held.columns(whole).target_energy for _, held in splits) < inf
+    # The whole less the first part is the drift, less the share that the first part has.
+    rest = all_data.columns(whole).less(all_data.columns(part))
+    mean = -SHARE / (1 - SHARE) * rest.mean_t
     solution = fit(
-        all_data.columns(first),
-        [(fitted.columns(first), held.columns(first)) for fitted, held in splits if is_usable],
+        all_data.columns(part).shifted(mean),
+        [(fitted.columns(part).shifted(mean), held.columns(part).shifted(mean)) for fitted, held in splits if is_usable],
         weight,
         bias,
         ridge=ridge,
@@ -85,8 +90,6 @@ def fit_damped(
     )
     if solution.ridge == inf:
         return solution
-    # The whole less the first part is the drift, less the share that the first part has.
-    rest, share = all_data.columns(whole).less(all_data.columns(first)), DAMPED_SHARE / (1 - SHARE)
+    share = DAMPED_SHARE / (1 - SHARE)
     change = share * solve(rest, torch.zeros_like(rest.cross), absolute(DAMPING, rest), solver).change
-    moved = share * rest.mean_t - rest.mean_z @ change if rest.affine else 0
-    return replace(solution, weight=solution.weight + change, bias=solution.bias + moved)
+    return replace(solution, weight=solution.weight + change, bias=solution.bias - rest.mean_z @ change)

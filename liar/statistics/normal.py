@@ -158,6 +158,10 @@ class Normal:
         )
         return self._share_spectrum(difference)
 
+    def shifted(self, by: Tensor) -> Normal:
+        """The same rows with the target `t + by`, [out]; without an intercept no mean is known, and `by` has to be zero."""
+        return self._share_spectrum(replace(self, mean_t=self.mean_t + by))
+
     def _share_spectrum(self, other: Normal) -> Normal:
         vars(other)["spectrum"] = self.spectrum
         return other
