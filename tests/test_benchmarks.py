@@ -14,8 +14,9 @@ import scipy.special
 import scipy.stats
 import torch
 
+import liar
 from benchmarks import bench as bench_module
-from benchmarks import figures, fitted_weights, gpu, grid, growth, publish, results, run_keys, samples, speed, summary
+from benchmarks import by_block, figures, fitted_weights, gpu, grid, growth, publish, results, run_keys, samples, speed, summary
 from benchmarks.data import read
 from benchmarks.elimination import error, remaining
 from benchmarks.metrics import metric
@@ -23,7 +24,7 @@ from benchmarks.selections import SAMPLE_LABELS
 from benchmarks.tasks import TASKS
 from benchmarks.tasks.encoder import sentences
 from liar.selection import fisher
-from liar.testing import tiny_model
+from liar.testing import tiny_batches, tiny_model
 
 
 def words(generator, low, high):
@@ -739,3 +740,20 @@ def test_parts_of_a_selection_stand_beside_their_operations():
         ["m, 2,048", "forward", "0.75", "4", "0.50"],
         ["m, 2,048", "elimination", "0.50", "1", "0.25"],
     ]
+
+
+def test_the_first_blocks_of_the_dense_model_are_replaced_one_by_one():
+    """A hybrid has the streams of the repaired model up to its last repaired block, and the dense blocks after it."""
+    dense, repaired = (tiny_model("llama", head="causal-lm", num_hidden_layers=3) for _ in range(2))
+    batches = tiny_batches(dense)[:1]
+    liar.prune(repaired, batches, keep=0.5, criterion="random", progress=False)
+    want, logits = by_block.streams(repaired, batches)
+    hidden = dense(**batches[0], output_hidden_states=True).hidden_states
+    # The last of them is after the final norm.
+    for got, whole in zip(by_block.streams(dense, batches)[0][:-1], hidden[1:-1], strict=True):
+        torch.testing.assert_close(got, whole[:, 1:].flatten(0, 1))
+    for number, model in enumerate(by_block.hybrids(dense, repaired), 1):
+        streams, last = by_block.streams(model, batches)
+        torch.testing.assert_close(streams[:number], want[:number])
+        assert [type(block) for block in model.model.layers[number:]] == [type(dense.model.layers[0])] * (3 - number)
+        assert torch.allclose(last, logits) == (number == 3)
