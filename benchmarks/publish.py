@@ -20,6 +20,7 @@ import pandas
 from matplotlib.figure import Figure
 
 from benchmarks import (
+    by_block,
     damping,
     families,
     free_lunch,
@@ -68,6 +69,8 @@ FINE_TUNED = {
 }
 # Of the rules what their authors published, and ours.
 PUBLISHED = ("mask_only", "bias", "mask_tuning", "liar", "grail", "rcpu", "kprune", "osscar", "ours")
+# Rules that were run in nearly every cell.
+COMMON = ("mask_only", "bias", "mask_tuning_dense", "liar", "grail", "kprune", "osscar_fullseq", SELECTED, "ours")
 # Models of benchmarks/speed.py with trained weights.
 REAL = {"minilm": "all-MiniLM-L6-v2", "smollm2": "SmolLM2-135M"}
 # Of a run of benchmarks/lora.py, in the order of its table.
@@ -261,10 +264,10 @@ def masks_of_others() -> str:
 
 
 @cache
-def compared() -> pandas.DataFrame:
-    """All pairs of rules in complete cells with default masks."""
-    frame = standing.compared(CLOSED_FORM)
-    return frame[frame["criterion"] == "reconstruction"]
+def compared(rules: Sequence[str] = CLOSED_FORM, criterion: str = "reconstruction") -> pandas.DataFrame:
+    """All pairs of rules in the cells of one selection of masks that have all of these rules."""
+    frame = standing.compared(rules)
+    return frame[frame["criterion"] == criterion]
 
 
 def speed_table() -> str:
@@ -367,6 +370,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "standing": lambda: standing.table(compared(), "ours"),
     "standing by task": lambda: standing.by_task(compared(), "ours"),
     "behind": lambda: standing.behind(compared(), "ours"),
+    "standing common": lambda: standing.by_task(compared(COMMON), "ours"),
+    "behind common": lambda: standing.behind(compared(COMMON), "ours"),
+    "standing common fluctuation": lambda: standing.by_task(compared(COMMON, CRITERION), "ours"),
+    "behind common fluctuation": lambda: standing.behind(compared(COMMON, CRITERION), "ours"),
     "share of dense": share_of_dense,
     "headline": headline,
     "cost": cost,
@@ -499,6 +506,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "encoder.png": encoder_figure,
     "llama.png": llama_figure,
     "scaling.png": scaling.draw,
+    "by_block.png": by_block.draw,
     "growth.png": lambda: growth.draw(read_records(RESULTS / "growth.jsonl")),
     "tokens.png": tokens_figure,
     "criteria.png": criteria_figure,

@@ -164,13 +164,23 @@ class FitToResidualStream(FitConsumer):
 
     def repair(self, site: SiteState) -> None:
         """Fit on the pruned stream; the sublayer need not run again afterwards."""
-        folds = self.context.new_folds(site)
-        for batch, pruned in site.run_pruned("consumer_input", *residual_of(site)):
-            with site.walk.timed("statistics"):
-                folds.update(pruned["consumer_input"], self.lacking(site, batch, pruned), site.tokens(batch))
-            site.keep_for_replay(batch, pruned["consumer_input"])
+        folds = self.statistics(site)
         site.discard("target")
         self.context.fit_consumer(site, folds)
+
+    def statistics(self, site: SiteState, *captures: Capture) -> Folds:
+        """Of the kept channels on the pruned stream, with the target; `captures` are those that `rows` reads besides."""
+        folds = self.context.new_folds(site)
+        for batch, pruned in site.run_pruned("consumer_input", *captures, *residual_of(site)):
+            with site.walk.timed("statistics"):
+                kept, target = self.rows(site, batch, pruned)
+                folds.update(kept, target, site.tokens(batch))
+            site.keep_for_replay(batch, kept)
+        return folds
+
+    def rows(self, site: SiteState, batch: int, pruned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The kept channels and the target of a batch: [sequences, length, kept], [sequences, length, out]."""
+        return pruned["consumer_input"], self.lacking(site, batch, pruned)
 
     def lacking(self, site: SiteState, batch: int, pruned: Mapping[str, Tensor]) -> Tensor:
         """What the consumer should give, with the residual stream of the pruned model at hand."""
@@ -216,7 +226,7 @@ class FitToDampedStream(FitToResidualStream):
     def before_cut(self, site: SiteState) -> None:
         """Run the layer while it is whole."""
         if site.drifted and self.context.runs_whole(site):
-            self.folds = self._statistics(site)
+            self.folds = self.statistics(site, "consumer_output")
 
     def repair(self, site: SiteState) -> None:
         """Fit to both; where nothing has drifted there is the own output only."""
@@ -224,25 +234,21 @@ class FitToDampedStream(FitToResidualStream):
             site.discard("own output")
             super().repair(site)
             return
-        folds = self._statistics(site) if self.folds is None else self.folds
+        folds = self.statistics(site) if self.folds is None else self.folds
         self.folds = None
         for series in ("target", "own output"):
             site.discard(series)
         self.context.fit_consumer(site, folds, damped=True)
 
-    def _statistics(self, site: SiteState) -> Folds:
-        """Of the kept channels on the pruned stream, with the damped target."""
-        folds, is_whole = self.context.new_folds(site), self.context.runs_whole(site)
+    def rows(self, site: SiteState, batch: int, pruned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """As for all of the drift, with the damped target where there is any."""
+        kept, target = super().rows(site, batch, pruned)
+        if not site.drifted:
+            return kept, target
+        if not self.context.runs_whole(site):
+            return kept, damped_target(widen(site.get("own output", batch)), target)
         channels = site.site.consumer.channels(site.unit_mask)
-        output: list[Capture] = ["consumer_output"] if is_whole else []
-        for batch, pruned in site.run_pruned("consumer_input", *output, *residual_of(site)):
-            with site.walk.timed("statistics"):
-                kept, own = pruned["consumer_input"], pruned["consumer_output"] if is_whole else site.get("own output", batch)
-                if is_whole:
-                    kept = kept_channels(kept, channels)
-                folds.update(kept, damped_target(widen(own), self.lacking(site, batch, pruned)), site.tokens(batch))
-            site.keep_for_replay(batch, kept)
-        return folds
+        return kept_channels(kept, channels), damped_target(widen(pruned["consumer_output"]), target)
 
 
 def kept_channels(activations: Tensor, channels: Tensor) -> Tensor:
