@@ -213,9 +213,10 @@ def cost() -> str:
 
 
 def wikitext(source: str = "own", task: str = WIKITEXT) -> pandas.DataFrame:
-    """The runs on WikiText-2."""
+    """The runs on WikiText-2 with the usual number of calibration tokens."""
     frame = runs()
-    return frame[(frame["task"] == task) & (frame["source"] == source) & (frame["place"] == 0)]
+    frame = frame[(frame["task"] == task) & (frame["source"] == source) & (frame["place"] == 0)]
+    return frame[frame["tokens"].isin(WIKITEXT_TOKENS) | (frame["task"] != WIKITEXT)]
 
 
 def exact_rotary() -> str:
@@ -247,10 +248,11 @@ def drift(tasks: Sequence[str], numbers: Sequence[str]) -> str:
     return markdown(frame, by, DRIFT_RULES)
 
 
-def more_text() -> str:
-    """Perplexity with less and with more calibration text, from which come both the mask (by variance) and its repair."""
-    frame = wikitext()
-    return markdown(frame[frame["criterion"] == "fluctuation"], ["keep", "tokens"], CLOSED_FORM)
+def more_text(criterion: str, rules: Sequence[str] = CLOSED_FORM) -> str:
+    """Perplexity with less and with more calibration text, from which come both the mask and its repair."""
+    frame = part(criterion, task=WIKITEXT, source="own", place=0)
+    frame = frame[frame["rule"].isin(rules)]
+    return markdown(with_coordinates_of(frame, ~frame["tokens"].isin(WIKITEXT_TOKENS), ["keep"]), ["keep", "tokens"], rules)
 
 
 def whole_methods(task: str = WIKITEXT) -> str:
@@ -389,7 +391,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "wikitext c4": lambda: wikitext_rules("c4"),
     "drift": partial(drift, ["tinystories", WIKITEXT], ["perplexity"]),
     "drift encoder": partial(drift, ["stsb"], ["spearman", "cosine"]),
-    "wikitext more text": more_text,
+    "wikitext more text": partial(more_text, CRITERION),
+    "wikitext more text reconstruction": partial(more_text, "reconstruction", ("ours",)),
     "pipelines": whole_methods,
     "masks of others": masks_of_others,
     "common sense": lambda: commonsense("smollm2"),
