@@ -77,6 +77,7 @@ def fit_damped(
     is_usable = 0 < sum(held.columns(whole).target_energy for _, held in splits) < inf
     # The whole less the first part is the drift, less the share that the first part has.
     rest = all_data.columns(whole).less(all_data.columns(part))
+    # Takes the drift's mean out of the first part; one mean for all splits, since their sums are added up.
     mean = -SHARE / (1 - SHARE) * rest.mean_t
     solution = fit(
         all_data.columns(part).shifted(mean),
