@@ -29,12 +29,14 @@ from torch import Tensor, nn
 import liar
 from benchmarks.baselines import RULES
 from benchmarks.bench import Bench, SharedInputs
+from benchmarks.figures import FRONT, OTHERS, OURS
 from benchmarks.metrics import metric
 from benchmarks.results import RESULTS, Record, ResultFile, matches
 from benchmarks.run_keys import SELECTED, Setting
 from benchmarks.summary import LABELS
 from benchmarks.tasks import TASKS
 from liar.models import transformer_in
+from liar.runtime import Point, capture_activations
 
 TASK = "wikitext-512-first-16384"
 CALIBRATED_ON, TOKENS = "c4", 8_192
@@ -58,19 +60,14 @@ def unseen(shared: SharedInputs, source: str) -> list[dict[str, Tensor]]:
 @torch.inference_mode()
 def streams(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> tuple[list[Tensor], Tensor]:
     """The stream after every block, and the logits, of all tokens but the first of each sequence: [tokens, ...] each."""
-    after: list[list[Tensor]] = [[] for _ in liar.discover(model).blocks]
-    inner, logits = transformer_in(model), []
-    blocks = [inner.get_submodule(name) for name in liar.discover(model).blocks]
-    hooks = [
-        block.register_forward_hook(lambda _, __, output, kept=kept: kept.append(_rows(output)))
-        for block, kept in zip(blocks, after, strict=True)
-    ]
-    try:
-        logits = [_rows(model(**batch, use_cache=False).logits) for batch in batches]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [torch.cat(parts) for parts in after], torch.cat(logits)
+    inner = transformer_in(model)
+    blocks = {name: Point(inner.get_submodule(name), argument=None) for name in liar.discover(model).blocks}
+    after, logits = [], []
+    for batch in batches:
+        with capture_activations(blocks) as outputs:
+            logits.append(_rows(model(**batch, use_cache=False).logits))
+        after.append([_rows(outputs[name]) for name in blocks])
+    return [torch.cat(parts) for parts in zip(*after, strict=True)], torch.cat(logits)
 
 
 def _rows(output: Any) -> Tensor:
@@ -122,7 +119,7 @@ def draw() -> Figure:
         for axes, (number, text) in zip(row, panels, strict=True):
             for record in (record for record in found if record["keep"] == keep):
                 values = record[text][number]
-                style = {"color": "black", "linewidth": 2} if record["rule"] == "ours" else {"linewidth": 1.2}
+                style: dict[str, Any] = FRONT if record["rule"] in OURS else OTHERS
                 step = len(record[text][STREAM]) // len(values)
                 axes.plot(range(step, step * len(values) + 1, step), values, label=LABELS[record["rule"]], **style)
             axes.set(title=f"{number}\n{text}, {keep:.0%} kept", xlabel="repaired blocks")
