@@ -26,6 +26,7 @@ from benchmarks import (
     free_lunch,
     growth,
     inference,
+    more_text,
     offload,
     planning,
     rethinking,
@@ -248,7 +249,7 @@ def drift(tasks: Sequence[str], numbers: Sequence[str]) -> str:
     return markdown(frame, by, DRIFT_RULES)
 
 
-def more_text(criterion: str, rules: Sequence[str] = CLOSED_FORM) -> str:
+def masks_with_more_text(criterion: str, rules: Sequence[str] = CLOSED_FORM) -> str:
     """Perplexity with less and with more calibration text, from which come both the mask and its repair."""
     frame = part(criterion, task=WIKITEXT, source="own", place=0)
     frame = frame[frame["rule"].isin(rules)]
@@ -290,6 +291,11 @@ def growth_table() -> str:
 def samples_table() -> str:
     """What is lost by reading a sample."""
     return lined(samples.HEADINGS, samples.rows(read_records(RESULTS / "samples.jsonl")))
+
+
+def more_text_table() -> str:
+    """What more calibration text does to the repair of one mask."""
+    return lined(more_text.HEADINGS, more_text.rows(read_records(more_text.FILE)))
 
 
 def latency() -> str:
@@ -391,8 +397,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "wikitext c4": lambda: wikitext_rules("c4"),
     "drift": partial(drift, ["tinystories", WIKITEXT], ["perplexity"]),
     "drift encoder": partial(drift, ["stsb"], ["spearman", "cosine"]),
-    "wikitext more text": partial(more_text, CRITERION),
-    "wikitext more text reconstruction": partial(more_text, "reconstruction", ("ours",)),
+    "wikitext more text": partial(masks_with_more_text, CRITERION),
+    "wikitext more text reconstruction": partial(masks_with_more_text, "reconstruction", ("ours",)),
     "pipelines": whole_methods,
     "masks of others": masks_of_others,
     "common sense": lambda: commonsense("smollm2"),
@@ -428,6 +434,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scaling": scaling.table,
     "offload": offload.table,
     "samples": samples_table,
+    "more text": more_text_table,
     "planned cases": planned_cases,
     "planned sizes": planned_sizes,
     "latency": latency,

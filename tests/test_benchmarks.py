@@ -16,7 +16,21 @@ import torch
 
 import liar
 from benchmarks import bench as bench_module
-from benchmarks import by_block, figures, fitted_weights, gpu, grid, growth, publish, results, run_keys, samples, speed, summary
+from benchmarks import (
+    by_block,
+    figures,
+    fitted_weights,
+    gpu,
+    grid,
+    growth,
+    more_text,
+    publish,
+    results,
+    run_keys,
+    samples,
+    speed,
+    summary,
+)
 from benchmarks.data import read
 from benchmarks.elimination import error, remaining
 from benchmarks.metrics import metric
@@ -559,6 +573,7 @@ ELSEWHERE = (
     "planned cases",
     "planned sizes",
     "samples",
+    "more text",
     "latency",
     "elimination",
     "few tokens",
@@ -761,3 +776,55 @@ def test_the_first_blocks_of_the_dense_model_are_replaced_one_by_one():
         torch.testing.assert_close(streams[:number], want[:number])
         assert [type(block) for block in model.model.layers[number:]] == [type(dense.model.layers[0])] * (3 - number)
         assert torch.allclose(last, logits) == (number == 3)
+
+
+def more_text_run(rule, tokens, loss):
+    """A run whose four texts lose so much per token."""
+    names = {
+        "task": "tinystories",
+        "model": "m",
+        "source": "own",
+        "criterion": "fluctuation",
+        "keep": 0.5,
+        "mask_tokens": 40,
+        "seed": 0,
+    }
+    per_example = results.packed(np.array([[10 * (loss + text / 100), 10] for text in range(4)]))
+    return {**names, "rule": rule, "tokens": tokens, "perplexity": math.exp(loss + 0.015), "per_example": per_example}
+
+
+def test_more_text_counts_the_steps_that_make_a_repair_worse(tmp_path, monkeypatch):
+    monkeypatch.setattr(more_text, "RESULTS", tmp_path)
+    results.ResultFile(tmp_path / "grid" / "tinystories-m.jsonl").append(
+        {**run_keys.dense_key("tinystories", "m"), "perplexity": 2.0}
+    )
+    losses = {"liar": (2.0, 1.9, 1.8), "ours": (1.5, 1.4, 1.45)}
+    runs = [more_text_run(rule, 10 * 2**n, loss) for rule, series in losses.items() for n, loss in enumerate(series)]
+    # In any order of the file.
+    liar_row, ours = sorted(more_text.rows(runs[::-1]), key=lambda row: row[5])
+    shown = [math.exp(loss + 0.015) for loss in losses["ours"]]
+    assert ours[5:9] == ["ours", "10, 20, 40", ", ".join(f"{value:.2f}" for value in shown), "1 / 0 / 1"]
+    start = [math.exp(loss + 0.015) for loss in losses["liar"]]
+    assert ours[9] == ", ".join(f"{(b - a) / (b - 2):.0%}" for a, b in zip(shown, start, strict=True))
+    assert liar_row[8:] == ["2 / 0 / 0", ""]
+
+
+def test_more_text_repairs_one_mask(mrpc, classifier, monkeypatch):
+    given = []
+    monkeypatch.setattr(more_text, "RULES", {"spy": lambda model, mask, calib: given.append((mask, calib))})
+    bench = grid.Bench(TASKS["glue-mrpc"], classifier, mrpc)
+    masked = grid.SharedInputs(bench, run_keys.Setting("glue-mrpc", "model", "fluctuation", 0, "own", 0.6, 600))
+    for tokens in (300, 600):
+        assert more_text.measure("spy", masked, tokens)["kl"] == pytest.approx(0, abs=1e-6), "the model of the bench is left"
+    (less, first), (more, second) = given
+    assert less is more
+    assert [sum(int(batch["attention_mask"].sum()) for batch in calib) for calib in (first, second)] == [300, 600]
+    texts = [
+        {
+            tuple(ids[mask.bool()].tolist())
+            for batch in calib
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        }
+        for calib in (first, second)
+    ]
+    assert len(texts[0] - texts[1]) <= 1, "the same texts, and more; the last of the fewer ones is cut"

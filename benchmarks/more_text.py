@@ -1,0 +1,128 @@
+"""Whether more calibration text ever makes a repair worse: one mask, repaired with more and more of the same texts.
+
+    python -m benchmarks.more_text --model STORIES260K --data-dir DATA --keep 0.8 0.5 --tokens 4000 16000 64000
+    python -m benchmarks.more_text --task wikitext-512-first-16384 --model SMOLLM2 --data-dir DATA --keep 0.8 --tokens 4096 8192
+
+In the grid every number of tokens has a mask of its own, and what changes with it is the work of both. Here the mask is the one
+of the largest number. A step is worse if its paired 95 % interval says so (see `paired.py`). Runs that are in
+results/more_text.jsonl are skipped; a larger number has another mask, and begins anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.baselines import RULES
+from benchmarks.bench import Bench, SharedInputs
+from benchmarks.paired import Gap, resampled
+from benchmarks.results import RESULTS, Record, ResultFile, unpacked
+from benchmarks.run_keys import Setting, dense_key, grid_file
+from benchmarks.summary import DIGITS, LABELS, MORE
+from benchmarks.tasks import SOURCES, TASKS
+from liar.selection import CRITERIA
+
+FILE = RESULTS / "more_text.jsonl"
+HEADINGS = (
+    *("task", "model", "texts", "masks", "kept", "repair", "tokens", "perplexity or score"),
+    *("steps better / level / worse", "from LIAR to dense"),
+)
+# What all runs of one row share.
+GROUP = ("task", "model", "source", "criterion", "keep", "rule", "mask_tokens", "seed")
+RULE = GROUP.index("rule")
+
+
+def measure(rule: str, masked: SharedInputs, tokens: int) -> Record:
+    """Scores of the model of one mask, repaired by a rule with so many tokens of the texts."""
+    bench = masked.bench
+    calibration = SharedInputs(bench, replace(masked.setting, tokens=tokens)).calibration
+    model = copy.deepcopy(bench.loaded[0])
+    RULES[rule](model, masked.mask, calibration, **masked.options(rule))
+    return bench.score(model)
+
+
+def rows(records: Sequence[Record]) -> list[list[str]]:
+    """A row per repair of a mask: the task's number for every number of tokens, and how many of the steps make it worse.
+
+    Beside LIAR's runs, it says how much of the way from LIAR's number to the dense model's another repair goes.
+    """
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in sorted(records, key=lambda record: record["tokens"]):
+        groups.setdefault(tuple(record[name] for name in GROUP), []).append(record)
+    return [_row(group, mine, _without_drift(group, groups)) for group, mine in groups.items()]
+
+
+def _without_drift(group: tuple[Any, ...], groups: Mapping[tuple[Any, ...], list[Record]]) -> Mapping[int, Record]:
+    """LIAR's runs of the same comparison, by tokens; none of its own."""
+    if group[RULE] == "liar":
+        return {}
+    return {record["tokens"]: record for record in groups.get((*group[:RULE], "liar", *group[RULE + 1 :]), [])}
+
+
+def _row(group: tuple[Any, ...], mine: Sequence[Record], liar_runs: Mapping[int, Record]) -> list[str]:
+    task, model, source, criterion, keep, rule, *_ = group
+    number = next(iter(TASKS[task].metrics))
+    drawn = [resampled(number, [unpacked(record["per_example"])]) for record in mine]
+    verdicts = Counter(Gap.between(more, less).verdict(more=MORE[number]) for less, more in pairwise(drawn))
+    dense = ResultFile(grid_file(RESULTS / "grid", task, model)).find(**dense_key(task, model))
+    ways = []
+    for record in mine:
+        if dense is not None and record["tokens"] in liar_runs:
+            start = liar_runs[record["tokens"]][number]
+            ways.append(f"{(record[number] - start) / (dense[number] - start):.0%}")
+    return [
+        task,
+        model,
+        source,
+        criterion,
+        f"{keep:.0%}",
+        LABELS.get(rule, rule),
+        ", ".join(f"{record['tokens']:,}" for record in mine),
+        ", ".join(f"{record[number]:.{DIGITS.get(number, 4)}f}" for record in mine),
+        " / ".join(str(verdicts[verdict]) for verdict in ("ahead", "level", "behind")),
+        ", ".join(ways),
+    ]
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=list(TASKS), default="tinystories")
+    parser.add_argument("--model", help="folder of the model; all-MiniLM-L6-v2 if left out (task stsb)")
+    parser.add_argument("--data-dir", type=Path, help="folder of the data; the Hugging Face hub if left out")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.8])
+    parser.add_argument("--tokens", type=int, nargs="+", required=True)
+    parser.add_argument("--sources", choices=list(SOURCES), nargs="+", default=["own", "c4"], help="calibration texts")
+    parser.add_argument("--criteria", choices=list(CRITERIA), nargs="+", default=["reconstruction"], help="masks")
+    parser.add_argument("--rules", choices=list(RULES), nargs="+", default=["ours"])
+    parser.add_argument("--seeds", type=int, default=1, help="samples of the calibration texts")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    bench, file, records = Bench(TASKS[arguments.task], arguments.model, arguments.data_dir), ResultFile(FILE), []
+    name = Path(arguments.model).name if arguments.model else "default"
+    most = max(arguments.tokens)
+    for seed, criterion, source, keep in product(range(arguments.seeds), arguments.criteria, arguments.sources, arguments.keep):
+        masked = SharedInputs(bench, Setting(arguments.task, name, criterion, seed, source, keep, most))
+        for rule, tokens in product(arguments.rules, sorted(arguments.tokens)):
+            values = (arguments.task, name, source, criterion, keep, rule, most, seed)
+            key = dict(zip(GROUP, values, strict=True)) | {"tokens": tokens}
+            records.append(file.get_or_run(key, partial(measure, rule, masked, tokens)))
+    table = Table(*HEADINGS)
+    for line in rows(records):
+        table.add_row(*line)
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()
