@@ -249,6 +249,15 @@ def drift(tasks: Sequence[str], numbers: Sequence[str]) -> str:
     return markdown(frame, by, DRIFT_RULES)
 
 
+def created_biases() -> str:
+    """Perplexity with biases in layers that have none, where that was run."""
+    frame = runs()
+    frame = frame[(frame["number"] == "perplexity") & (frame["criterion"] == "reconstruction")]
+    cell = ["task", "model", "source", "keep", "tokens", "seed"]
+    frame = with_coordinates_of(frame, frame["rule"] == "ours_created_bias", cell)
+    return markdown(frame, cell[:4], ["ours", "ours_created_bias"])
+
+
 def masks_with_more_text(criterion: str, rules: Sequence[str] = CLOSED_FORM) -> str:
     """Perplexity with less and with more calibration text, from which come both the mask and its repair."""
     frame = part(criterion, task=WIKITEXT, source="own", place=0)
@@ -397,6 +406,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "wikitext c4": lambda: wikitext_rules("c4"),
     "drift": partial(drift, ["tinystories", WIKITEXT], ["perplexity"]),
     "drift encoder": partial(drift, ["stsb"], ["spearman", "cosine"]),
+    "created biases": created_biases,
     "wikitext more text": partial(masks_with_more_text, CRITERION),
     "wikitext more text reconstruction": partial(masks_with_more_text, "reconstruction", ("ours",)),
     "pipelines": whole_methods,

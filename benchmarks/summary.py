@@ -33,6 +33,7 @@ LABELS = {
     "ours_no_refit": "ours, all of the drift, no refit",
     "ours_residual_stream": "ours, all of the drift",
     "ours": "ours",
+    "ours_created_bias": "ours, created biases",
     "fine_tuning": "fine-tuning",
     "kwon": "Kwon et al.",
     "query_heads": "ours, by query head",

@@ -17,7 +17,7 @@ from benchmarks.baselines.closed_form import repair
 from liar.testing import tiny_batches, tiny_model
 
 CLOSED_FORM = tuple(SOLVERS)
-NAMES = (*CLOSED_FORM, "ours_no_refit", "ours_residual_stream", "ours", "fine_tuning")
+NAMES = (*CLOSED_FORM, "ours_no_refit", "ours_residual_stream", "ours", "ours_created_bias", "fine_tuning")
 NEEDS = frozenset({"dense_inputs", "inputs", "kept_inputs", "dense_sum", "residual"})
 
 
@@ -232,7 +232,7 @@ def test_every_rule_makes_a_smaller_model_that_runs(case, name):
     weights = lambda other: {key: value.shape for key, value in other.state_dict().items() if key.endswith("weight")}  # noqa: E731
     assert weights(changed) == weights(cut)
     created = set(changed.state_dict()) - set(cut.state_dict())
-    assert bool(created) == (name == "bias" and model.config.model_type == "llama")
+    assert bool(created) == (name in ("bias", "ours_created_bias") and model.config.model_type == "llama")
     assert (hidden(changed, batches) - hidden(cut, batches)).abs().max() < 1e-6 if name == "mask_only" else True
     assert (hidden(changed, batches) - hidden(cut, batches)).abs().max() > 1e-3 if name != "mask_only" else True
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
