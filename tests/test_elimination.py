@@ -152,3 +152,21 @@ def test_float64_is_kept_where_float32_would_cancel(monkeypatch):
     found = eliminate(gram, weight, 160, 1e-6)
     assert torch.equal(found.order, expected.order)
     assert torch.equal(found.increases, expected.increases)
+
+
+@pytest.fixture
+def two_threads():
+    """Set in the process: then batched LU of PyTorch's MKL builds fails from some 150 rows on."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_wide_units_with_threads_set():
+    width = 192
+    x, w = np.random.default_rng(0).normal(size=(1200, 3 * width)), weights(3 * width, 5, seed=0)
+    result = run(x, w, 3)
+    order, errors = result.order.tolist(), result.increases.cumsum(0).tolist()
+    assert errors == pytest.approx([missed(x, w, channels_of(order[step:], width)) for step in (1, 2, 3)], rel=1e-6)
