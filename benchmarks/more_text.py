@@ -27,7 +27,7 @@ from rich.table import Table
 from benchmarks.baselines import RULES
 from benchmarks.bench import Bench, SharedInputs
 from benchmarks.paired import Gap, resampled
-from benchmarks.results import RESULTS, Record, ResultFile, unpacked
+from benchmarks.results import RESULTS, Record, ResultFile, matches, unpacked
 from benchmarks.run_keys import Setting, dense_key, grid_file
 from benchmarks.summary import DIGITS, LABELS, MORE
 from benchmarks.tasks import SOURCES, TASKS
@@ -40,7 +40,6 @@ HEADINGS = (
 )
 # What all runs of one row share.
 GROUP = ("task", "model", "source", "criterion", "keep", "rule", "mask_tokens", "seed")
-RULE = GROUP.index("rule")
 
 
 def measure(rule: str, masked: SharedInputs, tokens: int) -> Record:
@@ -57,42 +56,36 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
 
     Beside LIAR's runs, it says how much of the way from LIAR's number to the dense model's another repair goes.
     """
-    groups: dict[tuple[Any, ...], list[Record]] = {}
-    for record in sorted(records, key=lambda record: record["tokens"]):
-        groups.setdefault(tuple(record[name] for name in GROUP), []).append(record)
-    return [_row(group, mine, _without_drift(group, groups)) for group, mine in groups.items()]
+    keys = dict.fromkeys(tuple(record[name] for name in GROUP) for record in records)
+    return [_row(dict(zip(GROUP, key, strict=True)), records) for key in keys]
 
 
-def _without_drift(group: tuple[Any, ...], groups: Mapping[tuple[Any, ...], list[Record]]) -> Mapping[int, Record]:
-    """LIAR's runs of the same comparison, by tokens; none of its own."""
-    if group[RULE] == "liar":
-        return {}
-    return {record["tokens"]: record for record in groups.get((*group[:RULE], "liar", *group[RULE + 1 :]), [])}
-
-
-def _row(group: tuple[Any, ...], mine: Sequence[Record], liar_runs: Mapping[int, Record]) -> list[str]:
-    task, model, source, criterion, keep, rule, *_ = group
+def _row(key: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
+    task, model = key["task"], key["model"]
     number = next(iter(TASKS[task].metrics))
-    drawn = [resampled(number, [unpacked(record["per_example"])]) for record in mine]
+    mine = _by_tokens(key, records)
+    drawn = [resampled(number, [unpacked(record["per_example"])]) for record in mine.values()]
     verdicts = Counter(Gap.between(more, less).verdict(more=MORE[number]) for less, more in pairwise(drawn))
+    others = {} if key["rule"] == "liar" else _by_tokens({**key, "rule": "liar"}, records)
     dense = ResultFile(grid_file(RESULTS / "grid", task, model)).find(**dense_key(task, model))
-    ways = []
-    for record in mine:
-        if dense is not None and record["tokens"] in liar_runs:
-            start = liar_runs[record["tokens"]][number]
-            ways.append(f"{(record[number] - start) / (dense[number] - start):.0%}")
-    return [
-        task,
-        model,
-        source,
-        criterion,
-        f"{keep:.0%}",
-        LABELS.get(rule, rule),
-        ", ".join(f"{record['tokens']:,}" for record in mine),
-        ", ".join(f"{record[number]:.{DIGITS.get(number, 4)}f}" for record in mine),
-        " / ".join(str(verdicts[verdict]) for verdict in ("ahead", "level", "behind")),
-        ", ".join(ways),
+    ways = [
+        (record[number] - others[tokens][number]) / (dense[number] - others[tokens][number])
+        for tokens, record in mine.items()
+        if dense is not None and tokens in others
     ]
+    return [
+        *(task, model, key["source"], key["criterion"], f"{key['keep']:.0%}", LABELS.get(key["rule"], key["rule"])),
+        ", ".join(f"{tokens:,}" for tokens in mine),
+        ", ".join(f"{record[number]:.{DIGITS.get(number, 4)}f}" for record in mine.values()),
+        " / ".join(str(verdicts[verdict]) for verdict in ("ahead", "level", "behind")),
+        ", ".join(f"{way:.0%}" for way in ways),
+    ]
+
+
+def _by_tokens(key: Mapping[str, Any], records: Sequence[Record]) -> dict[int, Record]:
+    """The runs of one row, from the fewest tokens to the most."""
+    found = {record["tokens"]: record for record in records if matches(record, key)}
+    return dict(sorted(found.items()))
 
 
 def main() -> None:
