@@ -302,9 +302,10 @@ def samples_table() -> str:
     return lined(samples.HEADINGS, samples.rows(read_records(RESULTS / "samples.jsonl")))
 
 
-def more_text_table() -> str:
-    """What more calibration text does to the repair of one mask."""
-    return lined(more_text.HEADINGS, more_text.rows(read_records(more_text.FILE)))
+def more_text_table(task: str | None = None) -> str:
+    """What more calibration text does to the repair of one mask, in all tasks or in one."""
+    records = [record for record in read_records(more_text.FILE) if task in (None, record["task"])]
+    return lined(more_text.HEADINGS, more_text.rows(records))
 
 
 def latency() -> str:
@@ -445,6 +446,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "offload": offload.table,
     "samples": samples_table,
     "more text": more_text_table,
+    "more text of a language model": partial(more_text_table, WIKITEXT),
     "planned cases": planned_cases,
     "planned sizes": planned_sizes,
     "latency": latency,

@@ -574,6 +574,7 @@ ELSEWHERE = (
     "planned sizes",
     "samples",
     "more text",
+    "more text of a language model",
     "latency",
     "elimination",
     "few tokens",
