@@ -195,16 +195,20 @@ def peak(name: str, tokens: int, target: str, folder: Path | None) -> dict[str, 
     # `layer_output` has the statistics of both sites of a block at once.
     widths = sorted(mask.kept(site.name) * site.consumer.width for site in layout.sites[:2])
     widths = widths if target == "layer_output" else widths[-1:]
+    sequential, damped = target != "layer_output", target == "damped_stream"
+    # The damped target has two parts.
+    columns = hidden * (2 if damped else 1)
     parts = {
         "forward": forward,
-        # float32: the dense stream; for the sequential target the pruned stream, what the producers of both sites of a block
-        # read, and the sums after both sites, of which a pre-norm block hands the last one on as its stream.
-        "streams": 4.0 * padded * hidden * (1 if target == "layer_output" else 5 if name == "llama" else 6),
-        "replayed parts": 4.0 * padded * replayed * (target == "residual_stream"),
+        # float32: the dense stream; for the sequential targets the pruned stream, what the producers of both sites of a block
+        # read, and the sums after both sites, of which a pre-norm block hands the last one on as its stream; for the damped one
+        # what attention gives, too.
+        "streams": 4.0 * padded * hidden * ((5 if name == "llama" else 6) + damped if sequential else 1),
+        "replayed parts": 4.0 * padded * replayed * sequential,
         # float32: the chunks of every fold that are being filled.
-        "waiting rows": 4.0 * FOLDS * CHUNK * sum(kept + hidden for kept in widths),
+        "waiting rows": 4.0 * FOLDS * CHUNK * sum(kept + columns for kept in widths),
         # float64: one accumulator per fold and the three sums of a split.
-        "grams": 8.0 * sum(kept * (kept + hidden) for kept in widths) * (FOLDS + 3),
+        "grams": 8.0 * sum(kept * (kept + columns) for kept in widths) * (FOLDS + 3),
         "pruned copy": 4.0 * mask.parameters(layout),
     }
     return {"grown_mb": grown / 1e6, "bound_mb": sum(parts.values()) / 1e6} | {k + "_mb": v / 1e6 for k, v in parts.items()}
