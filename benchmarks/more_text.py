@@ -16,7 +16,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def _row(key: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
     drawn = [resampled(number, [unpacked(record["per_example"])]) for record in mine.values()]
     verdicts = Counter(Gap.between(more, less).verdict(more=MORE[number]) for less, more in pairwise(drawn))
     others = {} if key["rule"] == "liar" else _by_tokens({**key, "rule": "liar"}, records)
-    dense = ResultFile(grid_file(RESULTS / "grid", task, model)).find(**dense_key(task, model))
+    dense = _dense(RESULTS / "grid", task, model)
     ways = [
         (record[number] - others[tokens][number]) / (dense[number] - others[tokens][number])
         for tokens, record in mine.items()
@@ -80,6 +80,12 @@ def _row(key: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
         " / ".join(str(verdicts[verdict]) for verdict in ("ahead", "level", "behind")),
         ", ".join(f"{way:.0%}" for way in ways),
     ]
+
+
+@cache
+def _dense(folder: Path, task: str, model: str) -> Record | None:
+    """The dense model's record, if the grid has one."""
+    return ResultFile(grid_file(folder, task, model)).find(**dense_key(task, model))
 
 
 def _by_tokens(key: Mapping[str, Any], records: Sequence[Record]) -> dict[int, Record]:

@@ -81,6 +81,7 @@ ENCODER = "BERT encoder: all-MiniLM-L6-v2 on STS-B"
 STORIES = "LLaMA: stories260K on TinyStories"
 
 
+BY_TEXTS = ["task", "model", "source", "keep"]
 DRIFT_RULES = ("osscar", "grail", "liar", SELECTED, "ours")
 
 
@@ -242,20 +243,17 @@ def drift(tasks: Sequence[str], numbers: Sequence[str]) -> str:
     frame = runs()
     frame = frame[frame["task"].isin(tasks) & frame["number"].isin(numbers) & (frame["criterion"] == "reconstruction")]
     frame = frame[frame["tokens"].isin((TOKENS, *WIKITEXT_TOKENS))]
-    cell = ["task", "model", "source", "keep", "tokens", "seed"]
     for rule in ("ours", SELECTED):
-        frame = frame.merge(frame.loc[frame["rule"] == rule, cell].drop_duplicates(), on=cell)
-    by = cell[:4] if len(numbers) == 1 else ["number", "source", "keep"]
-    return markdown(frame, by, DRIFT_RULES)
+        frame = with_coordinates_of(frame, frame["rule"] == rule, SETTING)
+    return markdown(frame, BY_TEXTS if len(numbers) == 1 else ["number", "source", "keep"], DRIFT_RULES)
 
 
 def created_biases() -> str:
     """Perplexity with biases in layers that have none, where that was run."""
     frame = runs()
     frame = frame[(frame["number"] == "perplexity") & (frame["criterion"] == "reconstruction")]
-    cell = ["task", "model", "source", "keep", "tokens", "seed"]
-    frame = with_coordinates_of(frame, frame["rule"] == "ours_created_bias", cell)
-    return markdown(frame, cell[:4], ["ours", "ours_created_bias"])
+    frame = with_coordinates_of(frame, frame["rule"] == "ours_created_bias", SETTING)
+    return markdown(frame, BY_TEXTS, ["ours", "ours_created_bias"])
 
 
 def masks_with_more_text(criterion: str, rules: Sequence[str] = CLOSED_FORM) -> str:
