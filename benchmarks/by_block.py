@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import liar
@@ -33,7 +31,7 @@ from benchmarks.figures import FRONT, OTHERS, OURS
 from benchmarks.metrics import metric
 from benchmarks.results import RESULTS, Record, ResultFile, matches
 from benchmarks.run_keys import SELECTED, Setting
-from benchmarks.summary import LABELS
+from benchmarks.summary import LABELS, show
 from benchmarks.tasks import TASKS
 from liar.models import transformer_in
 from liar.runtime import Point, capture_activations
@@ -156,10 +154,8 @@ def main() -> None:
         for rule in COMPARED:
             key = {"model": setting.model, "source": CALIBRATED_ON, "keep": keep, "tokens": TOKENS, "rule": rule}
             file.get_or_run(key, partial(measure, shared, rule))
-    table = Table("kept", "rule", *(f"{text}: {n}" for text in MEASURED_ON.values() for n in (STREAM, KL)))
-    for row in rows(records()):
-        table.add_row(*row)
-    Console(width=140).print(table)
+    headings = ("kept", "rule", *(f"{text}: {n}" for text in MEASURED_ON.values() for n in (STREAM, KL)))
+    show(headings, rows(records()), width=140)
 
 
 if __name__ == "__main__":

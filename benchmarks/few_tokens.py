@@ -24,14 +24,13 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import liar
 from benchmarks.results import RESULTS, ResultFile
+from benchmarks.summary import show
 from liar.repair import context
 
 TOKENS = (1, 2, 3, 5, 10, 30, 100, 300, 1000, 3000)
@@ -139,10 +138,7 @@ def main() -> None:
     for (name, _, folder), tokens, (keep, seed), rule in track(jobs, description="few tokens"):
         key = {"model": name, "keep": keep, "seed": seed, "tokens": tokens, "rule": rule}
         file.get_or_run(key, partial(run, folder, keep, seed, tokens, rule=rule))
-    table = Table(*HEADINGS, title="error of the repaired model over that of the mask alone")
-    for row in rows(file.records):
-        table.add_row(*row)
-    Console(width=100).print(table)
+    show(HEADINGS, rows(file.records), width=100, title="error of the repaired model over that of the mask alone")
 
 
 if __name__ == "__main__":

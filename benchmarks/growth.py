@@ -22,12 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 import liar
 from benchmarks.results import RESULTS, Record, ResultFile
 from benchmarks.speed import growth_of_memory, plain, random_llama
+from benchmarks.summary import show
 from liar.selection import eliminate
 from liar.selection.error_curves import RIDGE
 
@@ -150,10 +149,7 @@ def main() -> None:
             file.get_or_run(key, partial(measure, point))
         for width in WIDTHS if kind == "elimination" else ():
             file.get_or_run({"kind": kind, "width": width}, partial(measure_elimination, width))
-    table = Table(*HEADINGS)
-    for line in rows(file.records):
-        table.add_row(*line)
-    Console(width=140).print(table)
+    show(HEADINGS, rows(file.records), width=140)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,12 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.baselines import RULES
 from benchmarks.bench import Bench, SharedInputs
 from benchmarks.paired import Gap, resampled
 from benchmarks.results import RESULTS, Record, ResultFile, matches, unpacked
 from benchmarks.run_keys import Setting, dense_key, grid_file
-from benchmarks.summary import DIGITS, LABELS, MORE
+from benchmarks.summary import DIGITS, LABELS, MORE, show
 from benchmarks.tasks import SOURCES, TASKS
 from liar.selection import CRITERIA
 
@@ -117,10 +114,7 @@ def main() -> None:
             values = (arguments.task, name, source, criterion, keep, rule, most, seed)
             key = dict(zip(GROUP, values, strict=True)) | {"tokens": tokens}
             records.append(file.get_or_run(key, partial(measure, rule, masked, tokens)))
-    table = Table(*HEADINGS)
-    for line in rows(records):
-        table.add_row(*line)
-    Console(width=160).print(table)
+    show(HEADINGS, rows(records), width=160)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 import liar
 from benchmarks.bench import Bench, SharedInputs
 from benchmarks.results import RESULTS, Record, ResultFile, matches
 from benchmarks.run_keys import Setting
+from benchmarks.summary import show
 from benchmarks.tasks import SOURCES, TASKS
 
 ALL = sys.maxsize
@@ -120,10 +118,7 @@ def main() -> None:
             names = ("task", "source", "seed", "keep", "tokens")
             key = {name: getattr(setting, name) for name in names} | {"part": part, "size": size}
             records.append(file.get_or_run(key, partial(measure, bench, setting, part, size)))
-    table = Table(*HEADINGS)
-    for line in rows(records):
-        table.add_row(*line)
-    Console(width=120).print(table)
+    show(HEADINGS, rows(records), width=120)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from math import nan, sqrt
 from pathlib import Path
 from typing import Any
 
 import pandas
+from rich.console import Console
 from rich.table import Table
 
 from benchmarks.results import RESULTS, Record, read_records
@@ -176,6 +177,14 @@ def written(name: str, value: Any) -> str:
     if name == "number":
         return f"{value.replace('_', ' ')} {'↑' if MORE[value] else '↓'}"
     return {"keep": "{:.0%}", "tokens": "{:,}"}.get(name, "{}").format(value)
+
+
+def show(headings: Sequence[str], rows: Iterable[Sequence[str]], width: int, title: str | None = None) -> None:
+    """Print a table, so many characters wide whatever the terminal."""
+    table = Table(*headings, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=width).print(table)
 
 
 def lined(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
